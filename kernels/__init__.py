@@ -1,0 +1,34 @@
+"""Kernels of Lion with one-bit updates: what is done to numbers on one device. See docs/composing.md."""
+
+from lioncub.kernels.backends import resolve_impl
+from lioncub.kernels.layout import packed_bytes
+from lioncub.kernels.lion import (
+    apply_votes_,
+    foreach_apply_votes_,
+    foreach_lion_encode,
+    foreach_lion_step_,
+    lion_encode,
+    lion_encode_,
+    lion_step_,
+)
+from lioncub.kernels.quantization import dequantize, lion_quantize, quantize
+from lioncub.kernels.signs import pack_signs, unpack_signs
+from lioncub.kernels.vote import majority_vote
+
+__all__ = [
+    "apply_votes_",
+    "dequantize",
+    "foreach_apply_votes_",
+    "foreach_lion_encode",
+    "foreach_lion_step_",
+    "lion_encode",
+    "lion_encode_",
+    "lion_quantize",
+    "lion_step_",
+    "majority_vote",
+    "pack_signs",
+    "packed_bytes",
+    "quantize",
+    "resolve_impl",
+    "unpack_signs",
+]

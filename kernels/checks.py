@@ -1,0 +1,98 @@
+"""Argument checks shared by the public kernels. Every message names argument, expected, got."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def check_float(name: str, tensor: Tensor) -> None:
+    """Raise TypeError unless ``tensor`` is a dense fp32, bf16 or fp16 tensor."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
+    if tensor.layout != torch.strided:
+        raise TypeError(f"{name}: expected a dense tensor, got layout {tensor.layout}")
+    if tensor.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"{name}: expected dtype float32, bfloat16 or float16, got {tensor.dtype}")
+
+
+def check_exp_avg(exp_avg: Tensor, peer_name: str, peer: Tensor) -> None:
+    """Raise unless ``exp_avg`` is fp32 or of its peer's dtype, with the peer's shape, strides and device."""
+    check_float("exp_avg", exp_avg)
+    if exp_avg.dtype not in (torch.float32, peer.dtype):
+        raise TypeError(f"exp_avg: expected dtype float32 or {peer.dtype} ({peer_name}'s), got {exp_avg.dtype}")
+    check_same_storage_order("exp_avg", exp_avg, peer_name, peer)
+
+
+def check_same_storage_order(name: str, tensor: Tensor, peer_name: str, peer: Tensor) -> None:
+    """Raise ValueError unless both tensors have the same shape, device and storage order."""
+    check_device(name, tensor, peer_name, peer)
+    if tensor.shape != peer.shape:
+        raise ValueError(f"{name}: expected shape {tuple(peer.shape)} ({peer_name}'s), got {tuple(tensor.shape)}")
+    if tensor.stride() != peer.stride() and not (tensor.is_contiguous() and peer.is_contiguous()):
+        raise ValueError(f"{name}: expected strides {peer.stride()} ({peer_name}'s), got {tensor.stride()}")
+
+
+def check_device(name: str, tensor: Tensor, peer_name: str, peer: Tensor) -> None:
+    """Raise ValueError unless both tensors are on one device."""
+    if tensor.device != peer.device:
+        raise ValueError(f"{name}: expected device {peer.device} ({peer_name}'s), got {tensor.device}")
+
+
+def check_packed(name: str, packed: Tensor, n_bytes: int) -> None:
+    """Raise unless ``packed`` is a contiguous uint8 tensor of exactly ``n_bytes`` bytes."""
+    if not isinstance(packed, Tensor) or packed.dtype != torch.uint8:
+        raise TypeError(f"{name}: expected a uint8 tensor, got {_kind(packed)}")
+    if packed.dim() != 1 or not packed.is_contiguous() or packed.numel() != n_bytes:
+        raise ValueError(
+            f"{name}: expected a contiguous tensor of shape ({n_bytes},), "
+            f"got shape {tuple(packed.shape)} with strides {packed.stride()}"
+        )
+
+
+def check_status(status: Tensor | None, peer: Tensor, n_tensors: int = 1) -> None:
+    """Raise unless ``status`` is None or a contiguous int32 tensor with one element per tensor."""
+    if status is None:
+        return
+    if not isinstance(status, Tensor) or status.dtype != torch.int32:
+        raise TypeError(f"status: expected an int32 tensor, got {_kind(status)}")
+    if status.numel() != n_tensors or not status.is_contiguous():
+        raise ValueError(
+            f"status: expected a contiguous tensor of {n_tensors} element(s), got shape {tuple(status.shape)}"
+        )
+    check_device("status", status, "grad", peer)
+
+
+def storage_order_view(name: str, tensor: Tensor) -> Tensor:
+    """A 1-d view of a dense tensor in storage order, sharing memory.
+
+    Raises ValueError where elements overlap or leave gaps, since no such view exists.
+    """
+    if tensor.is_contiguous():
+        return tensor.view(-1)
+    if not is_dense(tensor.shape, tensor.stride()):
+        raise ValueError(
+            f"{name}: expected a dense tensor without gaps or overlaps (contiguous, channels_last, permuted), "
+            f"got shape {tuple(tensor.shape)} with strides {tensor.stride()}"
+        )
+    return tensor.as_strided((tensor.numel(),), (1,))
+
+
+def is_dense(shape: Sequence[int], stride: Sequence[int]) -> bool:
+    """Whether the elements fill a contiguous piece of storage, each place once, in whatever order."""
+    expected = 1
+    for step, size in sorted(zip(stride, shape, strict=True)):
+        if size == 1:
+            continue
+        if step != expected:
+            return False
+        expected *= size
+    return True
+
+
+def _kind(value: object) -> str:
+    return str(value.dtype) if isinstance(value, Tensor) else type(value).__name__

@@ -1,0 +1,309 @@
+"""The Lion kernels: encode the update, apply a vote, or take the whole step on one device.
+
+Each public function takes one tensor; its ``foreach_`` twin takes lists, one call for a whole bucket, and checks
+nothing but what the registered op needs: 1-d contiguous tensors in storage order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lioncub.kernels.backends import backend
+from lioncub.kernels.checks import (
+    check_device,
+    check_exp_avg,
+    check_float,
+    check_packed,
+    check_same_storage_order,
+    check_status,
+    storage_order_view,
+)
+from lioncub.kernels.layout import packed_bytes
+from lioncub.kernels.registry import mark_written, register
+from lioncub.kernels.scalars import Scalar, beta_scalar, count_scalar, decay_of, mix_of, rate_scalar, round_to_float32
+
+
+def lion_encode(
+    exp_avg: Tensor,
+    grad: Tensor,
+    *,
+    beta1: Scalar,
+    parity: int | Tensor = 0,
+    out: Tensor | None = None,
+    status: Tensor | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """Packed sign codes of Lion's update beta1*exp_avg + (1-beta1)*grad (Chen et al. 2023, arXiv 2302.06675).
+
+    Reads exp_avg and grad once; changes nothing but ``out`` and ``status``.
+
+    Args:
+        exp_avg: momentum, fp32 or grad's dtype, with grad's shape and strides.
+        grad: dense fp32, bf16 or fp16 tensor of n elements, taken in storage order.
+        beta1: number in [0, 1] or 0-dim tensor.
+        parity: step counter t; element j whose update is zero or NaN gets bit (j + t) & 1.
+        out: uint8[packed_bytes(n)] to write; allocated unless given.
+        status: int32[1], set to 1 where any element of grad, exp_avg or the update is not finite; never cleared.
+        impl: "auto", "triton", "cpu" or "reference".
+
+    Returns:
+        ``out``.
+    """
+    m, g, out = _encode_arguments(exp_avg, grad, out, status)
+    foreach_lion_encode([m], [g], beta1=beta1, parity=parity, out=[out], status=status, impl=impl)
+    return out
+
+
+def lion_encode_(
+    exp_avg: Tensor,
+    grad: Tensor,
+    *,
+    beta1: Scalar,
+    beta2: Scalar,
+    parity: int | Tensor = 0,
+    out: Tensor | None = None,
+    status: Tensor | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """`lion_encode`, and in the same pass exp_avg = beta2*exp_avg + (1-beta2)*grad.
+
+    Mutates exp_avg, ``out`` and ``status``; an element whose update is not finite keeps its momentum.
+    """
+    m, g, out = _encode_arguments(exp_avg, grad, out, status)
+    b1, b2 = beta_scalar("beta1", beta1), beta_scalar("beta2", beta2)
+    _ENCODE_([m], [g], b1, b2, count_scalar("parity", parity), [out], status, impl)
+    return out
+
+
+def apply_votes_(
+    param: Tensor,
+    packed: Tensor,
+    *,
+    lr: Scalar,
+    weight_decay: Scalar,
+    grad: Tensor | None = None,
+    exp_avg: Tensor | None = None,
+    beta2: Scalar | None = None,
+    impl: str = "auto",
+) -> None:
+    """One pass: param *= 1 - lr*weight_decay, param -= lr*(+1 or -1); optionally the momentum advances too.
+
+    Args:
+        param: dense fp32, bf16 or fp16 tensor of n elements, mutated; computed in fp32, rounded once.
+        packed: uint8[packed_bytes(n)] of voted one-bit codes.
+        lr, weight_decay: numbers >= 0 or 0-dim tensors.
+        grad, exp_avg, beta2: given together, exp_avg (mutated) becomes beta2*exp_avg + (1-beta2)*grad.
+        impl: "auto", "triton", "cpu" or "reference".
+    """
+    check_float("param", param)
+    x = storage_order_view("param", param)
+    check_packed("packed", packed, packed_bytes(x.numel()))
+    check_device("packed", packed, "param", param)
+    if (grad is None) != (exp_avg is None) or (grad is None) != (beta2 is None):
+        given = [name for name, v in (("grad", grad), ("exp_avg", exp_avg), ("beta2", beta2)) if v is not None]
+        raise ValueError(f"grad, exp_avg, beta2: expected all three or none, got {', '.join(given)}")
+    if grad is None or exp_avg is None or beta2 is None:
+        foreach_apply_votes_([x], [packed], lr=lr, weight_decay=weight_decay, impl=impl)
+        return
+    check_float("grad", grad)
+    check_same_storage_order("grad", grad, "param", param)
+    check_exp_avg(exp_avg, "param", param)
+    g, m = storage_order_view("grad", grad), storage_order_view("exp_avg", exp_avg)
+    foreach_apply_votes_([x], [packed], lr=lr, weight_decay=weight_decay, grad=[g], exp_avg=[m], beta2=beta2, impl=impl)
+
+
+def lion_step_(
+    param: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    *,
+    lr: Scalar,
+    beta1: Scalar,
+    beta2: Scalar,
+    weight_decay: Scalar,
+    impl: str = "auto",
+) -> None:
+    """The whole Lion step of one worker in one pass (Chen et al. 2023, arXiv 2302.06675, algorithm 2).
+
+    Mutates param (fp32, bf16 or fp16) and exp_avg (fp32 or param's dtype); grad, any of the three float dtypes,
+    is read. All have one shape and one storage order. sign(0) = 0: such an element only decays.
+    """
+    check_float("param", param)
+    check_float("grad", grad)
+    check_same_storage_order("grad", grad, "param", param)
+    check_exp_avg(exp_avg, "param", param)
+    x, g, m = (storage_order_view("param", t) for t in (param, grad, exp_avg))
+    foreach_lion_step_([x], [g], [m], lr=lr, beta1=beta1, beta2=beta2, weight_decay=weight_decay, impl=impl)
+
+
+def foreach_lion_encode(
+    exp_avg: Sequence[Tensor],
+    grad: Sequence[Tensor],
+    *,
+    beta1: Scalar,
+    parity: int | Tensor,
+    out: Sequence[Tensor],
+    status: Tensor | None = None,
+    maximize: bool = False,
+    impl: str = "auto",
+) -> None:
+    """`lion_encode` of lists; status is int32 with one element per tensor; ``maximize`` negates the gradients."""
+    b1 = beta_scalar("beta1", beta1)
+    _ENCODE(exp_avg, grad, b1, count_scalar("parity", parity), out, status, maximize, impl)
+
+
+def foreach_apply_votes_(
+    param: Sequence[Tensor],
+    packed: Sequence[Tensor],
+    *,
+    lr: Scalar,
+    weight_decay: Scalar,
+    grad: Sequence[Tensor] | None = None,
+    exp_avg: Sequence[Tensor] | None = None,
+    beta2: Scalar | None = None,
+    maximize: bool = False,
+    impl: str = "auto",
+) -> None:
+    """`apply_votes_` of lists; ``maximize`` negates the gradients."""
+    rate, decay = rate_scalar("lr", lr), rate_scalar("weight_decay", weight_decay)
+    if grad is None or exp_avg is None or beta2 is None:
+        _APPLY(param, packed, rate, decay, impl)
+    else:
+        b2 = beta_scalar("beta2", beta2)
+        _APPLY_MOMENTUM(param, packed, rate, decay, grad, exp_avg, b2, maximize, impl)
+
+
+def foreach_lion_step_(
+    param: Sequence[Tensor],
+    grad: Sequence[Tensor],
+    exp_avg: Sequence[Tensor],
+    *,
+    lr: Scalar,
+    beta1: Scalar,
+    beta2: Scalar,
+    weight_decay: Scalar,
+    maximize: bool = False,
+    impl: str = "auto",
+) -> None:
+    """`lion_step_` of lists; ``maximize`` negates the gradients."""
+    rate, decay = rate_scalar("lr", lr), rate_scalar("weight_decay", weight_decay)
+    b1, b2 = beta_scalar("beta1", beta1), beta_scalar("beta2", beta2)
+    _STEP(param, grad, exp_avg, rate, decay, b1, b2, maximize, impl)
+
+
+def _encode_arguments(
+    exp_avg: Tensor, grad: Tensor, out: Tensor | None, status: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    check_float("grad", grad)
+    check_exp_avg(exp_avg, "grad", grad)
+    check_status(status, grad)
+    n_bytes = packed_bytes(grad.numel())
+    if out is None:
+        out = torch.empty(n_bytes, dtype=torch.uint8, device=grad.device)
+    check_packed("out", out, n_bytes)
+    check_device("out", out, "grad", grad)
+    return storage_order_view("exp_avg", exp_avg), storage_order_view("grad", grad), out
+
+
+def _encode(
+    exp_avg: Sequence[Tensor],
+    grad: Sequence[Tensor],
+    beta1: Tensor,
+    parity: Tensor,
+    out: Sequence[Tensor],
+    status: Tensor | None,
+    maximize: bool,
+    impl: str,
+) -> None:
+    if grad:
+        run = backend(impl, grad[0].device)
+        run.lion_encode(exp_avg, grad, mix_of(beta1, maximize), int(parity) & 1, out, status)
+    mark_written(out, status)
+
+
+def _encode_(
+    exp_avg: Sequence[Tensor],
+    grad: Sequence[Tensor],
+    beta1: Tensor,
+    beta2: Tensor,
+    parity: Tensor,
+    out: Sequence[Tensor],
+    status: Tensor | None,
+    impl: str,
+) -> None:
+    if grad:
+        run = backend(impl, grad[0].device)
+        run.lion_encode_(exp_avg, grad, mix_of(beta1), mix_of(beta2), int(parity) & 1, out, status)
+    mark_written(exp_avg, out, status)
+
+
+def _apply(param: Sequence[Tensor], packed: Sequence[Tensor], lr: Tensor, weight_decay: Tensor, impl: str) -> None:
+    if param:
+        run = backend(impl, param[0].device)
+        run.apply_votes_(param, packed, round_to_float32(float(lr)), decay_of(lr, weight_decay), None, None, None)
+    mark_written(param)
+
+
+def _apply_momentum(
+    param: Sequence[Tensor],
+    packed: Sequence[Tensor],
+    lr: Tensor,
+    weight_decay: Tensor,
+    grad: Sequence[Tensor],
+    exp_avg: Sequence[Tensor],
+    beta2: Tensor,
+    maximize: bool,
+    impl: str,
+) -> None:
+    if param:
+        rate, decay = round_to_float32(float(lr)), decay_of(lr, weight_decay)
+        run = backend(impl, param[0].device)
+        run.apply_votes_(param, packed, rate, decay, grad, exp_avg, mix_of(beta2, maximize))
+    mark_written(param, exp_avg)
+
+
+def _step(
+    param: Sequence[Tensor],
+    grad: Sequence[Tensor],
+    exp_avg: Sequence[Tensor],
+    lr: Tensor,
+    weight_decay: Tensor,
+    beta1: Tensor,
+    beta2: Tensor,
+    maximize: bool,
+    impl: str,
+) -> None:
+    if param:
+        rate, decay = round_to_float32(float(lr)), decay_of(lr, weight_decay)
+        run = backend(impl, param[0].device)
+        run.lion_step_(param, grad, exp_avg, rate, decay, mix_of(beta1, maximize), mix_of(beta2, maximize))
+    mark_written(param, exp_avg)
+
+
+_ENCODE = register(
+    "lion_encode(Tensor[] exp_avg, Tensor[] grad, Tensor beta1, Tensor parity, Tensor(a!)[] out, "
+    "Tensor(b!)? status, bool maximize, str impl) -> ()",
+    _encode,
+)
+_ENCODE_ = register(
+    "lion_encode_(Tensor(a!)[] exp_avg, Tensor[] grad, Tensor beta1, Tensor beta2, Tensor parity, "
+    "Tensor(b!)[] out, Tensor(c!)? status, str impl) -> ()",
+    _encode_,
+)
+_APPLY = register(
+    "apply_votes_(Tensor(a!)[] param, Tensor[] packed, Tensor lr, Tensor weight_decay, str impl) -> ()",
+    _apply,
+)
+_APPLY_MOMENTUM = register(
+    "apply_votes_with_momentum_(Tensor(a!)[] param, Tensor[] packed, Tensor lr, Tensor weight_decay, "
+    "Tensor[] grad, Tensor(b!)[] exp_avg, Tensor beta2, bool maximize, str impl) -> ()",
+    _apply_momentum,
+)
+_STEP = register(
+    "lion_step_(Tensor(a!)[] param, Tensor[] grad, Tensor(b!)[] exp_avg, Tensor lr, Tensor weight_decay, "
+    "Tensor beta1, Tensor beta2, bool maximize, str impl) -> ()",
+    _step,
+)

@@ -1,0 +1,247 @@
+"""quantize, lion_quantize and dequantize: values to a few integer levels in p-bit fields, and back."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lioncub.kernels.backends import backend
+from lioncub.kernels.checks import (
+    FLOAT_DTYPES,
+    check_device,
+    check_exp_avg,
+    check_float,
+    check_packed,
+    check_status,
+    storage_order_view,
+)
+from lioncub.kernels.layout import packed_bytes
+from lioncub.kernels.random_bits import MAX_ELEMENTS, Stream
+from lioncub.kernels.registry import mark_written, register
+from lioncub.kernels.scalars import Scalar, beta_scalar, mix_of
+
+FIELD_BITS = (2, 4, 8)
+# gain*K*x/scale is rounded; with 1/2 and K = 1 every "linf" code would be zero
+GAINS = {"l1": 0.5, "l2": 0.5, "linf": 1.0}
+
+
+def quantize(
+    x: Tensor,
+    *,
+    bits: int = 2,
+    norm: str = "l1",
+    scale: Tensor | None = None,
+    stochastic: bool = False,
+    seed: int = 0,
+    worker: int = 0,
+    step: int = 0,
+    tensor: int = 0,
+    block: int | None = None,
+    impl: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Quantize ``x`` to levels -K..K, K = 2^(bits-1) - 1, stored as level + K (Lion Cub, arXiv 2411.16462, sec. 2).
+
+    level = clip(round(gain*K*x/scale), -K, K), half to even; gain is 1/2 for "l1" and "l2", 1 for "linf". An
+    element that is NaN, and every element of a block whose scale is 0, has level 0.
+
+    Args:
+        x: dense fp32, bf16 or fp16 tensor of n elements, taken in storage order.
+        bits: width of a field: 2, 4 or 8.
+        norm: the scale is the mean ("l1"), root mean square ("l2") or maximum ("linf") of |x|.
+        scale: fp32[blocks] to use; computed unless given.
+        stochastic: round up with probability equal to the fraction, with Philox words that are a pure function of
+            (seed, worker, step, tensor, element).
+        block: elements per scale, a power of two; one scale for the whole tensor unless given.
+        impl: "auto", "triton", "cpu" or "reference". Codes are bit-identical for the same scale, scales within 1e-6.
+
+    Returns:
+        (uint8[packed_bytes(n, bits)], fp32[blocks]).
+    """
+    check_float("x", x)
+    flat = storage_order_view("x", x)
+    size = _check_fields(bits, norm, block, flat.numel(), stochastic)
+    if scale is None:
+        scale = _empty_scale(flat, size)
+        _SCALE(flat, scale, norm, size, impl)
+    _check_scale(scale, flat, size)
+    out = torch.empty(packed_bytes(flat.numel(), bits), dtype=torch.uint8, device=x.device)
+    _QUANTIZE(flat, scale, _stream(seed, worker, step, tensor), out, bits, norm, size, stochastic, impl)
+    return out, scale
+
+
+def lion_quantize(
+    exp_avg: Tensor,
+    grad: Tensor,
+    *,
+    beta1: Scalar,
+    bits: int = 2,
+    norm: str = "l1",
+    scale: Tensor | None = None,
+    stochastic: bool = False,
+    seed: int = 0,
+    worker: int = 0,
+    step: int = 0,
+    tensor: int = 0,
+    block: int | None = None,
+    status: Tensor | None = None,
+    impl: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """`quantize` of Lion's update beta1*exp_avg + (1-beta1)*grad, which is never stored.
+
+    One pass over exp_avg and grad, two where the scale is not given. Mutates only ``status``, int32[1], set to 1
+    where any element of grad, exp_avg or the update is not finite.
+    """
+    check_float("grad", grad)
+    check_exp_avg(exp_avg, "grad", grad)
+    check_status(status, grad)
+    m, g = storage_order_view("exp_avg", exp_avg), storage_order_view("grad", grad)
+    size = _check_fields(bits, norm, block, g.numel(), stochastic)
+    b1 = beta_scalar("beta1", beta1)
+    if scale is None:
+        scale = _empty_scale(g, size)
+        _LION_SCALE(m, g, b1, scale, norm, size, impl)
+    _check_scale(scale, g, size)
+    out = torch.empty(packed_bytes(g.numel(), bits), dtype=torch.uint8, device=grad.device)
+    stream = _stream(seed, worker, step, tensor)
+    _LION_QUANTIZE(m, g, b1, scale, stream, out, status, bits, norm, size, stochastic, impl)
+    return out, scale
+
+
+def dequantize(
+    packed: Tensor,
+    scale: Tensor,
+    n: int,
+    *,
+    bits: int = 2,
+    norm: str = "l1",
+    block: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    impl: str = "auto",
+) -> Tensor:
+    """level * scale / (gain*K) of the first n codes of ``packed`` (uint8[packed_bytes(n, bits)]), shape [n]."""
+    if dtype not in FLOAT_DTYPES:
+        raise TypeError(f"dtype: expected float32, bfloat16 or float16, got {dtype}")
+    size = _check_fields(bits, norm, block, n, False)
+    check_packed("packed", packed, packed_bytes(n, bits))
+    out = torch.empty(n, dtype=dtype, device=packed.device)
+    _check_scale(scale, out, size)
+    _DEQUANTIZE(packed, scale, out, bits, norm, size, impl)
+    return out
+
+
+def _check_fields(bits: int, norm: str, block: int | None, n: int, stochastic: bool) -> int:
+    """Check what the fields are made of; the block size, 0 for one scale per tensor."""
+    if bits not in FIELD_BITS:
+        raise ValueError(f"bits: expected one of {FIELD_BITS}, got {bits}")
+    if norm not in GAINS:
+        raise ValueError(f"norm: expected one of {tuple(GAINS)}, got {norm!r}")
+    if block is not None and (block < 1 or block & (block - 1)):
+        raise ValueError(f"block: expected a power of two or None, got {block}")
+    if stochastic and n > MAX_ELEMENTS:
+        raise ValueError(f"stochastic: expected at most 2^34 elements in a stream, got {n}")
+    return block or 0
+
+
+def _empty_scale(like: Tensor, block: int) -> Tensor:
+    return torch.empty(_scale_count(like.numel(), block), dtype=torch.float32, device=like.device)
+
+
+def _scale_count(n: int, block: int) -> int:
+    return max(-(-n // block), 1) if block else 1
+
+
+def _check_scale(scale: Tensor, like: Tensor, block: int) -> None:
+    expected = (_scale_count(like.numel(), block),)
+    if scale.dtype != torch.float32 or scale.shape != expected or not scale.is_contiguous():
+        raise ValueError(
+            f"scale: expected a contiguous float32 tensor of shape {expected}, "
+            f"got {scale.dtype} of shape {tuple(scale.shape)}"
+        )
+    check_device("scale", scale, "data", like)
+
+
+def _stream(*parts: int) -> Tensor:
+    # any integer is taken modulo 2^64, so that a seed from os.urandom is as good as a small one
+    signed = [(part + 2**63) % 2**64 - 2**63 for part in parts]
+    return torch.tensor(signed, dtype=torch.int64, device="cpu")
+
+
+def _stream_of(words: Tensor, stochastic: bool) -> Stream | None:
+    return Stream(*words.tolist()) if stochastic else None
+
+
+def _scale(x: Tensor, scale: Tensor, norm: str, block: int, impl: str) -> None:
+    run = backend(impl, x.device)
+    if x.numel():
+        run.block_scale(x, norm, block, scale)
+    else:
+        scale.zero_()
+    mark_written(scale)
+
+
+def _lion_scale(exp_avg: Tensor, grad: Tensor, beta1: Tensor, scale: Tensor, norm: str, block: int, impl: str) -> None:
+    run = backend(impl, grad.device)
+    if grad.numel():
+        run.lion_block_scale(exp_avg, grad, mix_of(beta1), norm, block, scale)
+    else:
+        scale.zero_()
+    mark_written(scale)
+
+
+def _quantize(
+    x: Tensor, scale: Tensor, stream: Tensor, out: Tensor, bits: int, norm: str, block: int, stochastic: bool, impl: str
+) -> None:
+    run = backend(impl, x.device)
+    if x.numel():
+        run.quantize(x, scale, GAINS[norm], block, bits, _stream_of(stream, stochastic), out)
+    mark_written(out)
+
+
+def _lion_quantize(
+    exp_avg: Tensor,
+    grad: Tensor,
+    beta1: Tensor,
+    scale: Tensor,
+    stream: Tensor,
+    out: Tensor,
+    status: Tensor | None,
+    bits: int,
+    norm: str,
+    block: int,
+    stochastic: bool,
+    impl: str,
+) -> None:
+    run = backend(impl, grad.device)
+    if grad.numel():
+        words = _stream_of(stream, stochastic)
+        run.lion_quantize(exp_avg, grad, mix_of(beta1), scale, GAINS[norm], block, bits, words, out, status)
+    mark_written(out, status)
+
+
+def _dequantize(packed: Tensor, scale: Tensor, out: Tensor, bits: int, norm: str, block: int, impl: str) -> None:
+    run = backend(impl, packed.device)
+    if out.numel():
+        run.dequantize(packed, scale, GAINS[norm], block, bits, out)
+    mark_written(out)
+
+
+_SCALE = register("block_scale(Tensor x, Tensor(a!) scale, str norm, int block, str impl) -> ()", _scale)
+_LION_SCALE = register(
+    "lion_block_scale(Tensor exp_avg, Tensor grad, Tensor beta1, Tensor(a!) scale, str norm, int block, "
+    "str impl) -> ()",
+    _lion_scale,
+)
+_QUANTIZE = register(
+    "quantize(Tensor x, Tensor scale, Tensor stream, Tensor(a!) out, int bits, str norm, int block, "
+    "bool stochastic, str impl) -> ()",
+    _quantize,
+)
+_LION_QUANTIZE = register(
+    "lion_quantize(Tensor exp_avg, Tensor grad, Tensor beta1, Tensor scale, Tensor stream, Tensor(a!) out, "
+    "Tensor(b!)? status, int bits, str norm, int block, bool stochastic, str impl) -> ()",
+    _lion_quantize,
+)
+_DEQUANTIZE = register(
+    "dequantize(Tensor packed, Tensor scale, Tensor(a!) out, int bits, str norm, int block, str impl) -> ()",
+    _dequantize,
+)

@@ -1,0 +1,213 @@
+"""The specification: every op in plain torch, for any device. Imports neither triton nor numba.
+
+Tensors are 1-d and contiguous (the public functions hand over storage-order views), checked, and written in
+place; coefficients are float32 values. Each implementation module has these same functions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from einops import rearrange, reduce
+from torch import Tensor
+
+from lioncub.kernels.layout import largest_level
+from lioncub.kernels.random_bits import Stream, random_words
+from lioncub.kernels.scalars import Mix, round_to_float32
+
+
+def pack_signs(x: Tensor, parity: int, out: Tensor) -> None:
+    """out[packed_bytes(n)] = one bit per element of x[n]: 1 where > 0, parity bit where 0 or NaN (rules 2, 3)."""
+    _pack_fields(_sign_codes(x, parity), 1, out)
+
+
+def unpack_signs(packed: Tensor, out: Tensor) -> None:
+    """out[n] = +1 where the bit is set, else -1."""
+    out.copy_(_unpack_fields(packed, out.numel(), 1).to(torch.int8) * 2 - 1)
+
+
+def lion_encode(
+    exp_avg: Sequence[Tensor],
+    grad: Sequence[Tensor],
+    beta1: Mix,
+    parity: int,
+    out: Sequence[Tensor],
+    status: Tensor | None,
+) -> None:
+    """out[i] = packed sign codes of tensor i's update; status[i] = 1 where an element of it is not finite."""
+    for i, (m, g, packed) in enumerate(zip(exp_avg, grad, out, strict=True)):
+        update = _mix(beta1, m, g)
+        _flag_nonfinite(update, status, i)
+        pack_signs(update, parity, packed)
+
+
+def lion_encode_(
+    exp_avg: Sequence[Tensor],
+    grad: Sequence[Tensor],
+    beta1: Mix,
+    beta2: Mix,
+    parity: int,
+    out: Sequence[Tensor],
+    status: Tensor | None,
+) -> None:
+    """lion_encode, and exp_avg advances; an element whose update is not finite keeps its momentum."""
+    for i, (m, g, packed) in enumerate(zip(exp_avg, grad, out, strict=True)):
+        update = _mix(beta1, m, g)
+        _flag_nonfinite(update, status, i)
+        pack_signs(update, parity, packed)
+        m.copy_(torch.where(update.isfinite(), _mix(beta2, m, g), m.float()))
+
+
+def majority_vote(packed: Tensor, parity: int, out: Tensor, counts: Tensor | None) -> None:
+    """out[B] = majority bit of each column of packed[N, B]; counts[2] += (ties, unanimous codes), pads included."""
+    workers, n_bytes = packed.shape
+    bits = torch.stack([_unpack_fields(row, 8 * n_bytes, 1) for row in packed])
+    ones = reduce(bits.to(torch.int32), "worker code -> code", "sum")
+    tied = 2 * ones == workers
+    majority = torch.where(tied, _parity_bits(ones, parity), (2 * ones > workers).to(torch.uint8))
+    _pack_fields(majority, 1, out)
+    if counts is not None:
+        counts += torch.stack([tied.sum(), ((ones == 0) | (ones == workers)).sum()])
+
+
+def apply_votes_(
+    param: Sequence[Tensor],
+    packed: Sequence[Tensor],
+    lr: float,
+    decay: float,
+    grad: Sequence[Tensor] | None,
+    exp_avg: Sequence[Tensor] | None,
+    beta2: Mix | None,
+) -> None:
+    """param = param*decay - lr*(+1/-1); where given, exp_avg = beta2*exp_avg + (1-beta2)*grad."""
+    for x, votes in zip(param, packed, strict=True):
+        up = _unpack_fields(votes, x.numel(), 1) == 1
+        x.copy_(x.float() * decay - torch.where(up, lr, -lr))
+    if grad is not None and exp_avg is not None and beta2 is not None:
+        for m, g in zip(exp_avg, grad, strict=True):
+            m.copy_(_mix(beta2, m, g))
+
+
+def lion_step_(
+    param: Sequence[Tensor],
+    grad: Sequence[Tensor],
+    exp_avg: Sequence[Tensor],
+    lr: float,
+    decay: float,
+    beta1: Mix,
+    beta2: Mix,
+) -> None:
+    """The whole Lion step of one worker; the sign of zero and of NaN is 0."""
+    for x, g, m in zip(param, grad, exp_avg, strict=True):
+        update = _mix(beta1, m, g)
+        step = torch.where(update > 0, lr, 0.0) - torch.where(update < 0, lr, 0.0)
+        x.copy_(x.float() * decay - step)
+        m.copy_(_mix(beta2, m, g))
+
+
+def block_scale(x: Tensor, norm: str, block: int, scale: Tensor) -> None:
+    """scale[blocks] = norm of each block of |x|: mean ("l1"), root mean square ("l2") or maximum ("linf")."""
+    n, blocks = x.numel(), scale.numel()
+    size = block or max(n, 1)
+    magnitude = torch.zeros(blocks * size, dtype=torch.float64, device=x.device)
+    magnitude[:n] = x.double().abs()
+    magnitude = rearrange(magnitude, "(block element) -> block element", block=blocks)
+    if norm == "linf":
+        scale.copy_(magnitude.amax(dim=1))
+        return
+    filled = torch.full((blocks, 1), size, dtype=torch.float64, device=x.device)
+    filled[-1] = max(n - (blocks - 1) * size, 1)
+    power = magnitude if norm == "l1" else magnitude.square()
+    mean = (power / filled).sum(dim=1)
+    scale.copy_(mean if norm == "l1" else mean.sqrt())
+
+
+def lion_block_scale(exp_avg: Tensor, grad: Tensor, beta1: Mix, norm: str, block: int, scale: Tensor) -> None:
+    """block_scale of the update."""
+    block_scale(_mix(beta1, exp_avg, grad), norm, block, scale)
+
+
+def quantize(x: Tensor, scale: Tensor, gain: float, block: int, bits: int, stream: Stream | None, out: Tensor) -> None:
+    """out = packed codes q + K of x[n], q = gain*K*x/scale rounded to even or, with a stream, stochastically."""
+    level = largest_level(bits)
+    factor = torch.where(scale == 0, 0.0, torch.tensor(gain * level, device=scale.device) / scale)
+    ratio = x.float() * _per_element(factor, block, x.numel())
+    ratio = torch.where(ratio.isnan(), 0.0, ratio).clamp(-level, level)
+    if stream is None:
+        q = ratio.round()
+    else:
+        magnitude = ratio.abs()
+        whole = magnitude.floor()
+        uniform = (random_words(stream, x.numel(), x.device) >> 8).float() * 2.0**-24
+        q = torch.copysign(whole + (uniform < magnitude - whole), ratio)
+    _pack_fields((q + level).to(torch.uint8), bits, out)
+
+
+def lion_quantize(
+    exp_avg: Tensor,
+    grad: Tensor,
+    beta1: Mix,
+    scale: Tensor,
+    gain: float,
+    block: int,
+    bits: int,
+    stream: Stream | None,
+    out: Tensor,
+    status: Tensor | None,
+) -> None:
+    """quantize of the update; status[0] = 1 where an element of it is not finite."""
+    update = _mix(beta1, exp_avg, grad)
+    _flag_nonfinite(update, status, 0)
+    quantize(update, scale, gain, block, bits, stream, out)
+
+
+def dequantize(packed: Tensor, scale: Tensor, gain: float, block: int, bits: int, out: Tensor) -> None:
+    """out[n] = q * (scale / (gain*K))."""
+    level = largest_level(bits)
+    q = _unpack_fields(packed, out.numel(), bits).float() - level
+    unit = scale / round_to_float32(gain * level)
+    out.copy_(q * _per_element(unit, block, out.numel()))
+
+
+def _mix(mix: Mix, state: Tensor, incoming: Tensor) -> Tensor:
+    """fl(fl(kept*state) + fl(new*incoming)) in fp32 (rule 1): two products, one sum, never fused."""
+    return mix.kept * state.float() + mix.new * incoming.float()
+
+
+def _flag_nonfinite(update: Tensor, status: Tensor | None, i: int) -> None:
+    # a gradient or momentum that is not finite makes the update not finite too, so one test sees all three
+    if status is not None:
+        status[i] |= (~update.isfinite()).any().to(torch.int32)
+
+
+def _sign_codes(x: Tensor, parity: int) -> Tensor:
+    undecided = ~((x > 0) | (x < 0))
+    return torch.where(undecided, _parity_bits(x, parity), (x > 0).to(torch.uint8))
+
+
+def _parity_bits(like: Tensor, parity: int) -> Tensor:
+    """(j + t) & 1 of each flat index j (rule 3)."""
+    index = torch.arange(like.numel(), device=like.device)
+    return ((index + (parity & 1)) & 1).to(torch.uint8)
+
+
+def _per_element(per_block: Tensor, block: int, n: int) -> Tensor:
+    return per_block.repeat_interleave(block)[:n] if block else per_block.expand(n)
+
+
+def _pack_fields(codes: Tensor, bits: int, out: Tensor) -> None:
+    """Little-endian fields of ``bits`` bits; out beyond the last code is zero."""
+    per_byte = 8 // bits
+    padded = torch.zeros(out.numel() * per_byte, dtype=torch.uint8, device=codes.device)
+    padded[: codes.numel()] = codes
+    fields = rearrange(padded, "(byte field) -> byte field", field=per_byte)
+    shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=codes.device)
+    torch.sum(fields << shifts, dim=1, dtype=torch.uint8, out=out)
+
+
+def _unpack_fields(packed: Tensor, n: int, bits: int) -> Tensor:
+    """The first n codes of ``packed`` as uint8[n]."""
+    shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device)
+    fields = (rearrange(packed, "byte -> byte 1") >> shifts) & (2**bits - 1)
+    return rearrange(fields, "byte field -> (byte field)")[:n]

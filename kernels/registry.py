@@ -1,0 +1,36 @@
+"""Registration of ops with torch.library: declared mutation, a fake, one implementation for every device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_LIBRARY = torch.library.Library("lioncub", "DEF")
+
+
+def register(schema: str, kernel: Callable[..., None]) -> Any:
+    """Define op ``lioncub::<schema>`` whose only effects are on its mutated arguments; return its overload.
+
+    Ops return nothing: the public wrappers allocate, so a fake has nothing to do. The low-level interface is
+    used because its call costs 3 us where `torch.library.custom_op` costs 36 us (measured, torch 2.13).
+    """
+    name = schema.split("(", 1)[0]
+    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"lioncub::{name}", _fake, lib=_LIBRARY)
+    return getattr(torch.ops.lioncub, name).default
+
+
+def mark_written(*written: Tensor | Sequence[Tensor] | None) -> None:
+    """Advance the version counters of tensors that a kernel wrote behind autograd's back."""
+    for item in written:
+        for tensor in (item,) if isinstance(item, Tensor) else item or ():
+            if not tensor.is_inference():
+                torch.autograd.graph.increment_version(tensor)
+
+
+def _fake(*args: Any) -> None:
+    """Every op writes into arguments that the caller shaped, so tracing needs no output."""

@@ -1,0 +1,62 @@
+"""majority_vote: N packed messages to one, on packed words."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lioncub.kernels.backends import backend
+from lioncub.kernels.checks import check_device, check_packed
+from lioncub.kernels.registry import mark_written, register
+from lioncub.kernels.scalars import count_scalar
+
+
+def majority_vote(
+    packed: Tensor,
+    *,
+    parity: int | Tensor = 0,
+    out: Tensor | None = None,
+    counts: Tensor | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """Majority of N voters' one-bit codes, without unpacking them (rule 4 of docs/numerics.md).
+
+    Args:
+        packed: uint8[N, B], one row per voter, N >= 1; rows may lie apart (any row stride), bytes may not.
+        parity: step counter t; a tie at element j gives bit (j + t) & 1.
+        out: uint8[B] to write; allocated unless given.
+        counts: int64[2]; the numbers of tied and of unanimous codes among all 8*B are added to it.
+        impl: "auto", "triton", "cpu" or "reference".
+
+    Returns:
+        ``out``: bit 1 where more voters have 1 than 0. Pad codes, 0 everywhere, stay 0 and count as unanimous.
+    """
+    if not isinstance(packed, Tensor) or packed.dtype != torch.uint8:
+        raise TypeError(f"packed: expected a uint8 tensor, got {getattr(packed, 'dtype', type(packed).__name__)}")
+    if packed.dim() != 2 or packed.shape[0] < 1:
+        raise ValueError(f"packed: expected shape [N, B] with N >= 1, got {tuple(packed.shape)}")
+    if packed.shape[1] > 1 and packed.stride(1) != 1:
+        raise ValueError(f"packed: expected rows of adjacent bytes, got strides {packed.stride()}")
+    n_bytes = packed.shape[1]
+    if out is None:
+        out = torch.empty(n_bytes, dtype=torch.uint8, device=packed.device)
+    check_packed("out", out, n_bytes)
+    check_device("out", out, "packed", packed)
+    if counts is not None:
+        if counts.dtype != torch.int64 or counts.shape != (2,):
+            raise ValueError(f"counts: expected int64[2], got {counts.dtype} {tuple(counts.shape)}")
+        check_device("counts", counts, "packed", packed)
+    _VOTE(packed, count_scalar("parity", parity), out, counts, impl)
+    return out
+
+
+def _vote(packed: Tensor, parity: Tensor, out: Tensor, counts: Tensor | None, impl: str) -> None:
+    run = backend(impl, packed.device)
+    if out.numel():
+        run.majority_vote(packed, int(parity) & 1, out, counts)
+    mark_written(out, counts)
+
+
+_VOTE = register(
+    "majority_vote(Tensor packed, Tensor parity, Tensor(a!) out, Tensor(b!)? counts, str impl) -> ()", _vote
+)
