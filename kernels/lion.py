@@ -1,7 +1,8 @@
 """The Lion kernels: encode the update, apply a vote, or take the whole step on one device.
 
 Each public function takes one tensor; its ``foreach_`` twin takes lists, one call for a whole bucket, and checks
-nothing but what the registered op needs: 1-d contiguous tensors in storage order.
+nothing but what the registered op needs: 1-d contiguous tensors in storage order. There ``grad_scale`` multiplies the
+gradients within the pass, exactly for -1 and powers of two (maximization, the inverse of a loss scale).
 """
 
 from __future__ import annotations
@@ -23,7 +24,16 @@ from lioncub.kernels.checks import (
 )
 from lioncub.kernels.layout import packed_bytes
 from lioncub.kernels.registry import mark_written, register
-from lioncub.kernels.scalars import Scalar, beta_scalar, count_scalar, decay_of, mix_of, rate_scalar, round_to_float32
+from lioncub.kernels.scalars import (
+    Scalar,
+    beta_scalar,
+    count_scalar,
+    decay_of,
+    factor_scalar,
+    mix_of,
+    rate_scalar,
+    round_to_float32,
+)
 
 
 def lion_encode(
@@ -147,12 +157,14 @@ def foreach_lion_encode(
     parity: int | Tensor,
     out: Sequence[Tensor],
     status: Tensor | None = None,
-    maximize: bool = False,
+    grad_scale: Scalar = 1.0,
     impl: str = "auto",
 ) -> None:
-    """`lion_encode` of lists; status is int32 with one element per tensor; ``maximize`` negates the gradients."""
+    """`lion_encode` of lists; status is int32 with one element per tensor."""
     b1 = beta_scalar("beta1", beta1)
-    _ENCODE(exp_avg, grad, b1, count_scalar("parity", parity), out, status, maximize, impl)
+    _ENCODE(
+        exp_avg, grad, b1, count_scalar("parity", parity), out, status, factor_scalar("grad_scale", grad_scale), impl
+    )
 
 
 def foreach_apply_votes_(
@@ -164,16 +176,16 @@ def foreach_apply_votes_(
     grad: Sequence[Tensor] | None = None,
     exp_avg: Sequence[Tensor] | None = None,
     beta2: Scalar | None = None,
-    maximize: bool = False,
+    grad_scale: Scalar = 1.0,
     impl: str = "auto",
 ) -> None:
-    """`apply_votes_` of lists; ``maximize`` negates the gradients."""
+    """`apply_votes_` of lists."""
     rate, decay = rate_scalar("lr", lr), rate_scalar("weight_decay", weight_decay)
     if grad is None or exp_avg is None or beta2 is None:
         _APPLY(param, packed, rate, decay, impl)
     else:
         b2 = beta_scalar("beta2", beta2)
-        _APPLY_MOMENTUM(param, packed, rate, decay, grad, exp_avg, b2, maximize, impl)
+        _APPLY_MOMENTUM(param, packed, rate, decay, grad, exp_avg, b2, factor_scalar("grad_scale", grad_scale), impl)
 
 
 def foreach_lion_step_(
@@ -185,13 +197,13 @@ def foreach_lion_step_(
     beta1: Scalar,
     beta2: Scalar,
     weight_decay: Scalar,
-    maximize: bool = False,
+    grad_scale: Scalar = 1.0,
     impl: str = "auto",
 ) -> None:
-    """`lion_step_` of lists; ``maximize`` negates the gradients."""
+    """`lion_step_` of lists."""
     rate, decay = rate_scalar("lr", lr), rate_scalar("weight_decay", weight_decay)
     b1, b2 = beta_scalar("beta1", beta1), beta_scalar("beta2", beta2)
-    _STEP(param, grad, exp_avg, rate, decay, b1, b2, maximize, impl)
+    _STEP(param, grad, exp_avg, rate, decay, b1, b2, factor_scalar("grad_scale", grad_scale), impl)
 
 
 def _encode_arguments(
@@ -215,12 +227,12 @@ def _encode(
     parity: Tensor,
     out: Sequence[Tensor],
     status: Tensor | None,
-    maximize: bool,
+    grad_scale: Tensor,
     impl: str,
 ) -> None:
     if grad:
         run = backend(impl, grad[0].device)
-        run.lion_encode(exp_avg, grad, mix_of(beta1, maximize), int(parity) & 1, out, status)
+        run.lion_encode(exp_avg, grad, mix_of(beta1, grad_scale), int(parity) & 1, out, status)
     mark_written(out, status)
 
 
@@ -255,13 +267,13 @@ def _apply_momentum(
     grad: Sequence[Tensor],
     exp_avg: Sequence[Tensor],
     beta2: Tensor,
-    maximize: bool,
+    grad_scale: Tensor,
     impl: str,
 ) -> None:
     if param:
         rate, decay = round_to_float32(float(lr)), decay_of(lr, weight_decay)
         run = backend(impl, param[0].device)
-        run.apply_votes_(param, packed, rate, decay, grad, exp_avg, mix_of(beta2, maximize))
+        run.apply_votes_(param, packed, rate, decay, grad, exp_avg, mix_of(beta2, grad_scale))
     mark_written(param, exp_avg)
 
 
@@ -273,19 +285,19 @@ def _step(
     weight_decay: Tensor,
     beta1: Tensor,
     beta2: Tensor,
-    maximize: bool,
+    grad_scale: Tensor,
     impl: str,
 ) -> None:
     if param:
         rate, decay = round_to_float32(float(lr)), decay_of(lr, weight_decay)
         run = backend(impl, param[0].device)
-        run.lion_step_(param, grad, exp_avg, rate, decay, mix_of(beta1, maximize), mix_of(beta2, maximize))
+        run.lion_step_(param, grad, exp_avg, rate, decay, mix_of(beta1, grad_scale), mix_of(beta2, grad_scale))
     mark_written(param, exp_avg)
 
 
 _ENCODE = register(
     "lion_encode(Tensor[] exp_avg, Tensor[] grad, Tensor beta1, Tensor parity, Tensor(a!)[] out, "
-    "Tensor(b!)? status, bool maximize, str impl) -> ()",
+    "Tensor(b!)? status, Tensor grad_scale, str impl) -> ()",
     _encode,
 )
 _ENCODE_ = register(
@@ -299,11 +311,11 @@ _APPLY = register(
 )
 _APPLY_MOMENTUM = register(
     "apply_votes_with_momentum_(Tensor(a!)[] param, Tensor[] packed, Tensor lr, Tensor weight_decay, "
-    "Tensor[] grad, Tensor(b!)[] exp_avg, Tensor beta2, bool maximize, str impl) -> ()",
+    "Tensor[] grad, Tensor(b!)[] exp_avg, Tensor beta2, Tensor grad_scale, str impl) -> ()",
     _apply_momentum,
 )
 _STEP = register(
     "lion_step_(Tensor(a!)[] param, Tensor[] grad, Tensor(b!)[] exp_avg, Tensor lr, Tensor weight_decay, "
-    "Tensor beta1, Tensor beta2, bool maximize, str impl) -> ()",
+    "Tensor beta1, Tensor beta2, Tensor grad_scale, str impl) -> ()",
     _step,
 )

@@ -28,11 +28,11 @@ def round_to_float32(value: float) -> float:
     return ctypes.c_float(value).value
 
 
-def mix_of(beta: Tensor, maximize: bool = False) -> Mix:
-    """float32 (beta, 1 - beta); with ``maximize`` the second is negated, which is exactly a negated gradient."""
+def mix_of(beta: Tensor, grad_scale: Tensor | None = None) -> Mix:
+    """float32 (beta, 1 - beta); a ``grad_scale`` multiplies the second, exactly where it is -1 or a power of two."""
     b = float(beta)
     new = round_to_float32(1.0 - b)
-    return Mix(round_to_float32(b), -new if maximize else new)
+    return Mix(round_to_float32(b), new if grad_scale is None else round_to_float32(new * float(grad_scale)))
 
 
 def decay_of(lr: Tensor, weight_decay: Tensor) -> float:
@@ -51,6 +51,13 @@ def rate_scalar(name: str, value: Scalar) -> Tensor:
     """A 0-dim float64 tensor of a finite number >= 0; a 0-dim tensor passes through unread."""
     if not isinstance(value, Tensor) and not (value >= 0.0 and math.isfinite(value)):
         raise ValueError(f"{name}: expected a finite number >= 0, got {value}")
+    return _scalar(name, value)
+
+
+def factor_scalar(name: str, value: Scalar) -> Tensor:
+    """A 0-dim float64 tensor of a finite number; a 0-dim tensor passes through unread."""
+    if not isinstance(value, Tensor) and not math.isfinite(value):
+        raise ValueError(f"{name}: expected a finite number, got {value}")
     return _scalar(name, value)
 
 

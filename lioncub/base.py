@@ -1,0 +1,145 @@
+"""What both optimizers are made of: checked arguments, momentum created at construction, exact checkpoints."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping
+from copy import deepcopy
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lioncub.arguments import Hyperparameters, check_no_overlap, check_parameter, parameter_names
+from lioncub.kernels.backends import IMPLS, resolve_impl
+
+Params = Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]
+
+
+class MomentumOptimizer(torch.optim.Optimizer):
+    """Base of `Lion` and `LionCub`: one fp32 ``exp_avg`` per parameter, in the parameter's storage order.
+
+    A subclass creates the momentum of a new group in ``_create_state`` and keeps what must survive in
+    ``state[p]["exp_avg"]`` and in its param groups.
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float | Tensor,
+        betas: tuple[float, float],
+        weight_decay: float,
+        maximize: bool,
+        impl: str,
+        **group_defaults: Any,
+    ) -> None:
+        if impl not in IMPLS:
+            raise ValueError(f"impl: expected one of {IMPLS}, got {impl!r}")
+        defaults = {"lr": lr, "betas": betas, "weight_decay": weight_decay, "maximize": maximize, **group_defaults}
+        Hyperparameters.of(defaults)
+        self._impl = impl
+        super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group as `torch.optim.Optimizer` does; where it is refused, nothing has changed."""
+        super().add_param_group(param_group)
+        try:
+            self._check_last_group()
+        except (TypeError, ValueError, ImportError):
+            self.param_groups.pop()
+            raise
+        self._create_state(len(self.param_groups) - 1)
+        self._warn_where_lr_moves_nothing(self.param_groups[-1])
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Load a checkpoint: momentum is copied bit for bit into the memory that the optimizer already uses.
+
+        Raises ValueError or TypeError, with nothing changed, where groups, shapes or dtypes do not fit.
+        """
+        loaded: Any = dict(state_dict)
+        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
+            replaced = pre_hook(self, loaded)
+            loaded = loaded if replaced is None else replaced
+        groups = self._checked_groups(loaded)
+        momenta = self._checked_momenta(loaded)
+        with torch.no_grad():
+            for param, exp_avg in momenta:
+                self.state[param]["exp_avg"].copy_(exp_avg)
+        for mine, saved in zip(self.param_groups, groups, strict=True):
+            mine.update(saved)
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
+
+    def _create_state(self, group_index: int) -> None:
+        raise NotImplementedError
+
+    def _named_parameters(self) -> list[tuple[str, Tensor]]:
+        """All parameters with the names that errors use, in the order of the groups."""
+        return [
+            pair
+            for i, group in enumerate(self.param_groups)
+            for pair in zip(parameter_names(group, i), group["params"], strict=True)
+        ]
+
+    def _check_last_group(self) -> None:
+        Hyperparameters.of(self.param_groups[-1])
+        index = len(self.param_groups) - 1
+        names = parameter_names(self.param_groups[-1], index)
+        for name, param in zip(names, self.param_groups[-1]["params"], strict=True):
+            check_parameter(name, param)
+            resolve_impl(self._impl, param.device)
+        check_no_overlap(self._named_parameters())
+
+    def _checked_groups(self, state_dict: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """The saved groups' options, without parameters and their names."""
+        saved = state_dict["param_groups"]
+        expected = [len(group["params"]) for group in self.param_groups]
+        got = [len(group["params"]) for group in saved]
+        if expected != got:
+            raise ValueError(f"state_dict: expected param groups of {expected} parameters, got {got}")
+        kept = ("params", "param_names")
+        options = [{key: deepcopy(value) for key, value in group.items() if key not in kept} for group in saved]
+        for mine, theirs in zip(self.param_groups, options, strict=True):
+            Hyperparameters.of({**mine, **theirs})
+        return options
+
+    def _checked_momenta(self, state_dict: Mapping[str, Any]) -> list[tuple[Tensor, Tensor]]:
+        """(parameter, saved momentum) of every parameter, in their order."""
+        saved_ids = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
+        momenta = []
+        for key, (name, param) in zip(saved_ids, self._named_parameters(), strict=True):
+            exp_avg = state_dict["state"].get(key, {}).get("exp_avg")
+            mine = self.state[param]["exp_avg"]
+            if exp_avg is None:
+                raise ValueError(f"state_dict: expected exp_avg of parameter {name}, got none")
+            if exp_avg.shape != mine.shape:
+                raise ValueError(
+                    f"state_dict: expected exp_avg of parameter {name} of shape {tuple(mine.shape)}, "
+                    f"got {tuple(exp_avg.shape)}"
+                )
+            if exp_avg.dtype != mine.dtype:
+                raise TypeError(
+                    f"state_dict: expected exp_avg of parameter {name} of dtype {mine.dtype}, got {exp_avg.dtype}"
+                )
+            momenta.append((param, exp_avg))
+        return momenta
+
+    def _warn_where_lr_moves_nothing(self, group: dict[str, Any]) -> None:
+        """Warn, once per group, where most low-precision weights are too large for a step of lr to change them."""
+        lr = Hyperparameters.of(group).lr
+        low = [p.detach() for p in group["params"] if p.dtype != torch.float32 and p.numel()]
+        total = sum(p.numel() for p in low)
+        if not total or not lr:
+            return
+        stuck = sum(
+            int(((p.float() - lr).to(p.dtype) == p).logical_and((p.float() + lr).to(p.dtype) == p).sum()) for p in low
+        )
+        if 2 * stuck > total:
+            dtypes = ", ".join(sorted({str(p.dtype) for p in low}))
+            warnings.warn(
+                f"lr {lr:g} is too small for parameters of {dtypes}: {stuck / total:.0%} of their elements are rounded "
+                "back to what they were by every step; use fp32 parameters or a larger lr",
+                UserWarning,
+                stacklevel=4,
+            )

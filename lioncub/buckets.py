@@ -1,0 +1,101 @@
+"""Buckets: which parameters' votes travel in one message, and where in it each one stands.
+
+A bucket holds parameters of one param group on one device. Its momentum is one flat fp32 buffer in which, as in the
+message, every parameter starts on a 64-element boundary, so that the index of a code is the index of its momentum.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lioncub.kernels.layout import WORD_SIGNS, packed_bytes
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One parameter of a bucket, at code ``start`` of the message."""
+
+    name: str
+    param: Tensor
+    start: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def numel(self) -> int:
+        """Number of elements, and of codes."""
+        return self.param.numel()
+
+    @property
+    def bytes(self) -> slice:
+        """The parameter's packed codes within the message."""
+        return slice(self.start // 8, self.start // 8 + packed_bytes(self.numel))
+
+    def check_unchanged(self, device: torch.device) -> None:
+        """Raise ValueError where the parameter is no longer what the bucket was laid out for."""
+        p = self.param
+        expected = (self.dtype, self.shape, self.stride, device)
+        got = (p.dtype, tuple(p.shape), p.stride(), p.device)
+        if got != expected:
+            raise ValueError(
+                f"parameter {self.name}: expected (dtype, shape, strides, device) {expected} as when the optimizer was "
+                f"built, got {got}"
+            )
+
+
+class Bucket:
+    """Parameters that share a message, their flat momentum, and 1-d views of it."""
+
+    def __init__(self, group_index: int, slots: Sequence[Slot], device: torch.device) -> None:
+        self.group_index, self.slots, self.device = group_index, tuple(slots), device
+        self.n_bytes = slots[-1].bytes.stop
+        self.elements = sum(slot.numel for slot in slots)
+        self.exp_avg = torch.zeros(8 * self.n_bytes, dtype=torch.float32, device=device)
+        self.momenta = [self.exp_avg[slot.start : slot.start + slot.numel] for slot in slots]
+
+    def momentum_view(self, i: int) -> Tensor:
+        """The momentum of parameter i in the parameter's shape and strides."""
+        slot = self.slots[i]
+        return self.exp_avg.as_strided(slot.shape, slot.stride, slot.start)
+
+    def layout(self) -> list[object]:
+        """What workers must have in common to vote on this bucket."""
+        return [
+            (self.group_index, slot.name, slot.shape, slot.stride, str(slot.dtype), slot.start) for slot in self.slots
+        ]
+
+
+def build_buckets(group_index: int, named: Sequence[tuple[str, Tensor]], bucket_bytes: int) -> list[Bucket]:
+    """Buckets of at most ``bucket_bytes`` packed bytes, in the order of the parameters; a larger one stands alone."""
+    by_device: dict[torch.device, list[tuple[str, Tensor]]] = {}
+    for name, param in named:
+        by_device.setdefault(param.device, []).append((name, param))
+    buckets = []
+    for device, members in by_device.items():
+        slots: list[Slot] = []
+        for name, param in members:
+            if slots and slots[-1].bytes.stop + packed_bytes(param.numel()) > bucket_bytes:
+                buckets.append(Bucket(group_index, slots, device))
+                slots = []
+            slots.append(_next_slot(slots, name, param))
+        buckets.append(Bucket(group_index, slots, device))
+    return buckets
+
+
+def bucket_bytes_of(bucket_mb: Any) -> int:
+    """Bytes of ``bucket_mb`` MiB. Raises ValueError unless that is a number > 0."""
+    if isinstance(bucket_mb, bool) or not isinstance(bucket_mb, int | float) or not bucket_mb > 0:
+        raise ValueError(f"bucket_mb: expected MiB of packed votes > 0, got {bucket_mb!r}")
+    return int(bucket_mb * 2**20)
+
+
+def _next_slot(slots: Sequence[Slot], name: str, param: Tensor) -> Slot:
+    start = 8 * slots[-1].bytes.stop if slots else 0
+    assert start % WORD_SIGNS == 0
+    return Slot(name, param, start, tuple(param.shape), param.stride(), param.dtype)

@@ -1,0 +1,67 @@
+"""A small network with everything an optimizer trips over, and how the tests train and compare it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lioncub import LionCub
+
+
+class Net(nn.Module):
+    """Odd shapes, a channels_last convolution, a tied weight, mixed dtypes, and parameters that may go unused."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            self.conv = nn.Conv2d(3, 5, 3).to(memory_format=torch.channels_last)
+            self.norm = nn.BatchNorm2d(5)
+            self.table = nn.Embedding(11, 7)
+            self.head = nn.Linear(7, 11, bias=False)
+            self.mix = nn.Linear(5, 7).to(torch.bfloat16)
+            self.sometimes = nn.Linear(7, 7)
+            self.never = nn.Linear(3, 3)
+            self.empty = nn.Parameter(torch.zeros(0))
+        self.head.weight = self.table.weight
+
+    def forward(self, images: Tensor, tokens: Tensor, use_all: bool) -> Tensor:
+        features = self.norm(self.conv(images.to(memory_format=torch.channels_last))).mean(dim=(2, 3))
+        hidden = self.mix(features.to(torch.bfloat16)).float() + self.table(tokens)
+        if use_all:
+            hidden = hidden + self.sometimes(hidden)
+        return nn.functional.cross_entropy(self.head(hidden), tokens.roll(1))
+
+
+def batch_of(seed: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(6, 3, 6, 6, generator=generator), torch.randint(0, 11, (6,), generator=generator)
+
+
+def groups_of(net: nn.Module) -> list[dict[str, Any]]:
+    named = list(net.named_parameters())
+    return [
+        {"params": [pair for pair in named if pair[1].dim() > 1], "weight_decay": 0.1},
+        {"params": [pair for pair in named if pair[1].dim() <= 1], "lr": 3e-3, "betas": (0.8, 0.95)},
+    ]
+
+
+def train(net: Net, opt: LionCub, rank: int, steps: range, seed: int = 0) -> None:
+    schedule = torch.optim.lr_scheduler.LambdaLR(opt, lambda t: 1.0 / (1 + t), last_epoch=-1)
+    for step in steps:
+        opt.zero_grad()
+        net(*batch_of(seed + 100 * step + rank), use_all=rank != 1).backward()
+        opt.step()
+        schedule.step()
+
+
+def bits_of(net: nn.Module) -> bytes:
+    return b"".join(p.detach().contiguous().view(torch.uint8).numpy().tobytes() for p in net.parameters() if p.numel())
+
+
+def momentum_of(opt: torch.optim.Optimizer) -> bytes:
+    return b"".join(
+        opt.state[p]["exp_avg"].contiguous().numpy().tobytes() for group in opt.param_groups for p in group["params"]
+    )

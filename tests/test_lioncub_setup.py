@@ -1,0 +1,253 @@
+"""How LionCub is built over real Gloo processes: handshake, broadcast, DDP, added groups, dead workers."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import time
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from gloo_workers import Died, Raised, outcomes_of, results_of
+from nets import Net, batch_of, bits_of, groups_of, train
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import lioncub
+from lioncub import Lion, LionCub
+
+
+def build(rank: int, world_size: int, per_rank: list[dict[str, Any]]) -> None:
+    options = dict(per_rank[rank])
+    shapes = options.pop("shapes", [(3, 4), (5,)])
+    names = options.pop("names", ["a", "b"])
+    LionCub([(n, torch.zeros(s).requires_grad_()) for n, s in zip(names, shapes, strict=True)], **options)
+
+
+@pytest.mark.parametrize(
+    ("odd", "message"),
+    [
+        (
+            {"shapes": [(3, 4), (6,)]},
+            "workers disagree on parameter 1: ranks 0, 2: b of torch.float32, shape (5,), strides (1,), group 0; "
+            "rank 1: b of torch.float32, shape (6,), strides (1,), group 0",
+        ),
+        (
+            {"names": ["a"], "shapes": [(3, 4)]},
+            "workers disagree on the number of parameters: ranks 0, 2: 2; rank 1: 1",
+        ),
+        ({"algorithm": "all_gather"}, "workers disagree on algorithm: ranks 0, 2: auto; rank 1: all_gather"),
+        ({"bucket_mb": 2}, "workers disagree on bucket_mb: ranks 0, 2: 1.0; rank 1: 2.0"),
+        ({"on_nonfinite": "skip"}, "workers disagree on on_nonfinite: ranks 0, 2: raise; rank 1: skip"),
+    ],
+)
+def test_workers_that_differ_are_told_so_when_built(odd: dict[str, Any], message: str) -> None:
+    answers = outcomes_of(build, 3, [{}, odd, {}])
+    assert [(a.kind, a.message) for a in answers if isinstance(a, Raised)] == [("WorkersDisagreeError", message)] * 3
+
+
+def unequal_starts(rank: int, world_size: int, broadcast: bool) -> str:
+    net = Net(seed=rank)
+    opt = LionCub(net.named_parameters(), lr=1e-2, broadcast=broadcast)
+    net(*batch_of(rank), use_all=True).backward()
+    try:
+        opt.step()
+    except lioncub.WorkersDisagreeError as error:
+        return str(error)
+    assert bits_of(net) == bits_of(net)
+    return "equal"
+
+
+def test_parameters_are_broadcast_unless_told_not_to() -> None:
+    assert results_of(unequal_starts, 2, True) == ["equal"] * 2
+    answers = results_of(unequal_starts, 2, False)
+    assert answers[0] == answers[1]
+    assert answers[0].startswith("parameter conv.weight differs between workers: rank 0: hash ")
+
+
+def find_the_odd_one(rank: int, world_size: int) -> str:
+    net = Net(seed=0)
+    opt = LionCub(net.named_parameters(), lr=1e-2)
+    opt.check_replicas()
+    if rank == 1:
+        with torch.no_grad():
+            net.mix.bias[4] += 1
+    with pytest.raises(lioncub.WorkersDisagreeError) as caught:
+        opt.check_replicas()
+    return str(caught.value)
+
+
+def test_check_replicas_names_the_first_parameter_that_differs() -> None:
+    answers = results_of(find_the_odd_one, 3)
+    assert answers == [answers[0]] * 3
+    assert answers[0].startswith("parameter mix.bias differs between workers: ranks 0, 2: hash ")
+
+
+def broadcast_everything(rank: int, world_size: int) -> tuple[bytes, float]:
+    net = Net(seed=rank)
+    net.norm.running_mean.fill_(rank + 0.5)
+    lioncub.broadcast_module(net)
+    return bits_of(net), float(net.norm.running_mean[0])
+
+
+def test_broadcast_module_covers_parameters_and_buffers() -> None:
+    answers = results_of(broadcast_everything, 3)
+    assert answers == [answers[0]] * 3
+    assert answers[0][1] == 0.5
+
+
+def under_ddp(rank: int, world_size: int) -> tuple[bytes, list[float], list[float]]:
+    torch.manual_seed(3)
+    nets = [nn.Sequential(nn.Linear(7, 9), nn.BatchNorm1d(9), nn.Linear(9, 3)) for _ in range(2)]
+    nets[1].load_state_dict(nets[0].state_dict())
+    wrapped = DistributedDataParallel(nets[1])
+    lioncub.keep_gradients_local(wrapped)
+    opts = [LionCub(net.parameters(), lr=1e-2) for net in nets]
+    for step in range(5):
+        data = torch.randn(8, 7, generator=torch.Generator().manual_seed(10 * step + rank))
+        for model, opt in zip((nets[0], wrapped), opts, strict=True):
+            opt.zero_grad()
+            model(data).square().mean().backward()
+        for p, q in zip(nets[0].parameters(), nets[1].parameters(), strict=True):
+            assert torch.equal(p.grad, q.grad), "the gradient under DDP must be the local one"
+        for opt in opts:
+            opt.step()
+    opts[1].check_replicas()
+    # a forward in eval mode brings the buffers of the first rank and changes none
+    wrapped.eval()(data)
+    return bits_of(nets[1]), nets[0][1].running_mean.tolist(), nets[1][1].running_mean.tolist()
+
+
+def test_under_ddp_gradients_stay_local_and_buffers_follow() -> None:
+    first, second = results_of(under_ddp, 2)
+    assert first[0] == second[0]
+    assert first[1] != second[1], "without DDP buffers are each worker's own"
+    assert first[2] == second[2]
+
+
+def test_only_a_ddp_model_can_keep_gradients_local() -> None:
+    with pytest.raises(TypeError, match="ddp_model: expected a DistributedDataParallel module, got Linear"):
+        lioncub.keep_gradients_local(nn.Linear(2, 2))
+
+
+def lion_under_ddp(rank: int, world_size: int) -> bytes:
+    torch.manual_seed(3)
+    net = nn.Linear(7, 9)
+    wrapped, opt = DistributedDataParallel(net), Lion(net.parameters(), lr=1e-2)
+    for step in range(5):
+        opt.zero_grad()
+        data = torch.randn(8, 7, generator=torch.Generator().manual_seed(10 * step + rank))
+        wrapped(data).square().mean().backward()
+        opt.step()
+    return bits_of(net)
+
+
+def test_lion_under_ddp_keeps_replicas_equal() -> None:
+    answers = results_of(lion_under_ddp, 3)
+    assert answers == [answers[0]] * 3
+
+
+def groups_added_in_mid_run(rank: int, world_size: int) -> bytes:
+    net = Net(seed=0)
+    groups = groups_of(net)
+    late = [("late", torch.full((70,), float(rank)).requires_grad_())]
+    opt = LionCub(groups, lr=1e-2)
+    train(net, opt, rank, range(3))
+    opt.add_param_group({"params": late, "lr": 0.5})
+    late[0][1].grad = torch.ones(70)
+    opt.step()
+    assert torch.equal(late[0][1], torch.full((70,), -0.5)), "the first rank's value, moved by the vote"
+    train(net, opt, rank, range(4, 6))
+    opt.check_replicas()
+    assert opt.param_groups[2]["step"] == 6
+    return bits_of(net)
+
+
+def test_groups_can_be_added_in_mid_run() -> None:
+    answers = results_of(groups_added_in_mid_run, 2)
+    assert answers[0] == answers[1]
+
+
+def killed_in_mid_step(rank: int, world_size: int, algorithm: str) -> tuple[str, float, bool]:
+    net = Net(seed=0)
+    opt = LionCub(net.named_parameters(), lr=1e-2, algorithm=algorithm)
+    train(net, opt, rank, range(2))
+    before = bits_of(net)
+    if rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    started = time.monotonic()
+    try:
+        opt.step()
+    except RuntimeError as error:
+        return type(error).__name__, time.monotonic() - started, before == bits_of(net)
+    return "no error", 0.0, False
+
+
+@pytest.mark.parametrize("algorithm", ["all_gather", "reduce_scatter"])
+def test_a_dead_worker_makes_the_others_fail_within_the_timeout(algorithm: str) -> None:
+    timeout = 10.0
+    answers = outcomes_of(killed_in_mid_step, 3, algorithm, timeout=timeout)
+    assert isinstance(answers[1], Died)
+    for answer in (answers[0], answers[2]):
+        kind, seconds, unchanged = answer
+        assert kind != "no error"
+        assert seconds < 2 * timeout
+        assert unchanged
+
+
+def says_what_runs(rank: int, world_size: int) -> list[str]:
+    lines: list[str] = []
+
+    class Keep(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            lines.append(record.getMessage())
+
+    logger = logging.getLogger("lioncub")
+    logger.addHandler(Keep())
+    logger.setLevel(logging.INFO)
+    p = torch.zeros(640).requires_grad_()
+    opt = LionCub([p], algorithm="all_gather", impl="reference")
+    for _ in range(3):
+        p.grad = torch.ones(640)
+        opt.step()
+    return lines
+
+
+def test_the_active_path_is_logged_once() -> None:
+    header = 8 * (6 + 1)
+    sent = header + 80
+    line = f"LionCub: 2 worker(s), reference kernels, 1 bucket(s) by all_gather, {sent} bytes sent per worker and step"
+    assert results_of(says_what_runs, 2) == [[line], []]
+
+
+def built_before_init(rank: int, world_size: int) -> str:
+    alone = dist.new_group([rank], use_local_synchronization=True)
+    p = torch.zeros(3).requires_grad_()
+    opt = LionCub([p], process_group=alone)
+    opt._group = None
+    p.grad = torch.ones(3)
+    with pytest.raises(RuntimeError) as caught:
+        opt.step()
+    return str(caught.value)
+
+
+def test_an_optimizer_older_than_the_group_refuses_to_pretend() -> None:
+    for answer in results_of(built_before_init, 2):
+        assert answer.startswith("process_group: expected torch.distributed to be initialised before LionCub is built")
+
+
+def two_groups_side_by_side(rank: int, world_size: int) -> float:
+    halves = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    p = torch.zeros(5).requires_grad_()
+    opt = LionCub([p], lr=1.0, process_group=halves[rank // 2])
+    p.grad = torch.full((5,), 1.0 if rank < 2 else -1.0)
+    opt.step()
+    opt.check_replicas()
+    return float(p.detach()[0])
+
+
+def test_a_process_group_votes_by_itself() -> None:
+    assert results_of(two_groups_side_by_side, 4) == [-1.0, -1.0, 1.0, 1.0]

@@ -1,0 +1,214 @@
+"""LionCub over real Gloo processes: replicas, equality with Lion, transactions, disagreement, dead workers."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from gloo_workers import results_of
+from nets import Net, batch_of, bits_of, groups_of, momentum_of, train
+
+import lioncub
+from lioncub import Lion, LionCub
+
+
+def train_fifty_steps(rank: int, world_size: int, algorithm: str, bucket_mb: float) -> bytes:
+    net = Net(seed=rank)
+    opt = LionCub(groups_of(net), lr=1e-2, algorithm=algorithm, bucket_mb=bucket_mb)
+    before = [p.detach().clone() for p in net.never.parameters()]
+    train(net, opt, rank, range(50))
+    opt.check_replicas()
+    assert all(torch.equal(a, b) for a, b in zip(net.never.parameters(), before, strict=True))
+    stats = opt.stats()
+    assert stats.steps == 50
+    assert stats.skipped_steps == 0
+    assert stats.bytes_sent_per_step == sum(bucket.bytes_sent for bucket in stats.buckets)
+    assert (stats.tied == 0) == (world_size % 2 == 1)
+    assert 0 < stats.unanimous < 1
+    if algorithm != "auto":
+        assert {bucket.algorithm for bucket in stats.buckets} == {algorithm}
+    return bits_of(net)
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 4, 5])
+def test_replicas_stay_equal_and_do_not_depend_on_buckets_or_algorithm(world_size: int) -> None:
+    ways = [("all_gather", 1.0), ("reduce_scatter", 1.0), ("auto", 1e-5)]
+    ends = [results_of(train_fifty_steps, world_size, *way) for way in ways]
+    assert all(bits == ends[0][0] for end in ends for bits in end)
+
+
+def same_data_as_lion(rank: int, world_size: int) -> int:
+    generator = torch.Generator().manual_seed(5)
+    shapes = [(33, 7), (64,), (5, 3, 2), (1009,)]
+    mine = [torch.randn(shape, generator=generator).requires_grad_() for shape in shapes]
+    plain = [p.detach().clone().requires_grad_() for p in mine]
+    cub = LionCub(mine, lr=1e-2, weight_decay=0.1, algorithm="reduce_scatter")
+    lion = Lion(plain, lr=1e-2, weight_decay=0.1)
+    for _ in range(20):
+        for p, q in zip(mine, plain, strict=True):
+            p.grad = torch.randn(p.shape, generator=generator)
+            q.grad = p.grad.clone()
+            assert p.grad.all(), "the comparison needs updates without exact zeros"
+        cub.step()
+        lion.step()
+    for p, q in zip(mine, plain, strict=True):
+        assert torch.equal(p, q)
+        assert torch.equal(cub.state[p]["exp_avg"], lion.state[q]["exp_avg"])
+    assert cub.stats().unanimous == 1
+    assert cub.stats().tied == 0
+    return cub.stats().steps
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 5])
+def test_with_the_same_data_everywhere_lioncub_is_lion(world_size: int) -> None:
+    assert results_of(same_data_as_lion, world_size) == [20] * world_size
+
+
+def vote_with_own_momentum(rank: int, world_size: int) -> bool:
+    """Against the rule itself, in plain torch, with zeros, a missing gradient and ties."""
+    p = torch.zeros(130).requires_grad_()
+    idle = torch.ones(9).requires_grad_()
+    opt = LionCub([p, idle], lr=0.5, weight_decay=0.1)
+    x, m = torch.zeros(130), torch.zeros(world_size, 130)
+    for t in range(6):
+        grads = torch.stack(
+            [
+                torch.randint(-1, 2, (130,), generator=torch.Generator().manual_seed(10 * t + r)).float()
+                for r in range(world_size)
+            ]
+        )
+        if t == 3:
+            grads[1] = 0
+        p.grad = None if t == 3 and rank == 1 else grads[rank].clone()
+        update = torch.tensor(0.9) * m + torch.tensor(1 - 0.9) * grads
+        parity = (torch.arange(130) + t) % 2
+        codes = torch.where(update > 0, 1, torch.where(update < 0, 0, parity))
+        ones = codes.sum(dim=0)
+        up = torch.where(2 * ones == world_size, parity, (2 * ones > world_size).long())
+        x = x * torch.tensor(1 - 0.5 * 0.1) - torch.where(up == 1, 0.5, -0.5)
+        m = torch.tensor(0.99) * m + torch.tensor(1 - 0.99) * grads
+        opt.step()
+        assert torch.equal(p, x), f"step {t}"
+        assert torch.equal(opt.state[p]["exp_avg"], m[rank]), f"step {t}"
+    assert torch.equal(idle, torch.ones(9))
+    assert not opt.state[idle]["exp_avg"].any()
+    return True
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 4])
+def test_steps_follow_the_rules(world_size: int) -> None:
+    assert results_of(vote_with_own_momentum, world_size) == [True] * world_size
+
+
+def nan_on_one_worker(rank: int, world_size: int, policy: str) -> tuple[str, bool, int, int]:
+    net = Net(seed=0)
+    opt = LionCub(net.named_parameters(), lr=1e-2, on_nonfinite=policy)
+    train(net, opt, rank, range(2))
+    before = bits_of(net), momentum_of(opt)
+    net(*batch_of(rank), use_all=True).backward()
+    if rank == 1:
+        net.sometimes.weight.grad[3, 3] = float("nan")
+    message = ""
+    try:
+        opt.step()
+    except lioncub.NonFiniteError as error:
+        message = str(error)
+    unchanged = before == (bits_of(net), momentum_of(opt))
+    counts = opt.stats().steps, opt.stats().skipped_steps
+    net.zero_grad()
+    net(*batch_of(rank), use_all=True).backward()
+    opt.step()
+    opt.check_replicas()
+    return message, unchanged, *counts
+
+
+def test_nan_on_one_worker_raises_on_all_and_changes_nothing() -> None:
+    answers = results_of(nan_on_one_worker, 3, "raise")
+    assert len({message for message, *_ in answers}) == 1
+    assert "first in parameter sometimes.weight on rank 1" in answers[0][0]
+    assert [rest for _, *rest in answers] == [[True, 2, 0]] * 3
+
+
+def test_nan_on_one_worker_is_skipped_by_all() -> None:
+    assert results_of(nan_on_one_worker, 3, "skip") == [("", True, 3, 1)] * 3
+
+
+def overflow_under_a_scaler(rank: int, world_size: int) -> tuple[bool, int]:
+    p = torch.ones(100).requires_grad_()
+    opt = LionCub([p], lr=0.25)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    weights = torch.linspace(-1, 1, 100) + 0.001 * (rank + 1)
+    for step in range(3):
+        opt.zero_grad()
+        scaler.scale((p * weights).sum()).backward()
+        if step == 1 and rank == 0:
+            p.grad[7] = float("inf")
+        before = p.detach().clone(), opt.state[p]["exp_avg"].clone()
+        scaler.step(opt)
+        scaler.update()
+        if step == 1:
+            assert torch.equal(p, before[0])
+            assert torch.equal(opt.state[p]["exp_avg"], before[1])
+    opt.check_replicas()
+    expected = torch.zeros(100)
+    for _ in range(2):
+        expected = torch.tensor(0.99) * expected + torch.tensor(1 - 0.99) * weights
+    assert torch.equal(opt.state[p]["exp_avg"], expected), "the scale must not reach the momentum"
+    return torch.equal(p, 1 - 0.5 * torch.sign(weights)), opt.stats().skipped_steps
+
+
+def test_an_overflow_under_a_scaler_on_one_worker_skips_the_step_on_all() -> None:
+    assert results_of(overflow_under_a_scaler, 3) == [(True, 1)] * 3
+
+
+def disagree(rank: int, world_size: int, how: str) -> tuple[str, bool]:
+    net = Net(seed=0)
+    opt = LionCub(net.named_parameters(), lr=1e-2)
+    train(net, opt, rank, range(2))
+    before = bits_of(net), momentum_of(opt)
+    if rank == 1:
+        if how == "lr":
+            opt.param_groups[0]["lr"] = 0.5
+        elif how == "bad lr":
+            opt.param_groups[0]["lr"] = -1.0
+        elif how == "step":
+            opt.param_groups[0]["step"] = 7
+        elif how == "group":
+            opt.add_param_group({"params": [("extra", torch.zeros(4).requires_grad_())]})
+        elif how == "gradient":
+            net.table.weight.grad = net.table.weight.detach().clone().to_sparse()
+        before = bits_of(net), momentum_of(opt)
+    try:
+        opt.step()
+    except (lioncub.WorkersDisagreeError, ValueError, TypeError) as error:
+        return f"{type(error).__name__}: {error}", before == (bits_of(net), momentum_of(opt))
+    return "no error", False
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("lr", r"workers disagree on the hyperparameters \(lr, betas, weight_decay\) at step 2: ranks 0, 2: hash"),
+        ("step", r"workers disagree on the step at step .: ranks 0, 2: 2; rank 1: 7"),
+        ("group", r"workers disagree on the bucket layout at step 2: ranks 0, 2: hash"),
+    ],
+)
+def test_a_worker_that_differs_raises_on_all(how: str, message: str) -> None:
+    answers = results_of(disagree, 3, how)
+    assert answers == [answers[0]] * 3
+    assert answers[0][1], "nothing may have changed"
+    assert re.search(message, answers[0][0]), answers[0][0]
+
+
+@pytest.mark.parametrize(
+    ("how", "own"),
+    [
+        ("bad lr", "ValueError: lr: expected a finite number >= 0, got -1.0"),
+        ("gradient", "TypeError: gradient of table.weight: expected a dense tensor, got layout torch.sparse_coo"),
+    ],
+)
+def test_an_error_on_one_worker_reaches_all(how: str, own: str) -> None:
+    answers = results_of(disagree, 3, how)
+    others = "WorkersDisagreeError: step 2 was taken by no worker, because of an error on rank 1 (reported there)"
+    assert answers == [(others, True), (own, True), (others, True)]
