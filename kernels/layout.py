@@ -29,4 +29,4 @@ def packed_bytes(n: int, bits: int = 1, chunks: int = 1) -> int:
 
 def largest_level(bits: int) -> int:
     """K, the largest level of a signed ``bits``-bit code: levels are -K..K, stored as level + K."""
-    return 2 ** (bits - 1) - 1
+    return (1 << (bits - 1)) - 1

@@ -210,4 +210,5 @@ def _unpack_fields(packed: Tensor, n: int, bits: int) -> Tensor:
     """The first n codes of ``packed`` as uint8[n]."""
     shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device)
     fields = (rearrange(packed, "byte -> byte 1") >> shifts) & (2**bits - 1)
-    return rearrange(fields, "byte field -> (byte field)")[:n]
+    codes: Tensor = rearrange(fields, "byte field -> (byte field)")
+    return codes[:n]

@@ -40,11 +40,13 @@ class Hyperparameters:
         betas = group["betas"]
         if not isinstance(betas, Sequence) or len(betas) != 2:
             raise ValueError(f"betas: expected two numbers, got {betas!r}")
-        numbers = {"lr": group["lr"], "betas[0]": betas[0], "betas[1]": betas[1], "weight_decay": group["weight_decay"]}
-        for name, value in numbers.items():
-            if isinstance(value, bool) or not isinstance(value, int | float | Tensor):
-                raise TypeError(f"{name}: expected a number or a 0-dim tensor, got {value!r}")
-        return cls(*(float(value) for value in numbers.values()), bool(group["maximize"]))
+        return cls(
+            lr=_number("lr", group["lr"]),
+            beta1=_number("betas[0]", betas[0]),
+            beta2=_number("betas[1]", betas[1]),
+            weight_decay=_number("weight_decay", group["weight_decay"]),
+            maximize=bool(group["maximize"]),
+        )
 
 
 def parameter_names(group: dict[str, Any], group_index: int) -> list[str]:
@@ -93,3 +95,9 @@ def gradient_of(name: str, param: Tensor) -> Tensor | None:
     if grad.stride() != param.stride() and not (grad.is_contiguous() and param.is_contiguous()):
         grad = torch.empty_like(param, dtype=grad.dtype).copy_(grad)
     return storage_order_view(f"gradient of {name}", grad)
+
+
+def _number(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float | Tensor):
+        raise TypeError(f"{name}: expected a number or a 0-dim tensor, got {value!r}")
+    return float(value)

@@ -21,7 +21,7 @@ def keep_gradients_local(ddp_model: DistributedDataParallel) -> None:
     ddp_model.register_comm_hook(None, _send_nothing)
 
 
-def _send_nothing(state: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+def _send_nothing(state: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:  # type: ignore[name-defined]
     done: torch.futures.Future[Tensor] = torch.futures.Future()
     done.set_result(bucket.buffer())
     return done

@@ -118,19 +118,19 @@ class LionCub(MomentumOptimizer):
         """What the last step cost and how its votes fell; see `Stats`."""
         elements = max(sum(bucket.elements for bucket in self._buckets), 1)
         seconds = [exchange.seconds for exchange in self._exchanges] or [0.0] * len(self._buckets)
-        algorithms = [voter.algorithm for voter in self._voters] or ["none"] * len(self._buckets)
-        sent = [voter.bytes_sent for voter in self._voters] or [0] * len(self._buckets)
+        routes = [(voter.algorithm, voter.bytes_sent) for voter in self._voters] or [("none", 0)] * len(self._buckets)
+        buckets = tuple(
+            BucketStats(bucket.elements, algorithm, sent, took)
+            for bucket, (algorithm, sent), took in zip(self._buckets, routes, seconds, strict=True)
+        )
         return Stats(
             steps=self._step_count,
             skipped_steps=self._skipped,
-            bytes_sent_per_step=sum(sent),
+            bytes_sent_per_step=sum(bucket.bytes_sent for bucket in buckets),
             communication_seconds=sum(seconds),
             tied=self._counts[0] / elements,
             unanimous=self._counts[1] / elements,
-            buckets=tuple(
-                BucketStats(bucket.elements, *figures)
-                for bucket, *figures in zip(self._buckets, algorithms, sent, seconds, strict=True)
-            ),
+            buckets=buckets,
         )
 
     def check_replicas(self) -> None:
@@ -207,8 +207,10 @@ class LionCub(MomentumOptimizer):
 
     def _take_step(self) -> None:
         step = self._step_count
-        grad_scale = 1.0 if getattr(self, "grad_scale", None) is None else 1.0 / float(self.grad_scale)
-        found_inf = getattr(self, "found_inf", None) is not None and bool(self.found_inf)
+        # a GradScaler sets both for the duration of its step; a scale of None means that gradients are unscaled already
+        scale, overflow = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        grad_scale = 1.0 if scale is None else 1.0 / float(scale)
+        found_inf = overflow is not None and bool(overflow)
         now, ballots, tallies, headers = self._vote(step, grad_scale, FOUND_INF if found_inf else 0)
         verdict = judge(self._buckets, headers)
         if verdict.found_inf or verdict.nonfinite is not None:
@@ -259,7 +261,7 @@ class LionCub(MomentumOptimizer):
         if failure is not None:
             raise failure
         if not self._voters:
-            return now, ballots, [], [[_own_header(ballot)] for ballot in ballots]
+            return now, ballots, [], [[_own_header(ballot, flags)] for ballot in ballots]
         for of_bucket in headers:
             check_agreement(of_bucket)
         return now, ballots, tallies, headers
@@ -327,7 +329,7 @@ class LionCub(MomentumOptimizer):
         )
 
 
-def _own_header(ballot: Ballot) -> Header:
+def _own_header(ballot: Ballot, flags: int) -> Header:
     """What one worker alone would have said."""
     bad = ballot.status.nonzero()
-    return Header(has_gradient=ballot.has_gradient, nonfinite=int(bad[0]) + 1 if len(bad) else 0)
+    return Header(nonfinite=int(bad[0]) + 1 if len(bad) else 0, flags=flags, has_gradient=ballot.has_gradient)

@@ -1,0 +1,22 @@
+"""The kernels in Numba for CPU tensors: the functions of lioncub.kernels.reference, compiled and threaded."""
+
+from lioncub.kernels.numba_cpu.lion import apply_votes_, lion_encode, lion_encode_, lion_step_
+from lioncub.kernels.numba_cpu.quantization import dequantize, lion_quantize, quantize
+from lioncub.kernels.numba_cpu.scales import block_scale, lion_block_scale
+from lioncub.kernels.numba_cpu.signs import pack_signs, unpack_signs
+from lioncub.kernels.numba_cpu.vote import majority_vote
+
+__all__ = [
+    "apply_votes_",
+    "block_scale",
+    "dequantize",
+    "lion_block_scale",
+    "lion_encode",
+    "lion_encode_",
+    "lion_quantize",
+    "lion_step_",
+    "majority_vote",
+    "pack_signs",
+    "quantize",
+    "unpack_signs",
+]

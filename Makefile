@@ -1,0 +1,37 @@
+# every target sets up what it needs in .venv; nothing is expected of the machine but Python 3.10+ and make
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: demo test lint types bench setup clean
+
+demo: setup
+	$(BIN)/lioncub train --method lion --method lioncub --workers 4 --out runs/demo
+
+test: setup
+	$(BIN)/python -m pytest
+
+lint: setup types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# a type checker does not follow the package map of an editable install, so it is given an installed copy
+types: setup
+	rm -rf build/types
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --target build/types .
+	cd build/types && ../../$(BIN)/python -m mypy --config-file ../../pyproject.toml --package lioncub
+
+bench: setup
+	$(BIN)/python -m pytest bench
+
+setup: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet torch -c constraints.txt
+	$(BIN)/python -m pip install --quiet --editable ".[dev]" -c constraints.txt
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist runs *.egg-info

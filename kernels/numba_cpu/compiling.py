@@ -1,0 +1,39 @@
+"""How kernels are compiled: without fast-math, without the GIL, cached on disk under a key of all sources here."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numba
+from numba.core.caching import FunctionCache
+
+# numpy's error model has no branch for a division by zero, which would keep a loop from being vectorized
+device_function = numba.njit(nogil=True, error_model="numpy", forceinline=True)
+
+
+def kernel(function: Callable[..., Any]) -> Any:
+    """Compile ``function`` at its first call with new types; later processes load it from Numba's cache folder."""
+    dispatcher = numba.njit(nogil=True, error_model="numpy", cache=True)(function)
+    # numba's own key covers the kernel's file alone, so a changed device function would go unnoticed
+    dispatcher._cache = _PackageCache(dispatcher.py_func)
+    return dispatcher
+
+
+class _PackageCache(FunctionCache):  # type: ignore[misc]
+    """Numba's cache of one kernel, with the sources of the whole package in its key."""
+
+    def _index_key(self, sig: Any, codegen: Any) -> tuple[Any, ...]:
+        return (*super()._index_key(sig, codegen), _SOURCES)
+
+
+def _hash_sources() -> str:
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+_SOURCES = _hash_sources()

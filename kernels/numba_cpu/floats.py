@@ -1,0 +1,101 @@
+"""bf16 and fp16 in integers, exact and without branches, so that loops over them vectorize.
+
+`widen` reads an element of any storage dtype as float32; `narrow` rounds a float32 to one, half to even. A NaN
+stays a NaN; its payload is not kept.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numba import types
+from numba.extending import overload
+
+from lioncub.kernels.numba_cpu.compiling import device_function
+
+_MAGNITUDE = np.uint32(0x7FFFFFFF)
+
+
+def widen(element: Any) -> Any:
+    """float32 value of an element: a float32, a bf16 held as uint16 or an fp16 held as int16."""
+    raise NotImplementedError("widen: runs in compiled code alone")
+
+
+def narrow(value: Any, dtype: Any) -> Any:
+    """``value``, a float32, rounded to a storage dtype."""
+    raise NotImplementedError("narrow: runs in compiled code alone")
+
+
+@device_function
+def is_finite(value: np.float32) -> bool:
+    return np.int32(np.float32(value).view(np.int32) & np.int32(0x7FFFFFFF)) < np.int32(0x7F800000)
+
+
+@device_function
+def bf16_to_float32(element: np.uint16) -> np.float32:
+    return np.uint32(np.uint32(element) << np.uint32(16)).view(np.float32)
+
+
+@device_function
+def float32_to_bf16(value: np.float32) -> np.uint16:
+    bits = np.float32(value).view(np.uint32)
+    odd = np.uint32((bits >> np.uint32(16)) & np.uint32(1))
+    rounded = np.uint32(bits + np.uint32(0x7FFF) + odd) >> np.uint32(16)
+    return np.uint16(0x7FC0) if value != value else np.uint16(rounded)
+
+
+@device_function
+def fp16_to_float32(element: np.int16) -> np.float32:
+    half = np.uint32(np.uint16(element))
+    sign = np.uint32((half & np.uint32(0x8000)) << np.uint32(16))
+    magnitude = np.uint32(half & np.uint32(0x7FFF))
+    # the exponent's bias grows by 112; that of Inf and NaN by twice as much
+    bias = np.uint32(0x70000000) if magnitude >= np.uint32(0x7C00) else np.uint32(0x38000000)
+    normal = np.uint32(np.uint32(magnitude << np.uint32(13)) + bias)
+    # below 2^-14 the value is a count of 2^-24, which float32 holds as a normal number
+    subnormal = np.float32(np.float32(np.int32(magnitude)) * np.float32(2.0**-24)).view(np.uint32)
+    return np.uint32((subnormal if magnitude < np.uint32(0x0400) else normal) | sign).view(np.float32)
+
+
+@device_function
+def float32_to_fp16(value: np.float32) -> np.int16:
+    bits = np.float32(value).view(np.uint32)
+    sign = np.uint32((bits & np.uint32(0x80000000)) >> np.uint32(16))
+    magnitude = np.uint32(bits & _MAGNITUDE)
+    odd = np.uint32((magnitude >> np.uint32(13)) & np.uint32(1))
+    # 0xC8000FFF takes 112 from the exponent and adds half a unit, less one, of the fp16 mantissa
+    normal = np.uint32(np.uint32(magnitude + np.uint32(0xC8000FFF) + odd) >> np.uint32(13))
+    # 0.5 has its last bit at 2^-24, the spacing of subnormals, so the sum rounds to a count of them
+    count = np.float32(np.uint32(magnitude).view(np.float32) + np.float32(0.5)).view(np.uint32)
+    subnormal = np.uint32(count - np.uint32(0x3F000000))
+    half = subnormal if magnitude < np.uint32(0x38800000) else normal
+    half = np.uint32(0x7C00) if magnitude >= np.uint32(0x47800000) else half
+    half = np.uint32(0x7E00) if magnitude > np.uint32(0x7F800000) else half
+    return np.uint16(half | sign).view(np.int16)
+
+
+@overload(widen)
+def _widen(element: Any) -> Any:
+    convert = {types.float32: _same, types.uint16: bf16_to_float32, types.int16: fp16_to_float32}[element]
+
+    # numba compares the annotations of both functions
+    def implementation(element: Any) -> Any:
+        return convert(element)
+
+    return implementation
+
+
+@overload(narrow)
+def _narrow(value: Any, dtype: Any) -> Any:
+    convert = {types.float32: _same, types.uint16: float32_to_bf16, types.int16: float32_to_fp16}[dtype.dtype]
+
+    def implementation(value: Any, dtype: Any) -> Any:
+        return convert(value)
+
+    return implementation
+
+
+@device_function
+def _same(value: np.float32) -> np.float32:
+    return value

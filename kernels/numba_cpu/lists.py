@@ -1,0 +1,60 @@
+"""One launch for a list of tensors: a table of their sizes and addresses, cut into slices for the threads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lioncub.kernels.numba_cpu.compiling import device_function
+from lioncub.kernels.numba_cpu.memory import STORAGE
+from lioncub.kernels.numba_cpu.threads import run_slices, slices
+
+
+def launch(
+    kernel: Callable[..., Any], floats: Sequence[Sequence[Tensor]], others: Sequence[Sequence[int]], *args: Any
+) -> None:
+    """Run ``kernel(first, last, table, *dtypes, *args)`` over all elements of lists of tensors.
+
+    Rows of the int64 table: size, address in each list of ``floats``, then each list's integer of ``others``. first
+    and last count elements through the whole table, so that small tensors share a thread and large ones are
+    cut. Tensors whose dtypes differ from their neighbours' get a launch of their own.
+    """
+    tables: dict[tuple[torch.dtype, ...], list[tuple[int, ...]]] = {}
+    for i, tensors in enumerate(zip(*floats, strict=True)):
+        dtypes = tuple(tensor.dtype for tensor in tensors)
+        row = (tensors[0].numel(), *[tensor.data_ptr() for tensor in tensors], *[column[i] for column in others])
+        tables.setdefault(dtypes, []).append(row)
+    for dtypes, rows in tables.items():
+        table = np.array(rows, dtype=np.int64)
+        total = int(table[:, 0].sum())
+        run_slices(kernel, slices(total), table, *[STORAGE[dtype] for dtype in dtypes], *args)
+
+
+def addresses(tensors: Sequence[Tensor]) -> list[int]:
+    """Of each tensor's first element."""
+    return [tensor.data_ptr() for tensor in tensors]
+
+
+def element_addresses(tensor: Tensor | None, count: int) -> Sequence[int]:
+    """Of the first ``count`` elements of a contiguous tensor; zeros for None."""
+    if tensor is None:
+        return [0] * count
+    first, size = tensor.data_ptr(), tensor.element_size()
+    return range(first, first + count * size, size)
+
+
+@device_function
+def share(size: int, offset: int, first: int, last: int) -> tuple[int, int]:
+    """The part [begin, end) of a tensor, whose first element is the table's ``offset``-th, in [first, last).
+
+    Cut at multiples of 64, so that no two threads write one packed word.
+    """
+    begin = min(max(first - offset, 0), size)
+    end = min(max(last - offset, 0), size)
+    begin = begin if begin == size else begin & ~63
+    end = end if end == size else end & ~63
+    return begin, end

@@ -1,0 +1,157 @@
+"""Properties that hold for every implementation: votes against a count, randomness, ops as torch.library sees them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from samples import assert_same_bits
+from torch.library import opcheck
+
+from lioncub import kernels
+from lioncub.kernels import dequantize, majority_vote, quantize
+from lioncub.kernels.random_bits import Stream, random_words
+
+ALL_IMPLS = ("reference", "cpu", "triton")
+
+
+def _naive_majority(bits: np.ndarray, parity: int) -> np.ndarray:
+    workers, n = bits.shape
+    voted = []
+    for j in range(n):
+        ones = sum(int(bit) for bit in bits[:, j])
+        voted.append((j + parity) % 2 if 2 * ones == workers else int(2 * ones > workers))
+    return np.packbits(np.array(voted, dtype=np.uint8), bitorder="little")
+
+
+@pytest.mark.parametrize("impl", ALL_IMPLS)
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(
+    workers=st.integers(1, 70),
+    n_bytes=st.integers(1, 33),
+    bias=st.sampled_from([0.1, 0.5, 0.9]),
+    parity=st.integers(0, 5),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_vote_against_a_naive_count(impl: str, workers: int, n_bytes: int, bias: float, parity: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    bits = rng.random((workers, 8 * n_bytes)) < bias
+    # rows that stand apart, and start at odd addresses
+    packed = torch.zeros(workers, n_bytes + 3, dtype=torch.uint8)[:, 1 : 1 + n_bytes]
+    packed.copy_(torch.from_numpy(np.packbits(bits, axis=1, bitorder="little")))
+    counts = torch.zeros(2, dtype=torch.int64)
+    voted = majority_vote(packed, parity=parity, counts=counts, impl=impl)
+    assert_same_bits(voted, torch.from_numpy(_naive_majority(bits, parity)))
+    ones = bits.sum(axis=0)
+    assert counts.tolist() == [int((2 * ones == workers).sum()), int(((ones == 0) | (ones == workers)).sum())]
+
+
+@pytest.mark.parametrize("impl", ALL_IMPLS)
+def test_stochastic_rounding_is_unbiased(impl: str) -> None:
+    x, scale, seeds = torch.linspace(-1.9, 1.9, 1000), torch.tensor([1.0]), 400
+    total = torch.zeros(1000)
+    for seed in range(seeds):
+        packed, _ = quantize(x, scale=scale, stochastic=True, seed=seed, impl=impl)
+        total += dequantize(packed, scale, 1000, impl=impl)
+    # a code is 2*Bernoulli(|x|/2): standard error <= 1/sqrt(seeds); 5 of them for the worst of 1000 elements
+    assert (total / seeds - x).abs().max() < 5 / seeds**0.5
+    assert (total / seeds - x).mean().abs() < 5 / (seeds * 1000) ** 0.5
+
+
+@pytest.mark.parametrize("part", ["seed", "worker", "step", "tensor"])
+def test_streams_are_independent(part: str) -> None:
+    n = 20000
+    one, other = (
+        random_words(Stream(**{"seed": 1, "worker": 2, "step": 3, "tensor": 4, part: value}), n, torch.device("cpu"))
+        for value in (5, 6)
+    )
+    correlation = torch.corrcoef(torch.stack([one, other]).double())[0, 1]
+    assert abs(correlation) < 5 / n**0.5
+    assert int((one == other).sum()) <= 1
+
+
+def test_random_words_are_philox() -> None:
+    """Known answer of Random123's philox4x32-10: counter and key all zero."""
+    words = random_words(Stream(0, 0, 0, 0), 4, torch.device("cpu"))
+    assert [f"{word:08x}" for word in words.tolist()] == ["6627e8d5", "e169c58d", "bc57ac4c", "9b00dbd8"]
+
+
+def _scalar(value: float) -> torch.Tensor:
+    return torch.tensor(value, dtype=torch.float64)
+
+
+def _op_arguments(impl: str) -> dict[str, tuple[Any, ...]]:
+    n = 70
+    x, g, m = (torch.randn(n, generator=torch.Generator().manual_seed(seed)) for seed in range(3))
+    bits, fields = torch.zeros(16, dtype=torch.uint8), torch.zeros(24, dtype=torch.uint8)
+    status, scale, stream = torch.zeros(1, dtype=torch.int32), torch.ones(1), torch.tensor([1, 2, 3, 4])
+    one, parity = _scalar(1.0), torch.tensor(3)
+    b1, b2, lr, wd = _scalar(0.9), _scalar(0.99), _scalar(0.1), _scalar(0.01)
+    return {
+        "pack_signs": (x, parity, bits, impl),
+        "unpack_signs": (bits, x, impl),
+        "lion_encode": ([m], [g], b1, parity, [bits], status, one, impl),
+        "lion_encode_": ([m], [g], b1, b2, parity, [bits], status, impl),
+        "majority_vote": (torch.zeros(3, 16, dtype=torch.uint8), parity, bits, torch.zeros(2, dtype=torch.int64), impl),
+        "apply_votes_": ([x], [bits], lr, wd, impl),
+        "apply_votes_with_momentum_": ([x], [bits], lr, wd, [g], [m], b2, one, impl),
+        "lion_step_": ([x], [g], [m], lr, wd, b1, b2, one, impl),
+        "block_scale": (x, scale, "l1", 0, impl),
+        "lion_block_scale": (m, g, b1, scale, "l2", 0, impl),
+        "quantize": (x, scale, stream, fields, 2, "l1", 0, True, impl),
+        "lion_quantize": (m, g, b1, scale, stream, fields, status, 2, "l1", 0, False, impl),
+        "dequantize": (fields, scale, x, 2, "l1", 0, impl),
+    }
+
+
+@pytest.mark.parametrize("impl", ALL_IMPLS)
+@pytest.mark.parametrize("name", sorted(_op_arguments("reference")))
+def test_opcheck(name: str, impl: str) -> None:
+    passed = opcheck(getattr(torch.ops.lioncub, name).default, _op_arguments(impl)[name])
+    assert set(passed.values()) == {"SUCCESS"}
+
+
+def test_every_registered_op_is_checked() -> None:
+    registered = {
+        name.split("::")[1].split(".")[0]
+        for name in torch._C._dispatch_get_all_op_names()
+        if name.startswith("lioncub::")
+    }
+    assert registered == set(_op_arguments("reference"))
+
+
+def test_a_compiled_step_does_not_recompile_when_lr_changes() -> None:
+    graphs = 0
+
+    def counting(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
+        nonlocal graphs
+        graphs += 1
+        return graph.forward
+
+    @torch.compile(fullgraph=True, backend=counting)
+    def step(p: torch.Tensor, g: torch.Tensor, m: torch.Tensor, lr: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        packed = kernels.lion_encode(m, g, beta1=0.9, parity=t)
+        kernels.apply_votes_(p, packed, lr=lr, weight_decay=0.1, grad=g, exp_avg=m, beta2=0.99)
+        return packed
+
+    p, g, m = (torch.randn(130, generator=torch.Generator().manual_seed(seed)) for seed in range(3))
+    plain = p.clone(), m.clone()
+    for t, lr in enumerate((0.1, 0.05, 0.01)):
+        step(p, g, m, _scalar(lr), torch.tensor(t))
+        packed = kernels.lion_encode(plain[1], g, beta1=0.9, parity=t)
+        kernels.apply_votes_(plain[0], packed, lr=lr, weight_decay=0.1, grad=g, exp_avg=plain[1], beta2=0.99)
+    assert graphs == 1
+    assert_same_bits(p, plain[0], "param")
+    assert_same_bits(m, plain[1], "exp_avg")
+
+
+def test_writes_are_seen_by_autograd() -> None:
+    m, p = torch.zeros(9), torch.zeros(9)
+    versions = m._version, p._version
+    kernels.lion_step_(p, torch.ones(9), m, lr=0.1, beta1=0.9, beta2=0.99, weight_decay=0.0)
+    assert m._version > versions[0]
+    assert p._version > versions[1]
