@@ -7,7 +7,8 @@ INSTALLED := $(VENV)/.installed
 .PHONY: demo test lint types bench setup clean
 
 demo: setup
-	$(BIN)/lioncub train --method lion --method lioncub --workers 4 --out runs/demo
+	$(BIN)/lioncub train --method lion --method lioncub --workers 4 --layers 4 --context 64 --batch 8 \
+		--steps 300 --eval-every 30 --checkpoint-every 0 --out runs/demo --overwrite
 
 test: setup
 	$(BIN)/python -m pytest

@@ -49,14 +49,14 @@ def beta_scalar(name: str, value: Scalar) -> Tensor:
 
 def rate_scalar(name: str, value: Scalar) -> Tensor:
     """A 0-dim float64 tensor of a finite number >= 0; a 0-dim tensor passes through unread."""
-    if not isinstance(value, Tensor) and not (value >= 0.0 and math.isfinite(value)):
+    if not isinstance(value, Tensor) and not 0.0 <= value < math.inf:
         raise ValueError(f"{name}: expected a finite number >= 0, got {value}")
     return _scalar(name, value)
 
 
 def factor_scalar(name: str, value: Scalar) -> Tensor:
     """A 0-dim float64 tensor of a finite number; a 0-dim tensor passes through unread."""
-    if not isinstance(value, Tensor) and not math.isfinite(value):
+    if not isinstance(value, Tensor) and not -math.inf < value < math.inf:
         raise ValueError(f"{name}: expected a finite number, got {value}")
     return _scalar(name, value)
 

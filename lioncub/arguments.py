@@ -62,6 +62,8 @@ def check_parameter(name: str, param: Tensor) -> None:
         raise TypeError(
             f"parameter {name}: expected a local tensor, got a DTensor; sharded parameters are not supported"
         )
+    if getattr(param, "_is_flat_param", False):
+        raise TypeError(f"parameter {name}: expected a whole tensor, got a shard of FullyShardedDataParallel")
     check_float(f"parameter {name}", param)
     if not is_dense(param.shape, param.stride()):
         raise ValueError(

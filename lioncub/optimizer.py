@@ -87,7 +87,8 @@ class LionCub(MomentumOptimizer):
         self._counts = (0, 0)
         super().__init__(params, lr, betas, weight_decay, maximize, impl, step=0)
         if self._workers > 1:
-            handshake(self._facts(), group=process_group, device=self._buckets[0].device)
+            device = self._buckets[0].device if self._buckets else torch.device("cpu")
+            handshake(self._facts(), group=process_group, device=device)
             self._make_equal()
         self._announce()
 
@@ -111,13 +112,21 @@ class LionCub(MomentumOptimizer):
             with torch.enable_grad():
                 loss = closure()
         self._check_process_group()
-        self._take_step()
+        try:
+            self._take_step()
+        except Exception:
+            # a GradScaler takes these back only after a step that returns; left behind, they would scale the next one
+            self.__dict__.pop("grad_scale", None)
+            self.__dict__.pop("found_inf", None)
+            raise
         return loss
 
     def stats(self) -> Stats:
         """What the last step cost and how its votes fell; see `Stats`."""
         elements = max(sum(bucket.elements for bucket in self._buckets), 1)
-        seconds = [exchange.seconds for exchange in self._exchanges] or [0.0] * len(self._buckets)
+        seconds = [exchange.seconds for exchange in self._exchanges]
+        # a bucket that was added, or not reached by a step that failed, has not travelled yet
+        seconds += [0.0] * (len(self._buckets) - len(seconds))
         routes = [(voter.algorithm, voter.bytes_sent) for voter in self._voters] or [("none", 0)] * len(self._buckets)
         buckets = tuple(
             BucketStats(bucket.elements, algorithm, sent, took)

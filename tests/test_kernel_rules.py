@@ -149,6 +149,19 @@ def test_a_compiled_step_does_not_recompile_when_lr_changes() -> None:
     assert_same_bits(m, plain[1], "exp_avg")
 
 
+def test_numbers_that_change_compile_too() -> None:
+    @torch.compile(fullgraph=True, backend="eager")
+    def step(p: torch.Tensor, packed: torch.Tensor, lr: float) -> None:
+        kernels.apply_votes_(p, packed, lr=lr, weight_decay=0.1)
+
+    p, packed = torch.ones(64), kernels.pack_signs(torch.ones(64))
+    plain = p.clone()
+    for lr in (0.5, 0.25, 0.125):
+        step(p, packed, lr)
+        kernels.apply_votes_(plain, packed, lr=lr, weight_decay=0.1)
+    assert_same_bits(p, plain)
+
+
 def test_writes_are_seen_by_autograd() -> None:
     m, p = torch.zeros(9), torch.zeros(9)
     versions = m._version, p._version

@@ -157,6 +157,7 @@ def groups_added_in_mid_run(rank: int, world_size: int) -> bytes:
     opt = LionCub(groups, lr=1e-2)
     train(net, opt, rank, range(3))
     opt.add_param_group({"params": late, "lr": 0.5})
+    assert opt.stats().buckets[-1].seconds == 0, "it has not travelled yet"
     late[0][1].grad = torch.ones(70)
     opt.step()
     assert torch.equal(late[0][1], torch.full((70,), -0.5)), "the first rank's value, moved by the vote"

@@ -222,6 +222,20 @@ def test_a_scaler_unscales_within_the_step() -> None:
     assert opt.stats().steps == 3
 
 
+def test_a_step_that_raises_leaves_no_scale_behind() -> None:
+    p = torch.ones(4).requires_grad_()
+    opt = LionCub([p], lr=0.25)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    scaler.scale(p.sum()).backward()
+    opt.state[p]["exp_avg"][1] = math.nan
+    with pytest.raises(lioncub.NonFiniteError):
+        scaler.step(opt)
+    opt.state[p]["exp_avg"].zero_()
+    scaler.update()
+    scaler.step(opt)
+    assert opt.state[p]["exp_avg"].tolist() == torch.full((4,), 1 - 0.99).tolist()
+
+
 @BOTH
 @pytest.mark.parametrize(
     ("options", "error", "message"),
@@ -295,6 +309,13 @@ def test_a_refused_group_changes_nothing(optimizer: type) -> None:
     p.grad = torch.ones(3)
     opt.step()
     assert p.tolist() == [-1.0] * 3
+
+
+def test_shards_are_refused_by_name() -> None:
+    shard = torch.zeros(3).requires_grad_()
+    shard._is_flat_param = True
+    with pytest.raises(TypeError, match="parameter w: expected a whole tensor, got a shard"):
+        LionCub([("w", shard)])
 
 
 def test_dtensors_are_refused_by_name() -> None:

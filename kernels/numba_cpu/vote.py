@@ -21,6 +21,8 @@ from lioncub.kernels.numba_cpu.threads import MIN_SLICE, run_slices, slices
 
 # words of a row per block: with 8 voters the planes and waiting carries take 16 KiB
 _BLOCK = 256
+_ROW = 8 * _BLOCK
+_ONES = np.uint64(0xFFFFFFFFFFFFFFFF)
 
 
 def majority_vote(packed: Tensor, parity: int, out: Tensor, counts: Tensor | None) -> None:
@@ -55,122 +57,134 @@ def _vote_kernel(
     levels = 0
     while workers >> levels:
         levels += 1
-    planes = np.empty((levels, _BLOCK), np.uint64)
-    waiting = np.empty((levels + 1, _BLOCK), np.uint64)
-    spare = np.zeros((3, _BLOCK), np.uint64)
+    # as addresses, since arrays that own memory are counted by atomic operations whenever they are passed on
+    memory = np.zeros((max(levels, 4) + 4 + 3) * _BLOCK, np.uint64)
+    planes = memory.ctypes.data
+    group = planes + max(levels, 4) * _ROW
+    spare = group + 4 * _ROW
     undecided = parity_word(parity)
     ties, unanimous = 0, 0
     for start in range(first, last, _BLOCK):
         n = min(_BLOCK, last - start)
-        _count_voters(packed_ptr, stride, workers, levels, start, n, planes, waiting, spare)
-        out = array_at(out_ptr, start, n, WORDS)
-        ties += _decide(planes, workers, levels, n, undecided, out, spare[0], spare[1], counting)
+        _count_voters(packed_ptr + 8 * start, stride, workers, levels, n, planes, group, spare)
+        ties += _decide(planes, workers, levels, n, undecided, out_ptr + 8 * start, spare, counting)
         if counting:
-            unanimous += _count_unanimous(planes, workers, levels, n, spare[0], spare[1])
+            unanimous += _count_unanimous(planes, workers, levels, n, spare)
     return ties, unanimous
 
 
 @device_function
 def _count_voters(
-    packed_ptr: int, stride: int, workers: int, levels: int, start: int, n: int, planes: Any, waiting: Any, spare: Any
+    row: int, stride: int, workers: int, levels: int, n: int, planes: int, group: int, spare: int
 ) -> None:
-    """planes = number of ones among the voters' words [start, start + n), bit-sliced."""
-    occupied = np.zeros(levels + 1, np.bool_)
-    planes[:, :n] = 0
-    zeros = spare[2]
-    for worker in range(0, workers - 1, 2):
-        one = array_at(packed_ptr + worker * stride, start, n, WORDS)
-        other = array_at(packed_ptr + (worker + 1) * stride, start, n, WORDS)
-        _add(planes[0], one, other, _free(1, occupied, waiting, spare), n)
-        _carry(1, occupied, planes, waiting, spare, n)
-    if workers & 1:
-        one = array_at(packed_ptr + (workers - 1) * stride, start, n, WORDS)
-        _add(planes[0], one, zeros, _free(1, occupied, waiting, spare), n)
-        _carry(1, occupied, planes, waiting, spare, n)
-    for level in range(1, levels):
-        if occupied[level]:
-            spare[level & 1, :n] = 0
-            _carry(level, occupied, planes, waiting, spare, n)
+    """Planes = number of ones in each code of n words of ``workers`` rows."""
+    zeros = spare + 2 * _ROW
+    _fill(zeros, np.uint64(0), n)
+    _count_eight(row, stride, workers, zeros, n, planes)
+    for level in range(4, levels):
+        _fill(planes + level * _ROW, np.uint64(0), n)
+    for worker in range(8, workers, 8):
+        _count_eight(row + worker * stride, stride, workers - worker, zeros, n, group)
+        carry = zeros
+        for level in range(levels):
+            # two spare rows by turns: one is read while the other is written
+            above = spare + (level & 1) * _ROW
+            _add(planes + level * _ROW, group + level * _ROW if level < 4 else zeros, carry, above, n)
+            carry = above
 
 
 @device_function
-def _free(level: int, occupied: Any, waiting: Any, spare: Any) -> Any:
-    """Where a carry into ``level`` goes: to wait for a second one, or to be added with the one that waits."""
-    return spare[level & 1] if occupied[level] else waiting[level]
-
-
-@device_function
-def _carry(level: int, occupied: Any, planes: Any, waiting: Any, spare: Any, n: int) -> None:
-    """Account for a carry that was put at `_free` (level): add pairs of carries for as long as there are two."""
-    while occupied[level]:
-        _add(planes[level], waiting[level], spare[level & 1], _free(level + 1, occupied, waiting, spare), n)
-        occupied[level] = False
-        level += 1
-    occupied[level] = True
-
-
-@device_function
-def _add(plane: Any, one: Any, other: Any, carry: Any, n: int) -> None:
-    """Full adders: plane + one + other = plane + 2*carry."""
+def _count_eight(row: int, stride: int, workers: int, zeros: int, n: int, planes: int) -> None:
+    """Four planes = number of ones in each code of up to eight rows, counted in registers."""
+    r0 = array_at(row, 0, n, WORDS)
+    r1 = array_at(row + stride if workers > 1 else zeros, 0, n, WORDS)
+    r2 = array_at(row + 2 * stride if workers > 2 else zeros, 0, n, WORDS)
+    r3 = array_at(row + 3 * stride if workers > 3 else zeros, 0, n, WORDS)
+    r4 = array_at(row + 4 * stride if workers > 4 else zeros, 0, n, WORDS)
+    r5 = array_at(row + 5 * stride if workers > 5 else zeros, 0, n, WORDS)
+    r6 = array_at(row + 6 * stride if workers > 6 else zeros, 0, n, WORDS)
+    r7 = array_at(row + 7 * stride if workers > 7 else zeros, 0, n, WORDS)
+    out = array_at(planes, 0, 4 * _BLOCK, WORDS)
     for j in range(n):
-        odd = plane[j] ^ one[j]
-        carry[j] = (plane[j] & one[j]) | (odd & other[j])
-        plane[j] = odd ^ other[j]
+        one_a, two_a = _full_adder(r0[j], r1[j], r2[j])
+        one_b, two_b = _full_adder(r3[j], r4[j], r5[j])
+        one_c, two_c = _full_adder(r6[j], r7[j], one_a)
+        one, two_d = one_b ^ one_c, one_b & one_c
+        two_e, four_a = _full_adder(two_a, two_b, two_c)
+        two, four_b = two_d ^ two_e, two_d & two_e
+        out[j] = one
+        out[j + _BLOCK] = two
+        out[j + 2 * _BLOCK] = four_a ^ four_b
+        out[j + 3 * _BLOCK] = four_a & four_b
+
+
+@device_function
+def _full_adder(a: np.uint64, b: np.uint64, c: np.uint64) -> tuple[np.uint64, np.uint64]:
+    """a + b + c = first + 2*second, in each bit."""
+    odd = a ^ b
+    return odd ^ c, (a & b) | (odd & c)
+
+
+@device_function
+def _add(plane_ptr: int, one_ptr: int, other_ptr: int, carry_ptr: int, n: int) -> None:
+    """Full adders: plane + one + other = plane + 2*carry."""
+    plane, carry = array_at(plane_ptr, 0, n, WORDS), array_at(carry_ptr, 0, n, WORDS)
+    one, other = array_at(one_ptr, 0, n, WORDS), array_at(other_ptr, 0, n, WORDS)
+    for j in range(n):
+        plane[j], carry[j] = _full_adder(plane[j], one[j], other[j])
 
 
 @device_function
 def _decide(
-    planes: Any,
-    workers: int,
-    levels: int,
-    n: int,
-    undecided: np.uint64,
-    out: Any,
-    more: Any,
-    equal: Any,
-    counting: bool,
+    planes: int, workers: int, levels: int, n: int, undecided: np.uint64, out_ptr: int, spare: int, counting: bool
 ) -> int:
     """out = 1 where the count exceeds half of ``workers``, the parity bit where it is half; the number of ties."""
     half = workers >> 1
-    more[:n] = 0
-    equal[:n] = ~np.uint64(0)
+    more, equal, out = array_at(spare, 0, n, WORDS), array_at(spare + _ROW, 0, n, WORDS), array_at(out_ptr, 0, n, WORDS)
+    _fill(spare, np.uint64(0), n)
+    _fill(spare + _ROW, _ONES, n)
     for k in range(levels):
         level = levels - 1 - k
-        _compare(planes[level], (half >> level) & 1, more, equal, n)
+        plane = array_at(planes + level * _ROW, 0, n, WORDS)
+        if (half >> level) & 1:
+            for j in range(n):
+                equal[j] &= plane[j]
+        else:
+            for j in range(n):
+                more[j] |= equal[j] & plane[j]
+                equal[j] &= ~plane[j]
     if workers & 1:
-        out[:] = more[:n]
-        return 0
-    ties = 0
+        undecided = np.uint64(0)
+        counting = False
     for j in range(n):
         out[j] = more[j] | (equal[j] & undecided)
-    if counting:
-        for j in range(n):
-            ties += count_ones(equal[j])
-    return ties
+    return _count(equal, n) if counting else 0
 
 
 @device_function
-def _compare(plane: Any, bit: int, more: Any, equal: Any, n: int) -> None:
-    """One bit, from the highest down, of the comparison of counts with a number."""
-    if bit:
-        for j in range(n):
-            equal[j] &= plane[j]
-    else:
-        for j in range(n):
-            more[j] |= equal[j] & plane[j]
-            equal[j] &= ~plane[j]
-
-
-@device_function
-def _count_unanimous(planes: Any, workers: int, levels: int, n: int, none: Any, everyone: Any) -> int:
-    none[:n] = ~np.uint64(0)
-    everyone[:n] = ~np.uint64(0)
+def _count_unanimous(planes: int, workers: int, levels: int, n: int, spare: int) -> int:
+    none, everyone = array_at(spare, 0, n, WORDS), array_at(spare + _ROW, 0, n, WORDS)
+    _fill(spare, _ONES, n)
+    _fill(spare + _ROW, _ONES, n)
     for level in range(levels):
-        wanted = ~np.uint64(0) if (workers >> level) & 1 else np.uint64(0)
+        plane = array_at(planes + level * _ROW, 0, n, WORDS)
+        different = np.uint64(0) if (workers >> level) & 1 else _ONES
         for j in range(n):
-            none[j] &= ~planes[level, j]
-            everyone[j] &= ~(planes[level, j] ^ wanted)
-    unanimous = 0
+            none[j] &= ~plane[j]
+            everyone[j] &= plane[j] ^ different
+    return _count(none, n) + _count(everyone, n)
+
+
+@device_function
+def _fill(row_ptr: int, word: np.uint64, n: int) -> None:
+    row = array_at(row_ptr, 0, n, WORDS)
     for j in range(n):
-        unanimous += count_ones(none[j] | everyone[j])
-    return unanimous
+        row[j] = word
+
+
+@device_function
+def _count(row: Any, n: int) -> int:
+    ones = 0
+    for j in range(n):
+        ones += count_ones(row[j])
+    return ones

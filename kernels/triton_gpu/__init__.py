@@ -1,0 +1,27 @@
+"""Triton kernels for NVIDIA and AMD GPUs; each function has a reference's name, arguments and meaning.
+
+With TRITON_INTERPRET=1, set before this package is imported, they run on CPU tensors.
+"""
+
+from lioncub.kernels.triton_gpu.arithmetic import INTERPRETED
+from lioncub.kernels.triton_gpu.lion import apply_votes_, lion_encode, lion_encode_, lion_step_
+from lioncub.kernels.triton_gpu.packing import pack_signs, unpack_signs
+from lioncub.kernels.triton_gpu.quantization import dequantize, lion_quantize, quantize
+from lioncub.kernels.triton_gpu.scales import block_scale, lion_block_scale
+from lioncub.kernels.triton_gpu.vote import majority_vote
+
+__all__ = [
+    "INTERPRETED",
+    "apply_votes_",
+    "block_scale",
+    "dequantize",
+    "lion_block_scale",
+    "lion_encode",
+    "lion_encode_",
+    "lion_quantize",
+    "lion_step_",
+    "majority_vote",
+    "pack_signs",
+    "quantize",
+    "unpack_signs",
+]

@@ -1,0 +1,191 @@
+"""quantize, lion_quantize and dequantize: levels -K..K in p-bit fields."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lioncub.kernels.layout import largest_level
+from lioncub.kernels.random_bits import Stream
+from lioncub.kernels.scalars import Mix, round_to_float32
+from lioncub.kernels.triton_gpu.arithmetic import is_finite, mix, round_half_even, round_stochastic
+from lioncub.kernels.triton_gpu.launch import BLOCK_SIZE, launching_on, options, tiles
+from lioncub.kernels.triton_gpu.rows import (
+    ROW,
+    element_offsets,
+    flag_rows,
+    load_codes,
+    load_rows,
+    store_codes,
+    store_elements,
+    tile_rows,
+)
+
+_STREAM_ARGUMENTS = ["seed_low", "seed_high", "step", "tensor", "worker"]
+
+
+@triton.jit(do_not_specialize=_STREAM_ARGUMENTS)
+def _quantize_values_kernel(
+    x_ptr,
+    grad_ptr,
+    scale_ptr,
+    out_ptr,
+    status_ptr,
+    beta1,
+    beta1_new,
+    gain_level,
+    seed_low,
+    seed_high,
+    step,
+    tensor,
+    worker,
+    n_elements,
+    IS_UPDATE: tl.constexpr,
+    HAS_STATUS: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+    BITS: tl.constexpr,
+    SCALE_BLOCK: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+):
+    rows = tile_rows(BLOCK_SIZE)
+    x = load_rows(x_ptr, rows, n_elements)
+    if IS_UPDATE:
+        x = mix(beta1, beta1_new, x, load_rows(grad_ptr, rows, n_elements))
+    if HAS_STATUS:
+        flag_rows(status_ptr, ~is_finite(x))
+    scale = load_scales(scale_ptr, rows, n_elements, SCALE_BLOCK)
+    factor = tl.where(scale == 0, 0.0, tl.math.div_rn(gain_level + tl.zeros_like(scale), scale))
+    ratio = clip_ratio(x * factor, BITS)
+    if STOCHASTIC:
+        level = round_stochastic(ratio, random_rows(rows, seed_low, seed_high, step, tensor, worker))
+    else:
+        level = round_half_even(ratio)
+    largest: tl.constexpr = 2 ** (BITS - 1) - 1
+    store_codes(out_ptr, rows, n_elements, level + largest, BITS)
+
+
+@triton.jit
+def _dequantize_codes_kernel(
+    packed_ptr,
+    scale_ptr,
+    out_ptr,
+    gain_level,
+    n_elements,
+    BITS: tl.constexpr,
+    SCALE_BLOCK: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+):
+    rows = tile_rows(BLOCK_SIZE)
+    largest: tl.constexpr = 2 ** (BITS - 1) - 1
+    level = load_codes(packed_ptr, rows, n_elements, BITS) - largest
+    scale = load_scales(scale_ptr, rows, n_elements, SCALE_BLOCK)
+    unit = tl.math.div_rn(scale, gain_level + tl.zeros_like(scale))
+    store_elements(out_ptr, element_offsets(rows), n_elements, level.to(tl.float32) * unit)
+
+
+@triton.jit
+def load_scales(scale_ptr, rows, n_elements, SCALE_BLOCK: tl.constexpr):
+    """fp32 scales that broadcast over [rows, 8]: one per tile, per row or per element, as few as the block allows."""
+    if SCALE_BLOCK == 0:
+        scale = tl.load(scale_ptr) + tl.zeros((1, 1), tl.float32)
+    else:
+        offsets = rows[:, None] * ROW if SCALE_BLOCK >= ROW else element_offsets(rows)
+        scale = tl.load(scale_ptr + offsets // SCALE_BLOCK, mask=offsets < n_elements, other=0)
+    return scale
+
+
+@triton.jit
+def clip_ratio(ratio, BITS: tl.constexpr):
+    """``ratio`` clipped to -K..K, 0 for NaN."""
+    largest: tl.constexpr = 2 ** (BITS - 1) - 1
+    ratio = tl.where(ratio == ratio, ratio, 0.0)
+    return tl.minimum(tl.maximum(ratio, -largest), largest)
+
+
+@triton.jit
+def random_rows(rows, seed_low, seed_high, step, tensor, worker):
+    """uint32[rows, 8] words of a stream (rule 8): a row takes two Philox blocks of four words."""
+    blocks = (rows[:, None] * 2 + tl.arange(0, 2)[None, :]).to(tl.uint32)
+    zero = tl.zeros_like(blocks)
+    w0, w1, w2, w3 = tl.random.philox_impl(
+        blocks,
+        zero + step.to(tl.uint32, bitcast=True),
+        zero + tensor.to(tl.uint32, bitcast=True),
+        zero + worker.to(tl.uint32, bitcast=True),
+        zero + seed_low.to(tl.uint32, bitcast=True),
+        zero + seed_high.to(tl.uint32, bitcast=True),
+    )
+    words = tl.join(tl.join(w0, w2), tl.join(w1, w3))
+    return tl.reshape(words, (rows.shape[0], ROW))
+
+
+def quantize(x: Tensor, scale: Tensor, gain: float, block: int, bits: int, stream: Stream | None, out: Tensor) -> None:
+    """See `lioncub.kernels.reference.quantize`."""
+    _quantize(x, None, Mix(0.0, 0.0), scale, gain, block, bits, stream, out, None)
+
+
+def lion_quantize(
+    exp_avg: Tensor,
+    grad: Tensor,
+    beta1: Mix,
+    scale: Tensor,
+    gain: float,
+    block: int,
+    bits: int,
+    stream: Stream | None,
+    out: Tensor,
+    status: Tensor | None,
+) -> None:
+    """See `lioncub.kernels.reference.lion_quantize`."""
+    _quantize(exp_avg, grad, beta1, scale, gain, block, bits, stream, out, status)
+
+
+def dequantize(packed: Tensor, scale: Tensor, gain: float, block: int, bits: int, out: Tensor) -> None:
+    """See `lioncub.kernels.reference.dequantize`."""
+    n = out.numel()
+    gain_level = round_to_float32(gain * largest_level(bits))
+    with launching_on(out):
+        _dequantize_codes_kernel[tiles(n)](
+            packed, scale, out, gain_level, n, bits, block, BLOCK_SIZE, **options(out.device)
+        )
+
+
+def _quantize(
+    x: Tensor,
+    grad: Tensor | None,
+    beta1: Mix,
+    scale: Tensor,
+    gain: float,
+    block: int,
+    bits: int,
+    stream: Stream | None,
+    out: Tensor,
+    status: Tensor | None,
+) -> None:
+    n = x.numel()
+    words = (0, 0, 0, 0, 0) if stream is None else (*stream.key, stream.step, stream.tensor, stream.worker)
+    with launching_on(x):
+        _quantize_values_kernel[tiles(n)](
+            x,
+            x if grad is None else grad,
+            scale,
+            out,
+            out if status is None else status,
+            *beta1,
+            round_to_float32(gain * largest_level(bits)),
+            *map(_as_int32, words),
+            n,
+            grad is not None,
+            status is not None,
+            stream is not None,
+            bits,
+            block,
+            BLOCK_SIZE,
+            **options(x.device),
+        )
+
+
+def _as_int32(word: int) -> int:
+    """The int32 with the low 32 bits of ``word``, so that every value has one type at launch."""
+    return (word + 2**31) % 2**32 - 2**31

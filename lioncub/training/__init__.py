@@ -1,0 +1,1 @@
+"""The training command behind ``lioncub train``: a small byte-level GPT, trained by several local workers."""

@@ -1,0 +1,109 @@
+"""One worker process: joins the group, trains, and tells its parent how it went."""
+
+import contextlib
+import dataclasses
+import os
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+from datetime import timedelta
+from multiprocessing import parent_process
+from multiprocessing.connection import Connection
+
+import torch
+import torch.distributed as dist
+
+from lioncub.training.config import TrainConfig, UserError
+from lioncub.training.loop import OnRecord, Trainer
+
+
+class WorkerFailedError(RuntimeError):
+    """A worker ended early; the text says which one and why, `traceback` is for a bug report."""
+
+    def __init__(self, message: str, traceback: str = "") -> None:
+        super().__init__(message)
+        self.traceback = traceback
+
+
+@dataclasses.dataclass(frozen=True)
+class Failure:
+    """How a worker ended. `traceback` is empty where `message` says all that the user needs."""
+
+    rank: int
+    message: str
+    traceback: str
+    time: float
+
+
+def describe(error: Exception, rank: int) -> Failure:
+    """A Failure from an exception that is being handled."""
+    if isinstance(error, UserError):
+        return Failure(rank, str(error), "", time.time())
+    return Failure(rank, f"{type(error).__name__}: {error}", traceback.format_exc(), time.time())
+
+
+@contextlib.contextmanager
+def group(config: TrainConfig, *, local_workers: int, init_method: str, rank: int) -> Iterator[None]:
+    """Membership in the default Gloo group; the processor's threads are shared out among `local_workers`."""
+    torch.set_num_threads(max(1, torch.get_num_threads() // local_workers))
+    dist.init_process_group(
+        "gloo",
+        init_method=init_method,
+        rank=rank,
+        world_size=config.workers,
+        timeout=timedelta(seconds=config.timeout),
+    )
+    yield
+    # not in a finally: after an error the peers may be gone, and the process ends anyway
+    dist.destroy_process_group()
+
+
+def run_local(rank: int, config: TrainConfig, resume: bool, rendezvous: str, channel: Connection) -> None:
+    """Entry of a worker that :mod:`lioncub.training.launch` started.
+
+    Sends to `channel` every StepRecord (rank 0) and, when it fails, one Failure.
+    """
+    _end_with_parent()
+    if sys.platform == "linux":
+        # all workers are on this machine; a host name that does not resolve must not matter
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    try:
+        with group(config, local_workers=config.workers, init_method=f"file://{rendezvous}", rank=rank):
+            Trainer(config, resume=resume, on_record=channel.send).run()
+    except Exception as error:
+        channel.send(describe(error, rank))
+        # sys.exit would wait for threads of a group whose peers may hang
+        os._exit(1)
+
+
+def run_joined(config: TrainConfig, resume: bool, on_record: OnRecord) -> None:
+    """Train as the worker that RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT name (as torchrun sets them).
+
+    Raises:
+        UserError: bad settings or text.
+        WorkerFailedError: anything else went wrong.
+    """
+    rank, local_workers = int(os.environ["RANK"]), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    try:
+        with group(config, local_workers=local_workers, init_method="env://", rank=rank):
+            Trainer(config, resume=resume, on_record=on_record).run()
+    except UserError:
+        raise
+    except Exception as error:
+        raise WorkerFailedError(
+            f"worker {rank} failed: {type(error).__name__}: {error}", traceback.format_exc()
+        ) from error
+
+
+def _end_with_parent() -> None:
+    """End this process as soon as the one that started it is gone, however that ended."""
+    parent = parent_process()
+    assert parent is not None, "run_local runs in a child process"
+
+    def wait_and_exit() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait_and_exit, name="end-with-parent", daemon=True).start()

@@ -1,0 +1,218 @@
+"""The documentation is true: its examples run, its numbers are the code's, its links lead somewhere."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from gloo_workers import results_of
+from torch import Tensor, nn
+
+import lioncub
+from lioncub import LionCub
+from lioncub.collectives import HANDSHAKE_BYTES, bytes_sent, choose
+from lioncub.collectives.cost import RESULT_HEADER_BYTES, Link
+from lioncub.collectives.header import FAILED, FOUND_INF, Header, encode_header, header_bytes
+from lioncub.kernels import packed_bytes
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+PAGES = sorted(DOCS.glob("*.md"))
+EXAMPLES = sorted((DOCS / "examples").glob("*.py"))
+
+
+def _load(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _blocks(page: str) -> list[str]:
+    """The Python blocks of a page that are not whole files."""
+    found = re.findall(r"(<!-- file: \S+ -->\n)?```python\n(.*?)```", (DOCS / page).read_text(), re.DOTALL)
+    return [code for whole, code in found if not whole]
+
+
+@pytest.mark.parametrize("page", [*PAGES, *sorted(ROOT.glob("*.md"))], ids=lambda page: page.name)
+def test_links_lead_to_files(page: Path) -> None:
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+    targets = [t.split("#")[0] for t in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in t]
+    missing = [t for t in targets if t and not (page.parent / t).exists()]
+    assert not missing, f"{page.name} links to {missing}"
+
+
+def test_examples_stand_in_the_pages_as_they_are() -> None:
+    included = {}
+    for page in PAGES:
+        blocks = re.findall(r"<!-- file: (\S+) -->\n```python\n(.*?)```\n", page.read_text(), re.DOTALL)
+        for name, code in blocks:
+            included[name] = code
+            assert code == (DOCS / name).read_text(), f"{page.name} shows another {name}"
+    assert sorted(included) == [f"examples/{path.name}" for path in EXAMPLES]
+
+
+def test_every_rule_that_the_code_names_exists() -> None:
+    rules = re.findall(r"^(\d+)\. \*\*", (DOCS / "numerics.md").read_text(), re.MULTILINE)
+    assert rules == [str(i) for i in range(1, 11)]
+    named = set()
+    for folder in ("kernels", "collectives", "lioncub"):
+        for path in (ROOT / folder).rglob("*.py"):
+            named |= set(re.findall(r"\brules? (\d+)", path.read_text()))
+    assert named
+    assert named <= set(rules)
+
+
+def test_the_training_example_runs(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [*command, str(DOCS / "examples" / "train.py")],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+        cwd=tmp_path,
+        env=environment,
+    )
+    assert done.returncode == 0, done.stderr
+    lines = re.findall(r"step (\d+): loss ([\d.]+), (\d+) bytes sent per step", done.stdout)
+    assert [int(step) for step, *_ in lines] == [20, 40, 60, 80, 100]
+    assert float(lines[-1][1]) < 0.7 * float(lines[0][1]), "it must have learnt something"
+    message = sum(packed_bytes(n) for n in (1024, 64, 64, 1))
+    assert {int(sent) for *_, sent in lines} == {bytes_sent("all_gather", message, 2, header_bytes(4))}
+
+
+def run_the_pieces(rank: int, world_size: int, folder: str) -> list[str]:
+    """Every block of the two pages in order; after each, a step with the optimizer that it left behind."""
+    os.chdir(folder)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 64), nn.GELU(), nn.Linear(64, 1))
+
+    def loss_of(module: nn.Module) -> Tensor:
+        return nn.functional.mse_loss(module(torch.randn(8, 16)), torch.ones(8, 1))
+
+    names: dict[str, Any] = {
+        "torch": torch,
+        "nn": nn,
+        "dist": dist,
+        "logging": logging,
+        "lioncub": lioncub,
+        "LionCub": LionCub,
+        "model": model,
+        "opt": LionCub(model.named_parameters(), lr=1e-3),
+        "device": torch.device("cpu"),
+        "rank": rank,
+        "loss_of": loss_of,
+    }
+    torch.manual_seed(1 + rank)
+    for block in [code for page in ("quickstart.md", "training.md") for code in _blocks(page)]:
+        opt = names["opt"]
+        opt.zero_grad()
+        names["loss"] = loss_of(names.get("ddp_model", model))
+        names["loss"].backward()
+        opt.step()
+        exec(block, names)
+        names["opt"].check_replicas()
+    return sorted(path.name for path in Path(folder).glob("*.pt"))
+
+
+def test_the_pieces_of_the_pages_run(tmp_path: Path) -> None:
+    assert len(_blocks("quickstart.md")) == 3
+    assert len(_blocks("training.md")) == 5
+    files = results_of(run_the_pieces, 2, str(tmp_path))
+    assert all("checkpoint-0.pt" in names or "checkpoint-1.pt" in names for names in files)
+    written = {path.name for path in tmp_path.glob("*.pt")}
+    assert written == {"checkpoint-0.pt", "checkpoint-1.pt", "checkpoint.pt"}
+
+
+def signum_by_hand(rank: int, world_size: int) -> bool:
+    """The example against all workers' steps in plain torch: zeros, ties, a parameter without gradient, odd sizes."""
+    signum = _load(DOCS / "examples" / "signum.py").Signum
+    shapes = [(7, 19), (64,), (5,)]
+    params = [torch.ones(shape).requires_grad_() for shape in shapes]
+    opt = signum(params, lr=0.5, beta=0.8, weight_decay=0.1)
+    expected = [torch.ones(shape) for shape in shapes]
+    momenta = [torch.zeros(world_size, *shape) for shape in shapes]
+    for t in range(6):
+        for i, shape in enumerate(shapes):
+            generators = [torch.Generator().manual_seed(100 * t + 10 * i + r) for r in range(world_size)]
+            grads = torch.stack([torch.randint(-1, 2, shape, generator=g).float() for g in generators])
+            # the last parameter has no gradient on the last worker
+            if i == 2:
+                grads[-1] = 0
+            params[i].grad = None if i == 2 and rank == world_size - 1 else grads[rank].clone()
+            momenta[i] = torch.tensor(0.8) * momenta[i] + torch.tensor(1 - 0.8) * grads
+            parity = 2 * ((torch.arange(expected[i].numel()) + t) % 2).view(shape) - 1
+            total = torch.where(momenta[i] == 0, parity, momenta[i].sign()).sum(dim=0)
+            direction = torch.where(total == 0, parity, total.sign())
+            expected[i] = torch.tensor(1 - 0.5 * 0.1) * expected[i] - 0.5 * direction
+        opt.step()
+        for p, x, m in zip(params, expected, momenta, strict=True):
+            assert torch.equal(p, x), f"step {t}"
+            assert torch.equal(opt.state[p]["exp_avg"], m[rank]), f"step {t}"
+    for p in params:
+        everyone = [torch.empty_like(p) for _ in range(world_size)]
+        dist.all_gather(everyone, p.detach())
+        assert all(torch.equal(replica, everyone[0]) for replica in everyone)
+    return True
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_the_signum_example_is_signum(world_size: int) -> None:
+    assert results_of(signum_by_hand, world_size) == [True] * world_size
+
+
+def _worked_examples() -> list[tuple[str, int, int, str, str]]:
+    """(algorithm, workers, message bytes, formula, bytes) of every row of the tables of byte counts."""
+    rows = []
+    text = (DOCS / "wire-format.md").read_text()
+    for example in re.findall(r"^Example: .*?(?=^\S+ takes|^Example: |\Z)", text, re.MULTILINE | re.DOTALL):
+        workers, message = (int(re.search(p, example)[1]) for p in (r"(\d+) workers", r"B = (\d+)"))
+        for name, formula, total in re.findall(r"^\| (.+?) \| ([\d *+()/]+) \| (\d+) \|$", example, re.MULTILINE):
+            rows.append((name.strip("`"), workers, message, formula, total))
+    return rows
+
+
+@pytest.mark.parametrize(("name", "workers", "message", "formula", "total"), _worked_examples())
+def test_worked_examples_of_byte_counts(name: str, workers: int, message: int, formula: str, total: str) -> None:
+    assert eval(formula) == int(total)
+    sizes = {136: (1000, 50), 1048576: (8388608,)}[message]
+    assert message == sum(packed_bytes(n) for n in sizes)
+    if name == "fp32 ring all-reduce":
+        assert int(total) == 2 * (workers - 1) * sum(sizes) * 4 / workers
+    else:
+        assert int(total) == bytes_sent(name, message, workers, header_bytes(len(sizes)))
+
+
+def test_there_are_two_worked_examples() -> None:
+    assert len(_worked_examples()) == 6
+
+
+def test_the_header_is_laid_out_as_documented() -> None:
+    header = Header(2, 3, 4, 5, FOUND_INF + FAILED, (True,) + (False,) * 64 + (True,))
+    raw = encode_header(header, torch.device("cpu")).numpy().tobytes()
+    table = re.findall(r"^\| (\d+) \| 8 \| (.+) \|$", (DOCS / "wire-format.md").read_text(), re.MULTILINE)
+    words = {int(offset): int.from_bytes(raw[int(offset) :][:8], "little") for offset, _ in table[:6]}
+    assert words == {0: 1, 8: 2, 16: 3, 24: 4, 32: 5, 40: 3}
+    assert int.from_bytes(raw[48:], "little") == 1 + (1 << 65)
+    assert len(raw) == header_bytes(66) == 48 + 8 * 2
+    assert len(table[6:]) * 8 == RESULT_HEADER_BYTES == 32
+    assert HANDSHAKE_BYTES == 16
+
+
+def test_auto_changes_where_the_page_says() -> None:
+    assert choose("auto", 24_000, 4, Link(), header_bytes(0)) == "all_gather"
+    assert choose("auto", 26_000, 4, Link(), header_bytes(0)) == "reduce_scatter"
