@@ -73,7 +73,7 @@ def storage_order_view(name: str, tensor: Tensor) -> Tensor:
     Raises ValueError where elements overlap or leave gaps, since no such view exists.
     """
     if tensor.is_contiguous():
-        return tensor.view(-1)
+        return tensor if tensor.dim() == 1 else tensor.view(-1)
     if not is_dense(tensor.shape, tensor.stride()):
         raise ValueError(
             f"{name}: expected a dense tensor without gaps or overlaps (contiguous, channels_last, permuted), "

@@ -26,10 +26,8 @@ def register(schema: str, kernel: Callable[..., None]) -> Any:
 
 def mark_written(*written: Tensor | Sequence[Tensor] | None) -> None:
     """Advance the version counters of tensors that a kernel wrote behind autograd's back."""
-    for item in written:
-        for tensor in (item,) if isinstance(item, Tensor) else item or ():
-            if not tensor.is_inference():
-                torch.autograd.graph.increment_version(tensor)
+    tensors = [t for item in written for t in ((item,) if isinstance(item, Tensor) else item or ())]
+    torch.autograd.graph.increment_version([t for t in tensors if not t.is_inference()])
 
 
 def _fake(*args: Any) -> None:

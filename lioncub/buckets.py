@@ -26,16 +26,13 @@ class Slot:
     shape: tuple[int, ...]
     stride: tuple[int, ...]
     dtype: torch.dtype
+    numel: int
+    n_bytes: int
 
     @property
-    def numel(self) -> int:
-        """Number of elements, and of codes."""
-        return self.param.numel()
-
-    @property
-    def bytes(self) -> slice:
-        """The parameter's packed codes within the message."""
-        return slice(self.start // 8, self.start // 8 + packed_bytes(self.numel))
+    def end(self) -> int:
+        """The code behind the parameter's last one, padding included."""
+        return self.start + 8 * self.n_bytes
 
     def check_unchanged(self, device: torch.device) -> None:
         """Raise ValueError where the parameter is no longer what the bucket was laid out for."""
@@ -54,10 +51,14 @@ class Bucket:
 
     def __init__(self, group_index: int, slots: Sequence[Slot], device: torch.device) -> None:
         self.group_index, self.slots, self.device = group_index, tuple(slots), device
-        self.n_bytes = slots[-1].bytes.stop
+        self.n_bytes = slots[-1].end // 8
         self.elements = sum(slot.numel for slot in slots)
         self.exp_avg = torch.zeros(8 * self.n_bytes, dtype=torch.float32, device=device)
         self.momenta = [self.exp_avg[slot.start : slot.start + slot.numel] for slot in slots]
+
+    def split(self, packed: Tensor) -> tuple[Tensor, ...]:
+        """Each parameter's part of a packed message uint8[n_bytes], as views."""
+        return packed.split([slot.n_bytes for slot in self.slots])
 
     def momentum_view(self, i: int) -> Tensor:
         """The momentum of parameter i in the parameter's shape and strides."""
@@ -80,7 +81,7 @@ def build_buckets(group_index: int, named: Sequence[tuple[str, Tensor]], bucket_
     for device, members in by_device.items():
         slots: list[Slot] = []
         for name, param in members:
-            if slots and slots[-1].bytes.stop + packed_bytes(param.numel()) > bucket_bytes:
+            if slots and slots[-1].end // 8 + packed_bytes(param.numel()) > bucket_bytes:
                 buckets.append(Bucket(group_index, slots, device))
                 slots = []
             slots.append(_next_slot(slots, name, param))
@@ -96,6 +97,7 @@ def bucket_bytes_of(bucket_mb: Any) -> int:
 
 
 def _next_slot(slots: Sequence[Slot], name: str, param: Tensor) -> Slot:
-    start = 8 * slots[-1].bytes.stop if slots else 0
+    start = slots[-1].end if slots else 0
     assert start % WORD_SIGNS == 0
-    return Slot(name, param, start, tuple(param.shape), param.stride(), param.dtype)
+    shape, n = tuple(param.shape), param.numel()
+    return Slot(name, param, start, shape, param.stride(), param.dtype, n, packed_bytes(n))

@@ -55,7 +55,7 @@ def encode_bucket(bucket: Bucket, now: Hyperparameters, step: int, grad_scale: f
         grads,
         beta1=now.beta1,
         parity=step,
-        out=[packed[slot.bytes] for slot in bucket.slots],
+        out=bucket.split(packed),
         status=status,
         grad_scale=-grad_scale if now.maximize else grad_scale,
         impl=impl,
@@ -107,9 +107,10 @@ def apply_bucket_(
             impl=impl,
         )
         return
+    votes = bucket.split(voted)
     foreach_apply_votes_(
         params,
-        [voted[bucket.slots[i].bytes] for i in chosen],
+        [votes[i] for i in chosen],
         lr=now.lr,
         weight_decay=now.weight_decay,
         grad=grads,

@@ -1,8 +1,8 @@
 """majority_vote in Numba: a bit-sliced counter of carry-save adders, on blocks of words in the L1 cache.
 
-Plane k holds bit k of the number of ones of every code. Voters are added two at a time into plane 0, whose carries,
-of weight 2, are again added two at a time into plane 1, and so on: N - 1 full adders of five operations for N
-voters (Harley and Seal's counter; Knuth, The Art of Computer Programming 7.1.3).
+Plane k holds bit k of the number of ones of every code. Eight rows at a time are counted in registers, with full
+adders (Harley and Seal's counter; Warren, Hacker's Delight, 5-1), and added to the planes. The planes are compared
+with half the number of voters bit by bit, from the highest down.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from lioncub.kernels.numba_cpu.memory import WORDS, array_at
 from lioncub.kernels.numba_cpu.signs import parity_word
 from lioncub.kernels.numba_cpu.threads import MIN_SLICE, run_slices, slices
 
-# words of a row per block: with 8 voters the planes and waiting carries take 16 KiB
-_BLOCK = 256
+# words per block: 512 bytes of each row, so that rows a power of two apart do not evict one another
+_BLOCK = 64
 _ROW = 8 * _BLOCK
 _ONES = np.uint64(0xFFFFFFFFFFFFFFFF)
 

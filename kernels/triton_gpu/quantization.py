@@ -22,6 +22,7 @@ from lioncub.kernels.triton_gpu.rows import (
     tile_rows,
 )
 
+_NO_STREAM = Stream(0, 0, 0, 0)
 _STREAM_ARGUMENTS = ["seed_low", "seed_high", "step", "tensor", "worker"]
 
 
@@ -164,7 +165,6 @@ def _quantize(
     status: Tensor | None,
 ) -> None:
     n = x.numel()
-    words = (0, 0, 0, 0, 0) if stream is None else (*stream.key, stream.step, stream.tensor, stream.worker)
     with launching_on(x):
         _quantize_values_kernel[tiles(n)](
             x,
@@ -174,7 +174,7 @@ def _quantize(
             out if status is None else status,
             *beta1,
             round_to_float32(gain * largest_level(bits)),
-            *map(_as_int32, words),
+            *signed_words(stream or _NO_STREAM),
             n,
             grad is not None,
             status is not None,
@@ -186,6 +186,7 @@ def _quantize(
         )
 
 
-def _as_int32(word: int) -> int:
-    """The int32 with the low 32 bits of ``word``, so that every value has one type at launch."""
-    return (word + 2**31) % 2**32 - 2**31
+def signed_words(stream: Stream) -> tuple[int, ...]:
+    """Seed (low, high), step, tensor and worker as int32 of the same bits, so that each has one type at launch."""
+    words = (*stream.key, stream.step, stream.tensor, stream.worker)
+    return tuple((word + 2**31) % 2**32 - 2**31 for word in words)
