@@ -24,12 +24,15 @@ types: setup
 	cd build/types && ../../$(BIN)/python -m mypy --config-file ../../pyproject.toml --package lioncub
 
 bench: setup
-	$(BIN)/python -m pytest bench
+	mkdir -p runs
+	$(BIN)/python -m pytest bench --quiet --benchmark-json=runs/bench.json
+	$(BIN)/python bench/report.py runs/bench.json docs/benchmarks.md
 
 setup: $(INSTALLED)
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
+	# torch by itself and first, at the pinned version: resolved with the rest it could be a newer one
 	$(BIN)/python -m pip install --quiet torch -c constraints.txt
 	$(BIN)/python -m pip install --quiet --editable ".[dev]" -c constraints.txt
 	touch $@

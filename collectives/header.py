@@ -19,10 +19,16 @@ from lioncub.collectives.handshake import WIRE_VERSION
 FIXED_WORDS = 6
 FOUND_INF = 1
 FAILED = 2
+UNVERIFIED = 4
 STATUS_OK, STATUS_NONFINITE, STATUS_DISAGREE = 0, 1, 2
 _NONFINITE_WORD = 4
 # what must be equal on all workers, with the names that an error gives them
-_AGREED = ("the wire version", "the step", "the bucket layout", "the hyperparameters (lr, betas, weight_decay)")
+_AGREED = (
+    "the wire version",
+    "the step",
+    "the bucket layout",
+    "the hyperparameters (lr, betas, weight_decay, maximize)",
+)
 
 
 @dataclass(frozen=True)

@@ -20,12 +20,12 @@ def check_float(name: str, tensor: Tensor) -> None:
         raise TypeError(f"{name}: expected dtype float32, bfloat16 or float16, got {tensor.dtype}")
 
 
-def check_exp_avg(exp_avg: Tensor, peer_name: str, peer: Tensor) -> None:
-    """Raise unless ``exp_avg`` is fp32 or of its peer's dtype, with the peer's shape, strides and device."""
+def check_exp_avg(exp_avg: Tensor, param: Tensor) -> None:
+    """Raise unless ``exp_avg`` is fp32 or of ``param``'s dtype, with its shape, strides and device."""
     check_float("exp_avg", exp_avg)
-    if exp_avg.dtype not in (torch.float32, peer.dtype):
-        raise TypeError(f"exp_avg: expected dtype float32 or {peer.dtype} ({peer_name}'s), got {exp_avg.dtype}")
-    check_same_storage_order("exp_avg", exp_avg, peer_name, peer)
+    if exp_avg.dtype not in (torch.float32, param.dtype):
+        raise TypeError(f"exp_avg: expected dtype float32 or {param.dtype} (param's), got {exp_avg.dtype}")
+    check_same_storage_order("exp_avg", exp_avg, "param", param)
 
 
 def check_same_storage_order(name: str, tensor: Tensor, peer_name: str, peer: Tensor) -> None:

@@ -51,7 +51,7 @@ def lion_encode(
     Reads exp_avg and grad once; changes nothing but ``out`` and ``status``.
 
     Args:
-        exp_avg: momentum, fp32 or grad's dtype, with grad's shape and strides.
+        exp_avg: momentum, fp32 or the parameter's dtype, with grad's shape and strides.
         grad: dense fp32, bf16 or fp16 tensor of n elements, taken in storage order.
         beta1: number in [0, 1] or 0-dim tensor.
         parity: step counter t; element j whose update is zero or NaN gets bit (j + t) & 1.
@@ -120,7 +120,7 @@ def apply_votes_(
         return
     check_float("grad", grad)
     check_same_storage_order("grad", grad, "param", param)
-    check_exp_avg(exp_avg, "param", param)
+    check_exp_avg(exp_avg, param)
     g, m = storage_order_view("grad", grad), storage_order_view("exp_avg", exp_avg)
     foreach_apply_votes_([x], [packed], lr=lr, weight_decay=weight_decay, grad=[g], exp_avg=[m], beta2=beta2, impl=impl)
 
@@ -144,7 +144,7 @@ def lion_step_(
     check_float("param", param)
     check_float("grad", grad)
     check_same_storage_order("grad", grad, "param", param)
-    check_exp_avg(exp_avg, "param", param)
+    check_exp_avg(exp_avg, param)
     x, g, m = (storage_order_view("param", t) for t in (param, grad, exp_avg))
     foreach_lion_step_([x], [g], [m], lr=lr, beta1=beta1, beta2=beta2, weight_decay=weight_decay, impl=impl)
 
@@ -210,7 +210,8 @@ def _encode_arguments(
     exp_avg: Tensor, grad: Tensor, out: Tensor | None, status: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     check_float("grad", grad)
-    check_exp_avg(exp_avg, "grad", grad)
+    check_float("exp_avg", exp_avg)
+    check_same_storage_order("exp_avg", exp_avg, "grad", grad)
     check_status(status, grad)
     n_bytes = packed_bytes(grad.numel())
     if out is None:

@@ -9,9 +9,9 @@ from lioncub.kernels.backends import backend
 from lioncub.kernels.checks import (
     FLOAT_DTYPES,
     check_device,
-    check_exp_avg,
     check_float,
     check_packed,
+    check_same_storage_order,
     check_status,
     storage_order_view,
 )
@@ -92,7 +92,8 @@ def lion_quantize(
     where any element of grad, exp_avg or the update is not finite.
     """
     check_float("grad", grad)
-    check_exp_avg(exp_avg, "grad", grad)
+    check_float("exp_avg", exp_avg)
+    check_same_storage_order("exp_avg", exp_avg, "grad", grad)
     check_status(status, grad)
     m, g = storage_order_view("exp_avg", exp_avg), storage_order_view("grad", grad)
     size = _check_fields(bits, norm, block, g.numel(), stochastic)
@@ -135,7 +136,7 @@ def _check_fields(bits: int, norm: str, block: int | None, n: int, stochastic: b
         raise ValueError(f"bits: expected one of {FIELD_BITS}, got {bits}")
     if norm not in GAINS:
         raise ValueError(f"norm: expected one of {tuple(GAINS)}, got {norm!r}")
-    if block is not None and (block < 1 or block & (block - 1)):
+    if block is not None and (not isinstance(block, int) or block < 1 or block & (block - 1)):
         raise ValueError(f"block: expected a power of two or None, got {block}")
     if stochastic and n > MAX_ELEMENTS:
         raise ValueError(f"stochastic: expected at most 2^34 elements in a stream, got {n}")
@@ -152,6 +153,8 @@ def _scale_count(n: int, block: int) -> int:
 
 def _check_scale(scale: Tensor, like: Tensor, block: int) -> None:
     expected = (_scale_count(like.numel(), block),)
+    if not isinstance(scale, Tensor):
+        raise TypeError(f"scale: expected a float32 tensor of shape {expected}, got {type(scale).__name__}")
     if scale.dtype != torch.float32 or scale.shape != expected or not scale.is_contiguous():
         raise ValueError(
             f"scale: expected a contiguous float32 tensor of shape {expected}, "

@@ -43,8 +43,11 @@ def majority_vote(
     check_packed("out", out, n_bytes)
     check_device("out", out, "packed", packed)
     if counts is not None:
-        if counts.dtype != torch.int64 or counts.shape != (2,):
-            raise ValueError(f"counts: expected int64[2], got {counts.dtype} {tuple(counts.shape)}")
+        if counts.dtype != torch.int64 or counts.shape != (2,) or not counts.is_contiguous():
+            raise ValueError(
+                f"counts: expected a contiguous int64[2], got {counts.dtype} of shape {tuple(counts.shape)} "
+                f"with strides {counts.stride()}"
+            )
         check_device("counts", counts, "packed", packed)
     _VOTE(packed, count_scalar("parity", parity), out, counts, impl)
     return out

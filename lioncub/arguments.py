@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from numbers import Real
 from typing import Any
 
 import torch
@@ -100,6 +101,6 @@ def gradient_of(name: str, param: Tensor) -> Tensor | None:
 
 
 def _number(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float | Tensor):
+    if isinstance(value, bool) or not isinstance(value, Real | Tensor):
         raise TypeError(f"{name}: expected a number or a 0-dim tensor, got {value!r}")
     return float(value)

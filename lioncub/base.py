@@ -46,11 +46,11 @@ class MomentumOptimizer(torch.optim.Optimizer):
         super().add_param_group(param_group)
         try:
             self._check_last_group()
-        except (TypeError, ValueError, ImportError):
+            self._warn_where_lr_moves_nothing(self.param_groups[-1])
+            self._create_state(len(self.param_groups) - 1)
+        except BaseException:
             self.param_groups.pop()
             raise
-        self._create_state(len(self.param_groups) - 1)
-        self._warn_where_lr_moves_nothing(self.param_groups[-1])
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Load a checkpoint: momentum is copied bit for bit into the memory that the optimizer already uses.
@@ -72,6 +72,7 @@ class MomentumOptimizer(torch.optim.Optimizer):
             post_hook(self)
 
     def _create_state(self, group_index: int) -> None:
+        """Make the momentum of a new group; where it raises, it has changed nothing."""
         raise NotImplementedError
 
     def _named_parameters(self) -> list[tuple[str, Tensor]]:
@@ -105,12 +106,15 @@ class MomentumOptimizer(torch.optim.Optimizer):
         return options
 
     def _checked_momenta(self, state_dict: Mapping[str, Any]) -> list[tuple[Tensor, Tensor]]:
-        """(parameter, saved momentum) of every parameter, in their order."""
+        """(parameter, saved momentum) of every parameter, in their order; a frozen one may have none."""
         saved_ids = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
         momenta = []
         for key, (name, param) in zip(saved_ids, self._named_parameters(), strict=True):
             exp_avg = state_dict["state"].get(key, {}).get("exp_avg")
             mine = self.state[param]["exp_avg"]
+            if exp_avg is None and not param.requires_grad:
+                # distributed checkpointing leaves out the state of frozen parameters
+                continue
             if exp_avg is None:
                 raise ValueError(f"state_dict: expected exp_avg of parameter {name}, got none")
             if exp_avg.shape != mine.shape:

@@ -6,6 +6,7 @@ message, every parameter starts on a 64-element boundary, so that the index of a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -55,15 +56,22 @@ class Bucket:
         self.elements = sum(slot.numel for slot in slots)
         self.exp_avg = torch.zeros(8 * self.n_bytes, dtype=torch.float32, device=device)
         self.momenta = [self.exp_avg[slot.start : slot.start + slot.numel] for slot in slots]
+        # what `state` holds: the momentum of each parameter in the parameter's shape and strides
+        self.views = [self.exp_avg.as_strided(slot.shape, slot.stride, slot.start) for slot in slots]
+        self._zeros: dict[torch.dtype, Tensor] = {}
 
     def split(self, packed: Tensor) -> tuple[Tensor, ...]:
         """Each parameter's part of a packed message uint8[n_bytes], as views."""
-        return packed.split([slot.n_bytes for slot in self.slots])
+        sizes = [slot.n_bytes for slot in self.slots]
+        parts: tuple[Tensor, ...] = torch.split(packed, sizes)
+        return parts
 
-    def momentum_view(self, i: int) -> Tensor:
-        """The momentum of parameter i in the parameter's shape and strides."""
-        slot = self.slots[i]
-        return self.exp_avg.as_strided(slot.shape, slot.stride, slot.start)
+    def zeros_for(self, slot: Slot) -> Tensor:
+        """Zeros in place of a missing gradient, to be read only: all of a bucket's share one buffer per dtype."""
+        if slot.dtype not in self._zeros:
+            largest = max(other.numel for other in self.slots if other.dtype == slot.dtype)
+            self._zeros[slot.dtype] = torch.zeros(largest, dtype=slot.dtype, device=self.device)
+        return self._zeros[slot.dtype][: slot.numel]
 
     def layout(self) -> list[object]:
         """What workers must have in common to vote on this bucket."""
@@ -90,8 +98,8 @@ def build_buckets(group_index: int, named: Sequence[tuple[str, Tensor]], bucket_
 
 
 def bucket_bytes_of(bucket_mb: Any) -> int:
-    """Bytes of ``bucket_mb`` MiB. Raises ValueError unless that is a number > 0."""
-    if isinstance(bucket_mb, bool) or not isinstance(bucket_mb, int | float) or not bucket_mb > 0:
+    """Bytes of ``bucket_mb`` MiB. Raises ValueError unless that is a finite number > 0."""
+    if isinstance(bucket_mb, bool) or not isinstance(bucket_mb, int | float) or not 0 < bucket_mb < math.inf:
         raise ValueError(f"bucket_mb: expected MiB of packed votes > 0, got {bucket_mb!r}")
     return int(bucket_mb * 2**20)
 

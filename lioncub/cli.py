@@ -13,7 +13,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
-from lioncub.training.config import ALGORITHMS, ERROR_NAME, IMPLS, METHODS, TrainConfig, UserError, resumed_config
+from lioncub.kernels.backends import IMPLS
+from lioncub.training.config import ALGORITHMS, ERROR_NAME, METHODS, TrainConfig, UserError, resumed_config
 
 TRAIN_EXTRA = ("matplotlib", "rich")
 DESCRIPTION = """\

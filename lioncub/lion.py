@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -52,11 +53,17 @@ class Lion(MomentumOptimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for i, group in enumerate(self.param_groups):
-            self._step_group(i, group)
+        # everything that can be refused comes before the first write
+        for call in [call for i in range(len(self.param_groups)) for call in self._plan_group(i)]:
+            call()
         return loss
 
-    def _step_group(self, index: int, group: dict[str, Any]) -> None:
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_impl": self._impl}
+
+    def _plan_group(self, index: int) -> list[Callable[[], None]]:
+        """The step of one group, a call per device."""
+        group = self.param_groups[index]
         now = Hyperparameters.of(group)
         by_device: dict[torch.device, tuple[list[Tensor], list[Tensor], list[Tensor]]] = {}
         for name, param in zip(parameter_names(group, index), group["params"], strict=True):
@@ -67,11 +74,10 @@ class Lion(MomentumOptimizer):
             params.append(storage_order_view(name, param))
             grads.append(grad)
             momenta.append(storage_order_view(name, self.state[param]["exp_avg"]))
-        for params, grads, momenta in by_device.values():
-            foreach_lion_step_(
-                params,
-                grads,
-                momenta,
+        return [
+            partial(
+                foreach_lion_step_,
+                *tensors,
                 lr=now.lr,
                 beta1=now.beta1,
                 beta2=now.beta2,
@@ -79,3 +85,5 @@ class Lion(MomentumOptimizer):
                 grad_scale=-1.0 if now.maximize else 1.0,
                 impl=self._impl,
             )
+            for tensors in by_device.values()
+        ]

@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lioncub.arguments import Hyperparameters, parameter_names
+from lioncub.applying import plan_bucket
+from lioncub.arguments import parameter_names
 from lioncub.base import MomentumOptimizer, Params
 from lioncub.buckets import Bucket, bucket_bytes_of, build_buckets
 from lioncub.collectives import ALGORITHMS, Voter, average_, handshake
-from lioncub.collectives.algorithms import Exchange, Tally
 from lioncub.collectives.handshake import digest
-from lioncub.collectives.header import FAILED, FOUND_INF, Header, check_agreement, decode_headers
+from lioncub.collectives.header import UNVERIFIED
 from lioncub.collectives.transport import world_size_of
 from lioncub.kernels import resolve_impl
 from lioncub.replicas import broadcast_tensors, check_equal
 from lioncub.stats import BucketStats, Stats
-from lioncub.voting import Ballot, NonFiniteError, apply_bucket_, encode_bucket, judge
+from lioncub.voting import BucketVote, Draft, NonFiniteError, exchange, judge
 
 _LOG = logging.getLogger("lioncub")
 
@@ -79,17 +79,21 @@ class LionCub(MomentumOptimizer):
         self._broadcast, self._on_nonfinite = broadcast, on_nonfinite
         self._workers = world_size_of(process_group) if process_group or dist.is_initialized() else 1
         self._buckets: list[Bucket] = []
-        self._voters: list[Voter] = []
-        self._exchanges: list[Exchange] = []
+        self._voters: list[Voter | None] = []
+        # parameters to broadcast, and the number of buckets that all workers are known to have
         self._unequal: list[Tensor] = []
-        self._unverified = True
+        self._agreed = 0
+        self._unverified, self._interrupted = True, False
+        self._seconds: list[float] = []
         self._skipped = 0
         self._counts = (0, 0)
         super().__init__(params, lr, betas, weight_decay, maximize, impl, step=0)
+        if not self._buckets:
+            raise ValueError("params: expected at least one parameter, got none")
         if self._workers > 1:
-            device = self._buckets[0].device if self._buckets else torch.device("cpu")
-            handshake(self._facts(), group=process_group, device=device)
+            handshake(self._facts(), group=process_group, device=self._buckets[0].device)
             self._make_equal()
+        self._agreed = len(self._buckets)
         self._announce()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -121,13 +125,20 @@ class LionCub(MomentumOptimizer):
             raise
         return loss
 
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Load a checkpoint of this worker, bit for bit; the next step compares all workers' parameters by hash.
+
+        Raises ValueError or TypeError, with nothing changed, where groups, shapes or dtypes do not fit.
+        """
+        super().load_state_dict(state_dict)
+        self._unverified, self._interrupted = True, False
+
     def stats(self) -> Stats:
         """What the last step cost and how its votes fell; see `Stats`."""
         elements = max(sum(bucket.elements for bucket in self._buckets), 1)
-        seconds = [exchange.seconds for exchange in self._exchanges]
-        # a bucket that was added, or not reached by a step that failed, has not travelled yet
-        seconds += [0.0] * (len(self._buckets) - len(seconds))
-        routes = [(voter.algorithm, voter.bytes_sent) for voter in self._voters] or [("none", 0)] * len(self._buckets)
+        # a bucket that was added has not travelled yet
+        seconds = [*self._seconds, *[0.0] * (len(self._buckets) - len(self._seconds))]
+        routes = [("none", 0) if voter is None else (voter.algorithm, voter.bytes_sent) for voter in self._voters]
         buckets = tuple(
             BucketStats(bucket.elements, algorithm, sent, took)
             for bucket, (algorithm, sent), took in zip(self._buckets, routes, seconds, strict=True)
@@ -156,8 +167,12 @@ class LionCub(MomentumOptimizer):
         Before `state_dict`, it makes one worker's file serve any number of workers.
         """
         if self._workers > 1:
+            handshake({"the bucket layout": self._layout}, group=self._group, device=self._buckets[0].device)
             for bucket in self._buckets:
                 average_(bucket.exp_avg, group=self._group)
+
+    def __getstate__(self) -> dict[str, Any]:
+        raise TypeError("LionCub cannot be copied or pickled, since its process group cannot; use state_dict()")
 
     @property
     def _step_count(self) -> int:
@@ -166,25 +181,29 @@ class LionCub(MomentumOptimizer):
 
     def _create_state(self, group_index: int) -> None:
         group = self.param_groups[group_index]
-        group["step"] = self._step_count
         named = list(zip(parameter_names(group, group_index), group["params"], strict=True))
-        for bucket in build_buckets(group_index, named, self._bucket_bytes):
-            for i, slot in enumerate(bucket.slots):
-                self.state[slot.param]["exp_avg"] = bucket.momentum_view(i)
-            self._buckets.append(bucket)
-            if self._workers > 1:
-                self._voters.append(
-                    Voter(
-                        bucket.n_bytes,
-                        n_tensors=len(bucket.slots),
-                        group=self._group,
-                        algorithm=self._algorithm,
-                        impl=self._impl,
-                    )
-                )
-        self._unequal.extend(group["params"])
+        buckets = build_buckets(group_index, named, self._bucket_bytes)
+        voters = [self._voter_for(bucket) for bucket in buckets]
+        group["step"] = self._step_count
+        for bucket in buckets:
+            for slot, view in zip(bucket.slots, bucket.views, strict=True):
+                self.state[slot.param]["exp_avg"] = view
+        self._buckets += buckets
+        self._voters += voters
+        self._unequal += group["params"]
         self._unverified = True
         self._layout = digest([bucket.layout() for bucket in self._buckets])
+
+    def _voter_for(self, bucket: Bucket) -> Voter | None:
+        if self._workers == 1:
+            return None
+        return Voter(
+            bucket.n_bytes,
+            n_tensors=len(bucket.slots),
+            group=self._group,
+            algorithm=self._algorithm,
+            impl=self._impl,
+        )
 
     def _facts(self) -> dict[str, object]:
         """What workers must have in common, by the names that an error gives it."""
@@ -203,7 +222,7 @@ class LionCub(MomentumOptimizer):
         return facts
 
     def _make_equal(self) -> None:
-        if self._broadcast:
+        if self._broadcast and self._workers > 1:
             broadcast_tensors(self._unequal, group=self._group)
         self._unequal = []
 
@@ -215,88 +234,53 @@ class LionCub(MomentumOptimizer):
             )
 
     def _take_step(self) -> None:
-        step = self._step_count
-        # a GradScaler sets both for the duration of its step; a scale of None means that gradients are unscaled already
+        flags = UNVERIFIED if self._unverified else 0
+        draft = Draft(self._step_count, self._layout, flags, self._impl)
+        # a GradScaler sets both for the duration of its step
         scale, overflow = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        grad_scale = 1.0 if scale is None else 1.0 / float(scale)
-        found_inf = overflow is not None and bool(overflow)
-        now, ballots, tallies, headers = self._vote(step, grad_scale, FOUND_INF if found_inf else 0)
-        verdict = judge(self._buckets, headers)
+        draft.attempt(self._check_state)
+        draft.attempt(lambda: draft.read(self.param_groups, scale, overflow))
+        votes = self._vote(draft)
+        verdict = judge(self._buckets, votes)
+        self._seconds = [vote.seconds for vote in votes]
         if verdict.found_inf or verdict.nonfinite is not None:
-            self._pass_over(step, verdict.found_inf, verdict.nonfinite)
+            self._pass_over(draft.step, verdict.found_inf, verdict.nonfinite)
             return
-        for i, bucket in enumerate(self._buckets):
-            voted = tallies[i].packed if tallies else None
-            taking_part, group_now = verdict.taking_part[i], now[bucket.group_index]
-            apply_bucket_(bucket, ballots[i], voted, taking_part, group_now, grad_scale, self._impl)
-        self._count_votes(tallies)
-        self._advance()
-
-    def _vote(
-        self, step: int, grad_scale: float, flags: int
-    ) -> tuple[list[Hyperparameters], list[Ballot], list[Tally], list[list[Header]]]:
-        """Encode and exchange all buckets; nothing is changed. Raises on all workers where one of them cannot go on."""
-        now: list[Hyperparameters] = []
-        ballots: list[Ballot] = []
-        failure: Exception | None = None
-        try:
-            now = [Hyperparameters.of(group) for group in self.param_groups]
-        except (TypeError, ValueError) as error:
-            failure = error
-        self._exchanges = []
-        for i, bucket in enumerate(self._buckets):
-            if failure is None:
-                try:
-                    group_now = now[bucket.group_index]
-                    ballots.append(encode_bucket(bucket, group_now, step, grad_scale, self._impl))
-                # whatever it is, the others wait for this worker's message: it is raised once they know
-                except Exception as error:
-                    failure = error
-            header = Header(
-                step=step,
-                layout=self._layout,
-                hyperparameters=digest(now),
-                flags=flags if failure is None else FAILED,
-                has_gradient=ballots[i].has_gradient if failure is None else (False,) * len(bucket.slots),
-            )
-            self._send(i, ballots[i] if failure is None else None, header)
-            if i == 0 and self._unverified and self._voters:
-                self._verify(failure)
-        tallies = self._collect()
-        headers = [
-            decode_headers(tally.headers, len(bucket.slots))
-            for tally, bucket in zip(tallies, self._buckets, strict=False)
+        moves = [
+            plan_bucket(bucket, vote, taking_part, draft)
+            for bucket, vote, taking_part in zip(self._buckets, votes, verdict.taking_part, strict=True)
         ]
-        if failure is not None:
-            raise failure
-        if not self._voters:
-            return now, ballots, [], [[_own_header(ballot, flags)] for ballot in ballots]
-        for of_bucket in headers:
-            check_agreement(of_bucket)
-        return now, ballots, tallies, headers
+        self._interrupted = True
+        for move in moves:
+            move()
+        self._counts = sum(vote.ties for vote in votes), sum(vote.unanimous for vote in votes)
+        self._advance()
+        self._interrupted = False
 
-    def _send(self, i: int, ballot: Ballot | None, header: Header) -> None:
-        if not self._voters:
-            return
-        bucket, voter = self._buckets[i], self._voters[i]
-        packed = ballot.packed if ballot else torch.zeros(bucket.n_bytes, dtype=torch.uint8, device=bucket.device)
-        self._exchanges.append(voter.start(packed, header, ballot.status if ballot else None))
+    def _vote(self, draft: Draft) -> list[BucketVote]:
+        """Exchange all buckets: first those that all workers are known to have, then those of groups added since."""
+        known = self._agreed
+        votes = exchange(self._buckets[:known], self._voters[:known], draft)
+        if any(header.flags & UNVERIFIED for vote in votes for header in vote.headers):
+            # by now all have the same layout and know that some worker's parameters may be new or loaded
+            self._make_equal()
+            self.check_replicas()
+            self._unverified, self._agreed = False, len(self._buckets)
+            draft.flags &= ~UNVERIFIED
+        return votes + exchange(self._buckets[known:], self._voters[known:], draft)
 
-    def _collect(self) -> list[Tally]:
-        # every worker starts the second phases in the order of the buckets
-        for exchange in self._exchanges:
-            exchange.advance()
-        return [exchange.result() for exchange in self._exchanges]
-
-    def _verify(self, failure: Exception | None) -> None:
-        """After construction or a new group: the first message tells whether the others have the same parameters."""
-        tally = self._exchanges[0].result()
-        if failure is not None:
-            raise failure
-        check_agreement(decode_headers(tally.headers, len(self._buckets[0].slots)))
-        self._make_equal()
-        self.check_replicas()
-        self._unverified = False
+    def _check_state(self) -> None:
+        if self._interrupted:
+            raise RuntimeError(
+                "an earlier step was interrupted while it wrote parameters, so replicas may differ: load a checkpoint"
+            )
+        for bucket in self._buckets:
+            for slot, view in zip(bucket.slots, bucket.views, strict=True):
+                if self.state[slot.param].get("exp_avg") is not view:
+                    raise RuntimeError(
+                        f"state of parameter {slot.name}: expected the exp_avg made at construction, got another "
+                        "object; change momentum in place or through load_state_dict"
+                    )
 
     def _pass_over(self, step: int, found_inf: bool, nonfinite: str | None) -> None:
         """Skip the step on all workers, or raise on all."""
@@ -308,15 +292,6 @@ class LionCub(MomentumOptimizer):
         _LOG.info("step %d skipped on all workers: %s", step, nonfinite or "the gradient scaler found an overflow")
         self._skipped += 1
         self._advance()
-
-    def _count_votes(self, tallies: Sequence[Tally]) -> None:
-        ties = unanimous = 0
-        for tally, bucket in zip(tallies, self._buckets, strict=False):
-            counts = tally.counts.tolist()
-            ties += counts[0]
-            # pad codes of the message are 0 on every worker, hence unanimous
-            unanimous += counts[1] - (8 * bucket.n_bytes - bucket.elements)
-        self._counts = (ties, unanimous) if tallies else (0, sum(bucket.elements for bucket in self._buckets))
 
     def _advance(self) -> None:
         step = self._step_count + 1
@@ -336,9 +311,3 @@ class LionCub(MomentumOptimizer):
             "+".join(sorted({bucket.algorithm for bucket in stats.buckets})),
             stats.bytes_sent_per_step,
         )
-
-
-def _own_header(ballot: Ballot, flags: int) -> Header:
-    """What one worker alone would have said."""
-    bad = ballot.status.nonzero()
-    return Header(nonfinite=int(bad[0]) + 1 if len(bad) else 0, flags=flags, has_gradient=ballot.has_gradient)

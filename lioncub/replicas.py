@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from itertools import chain
+from itertools import zip_longest
 
 import torch
 import torch.distributed as dist
@@ -16,6 +16,8 @@ from lioncub.collectives.transport import Group, all_gather, world_size_of
 _CHUNK_BYTES = 1 << 24
 # odd, so that multiplication by it permutes the 64-bit integers
 _MULTIPLIER = -7046029254386353131
+# what a logical shift right by 29 leaves, where torch's shift copies the sign
+_LOW_BITS = (1 << 35) - 1
 
 
 def broadcast_module(module: torch.nn.Module, *, group: Group = None) -> None:
@@ -39,24 +41,26 @@ def check_equal(named: Sequence[tuple[str, Tensor]], *, group: Group = None) -> 
     """Compare tensors bit for bit over workers, by 64-bit hashes; a collective call of 8 bytes while all is well.
 
     1. Every worker gathers everyone's hash of all hashes: a fixed size, whatever the workers hold.
-    2. Only where they differ, the hashes of the tensors are gathered by name.
+    2. Only where they differ, the hashes of the tensors are gathered and compared in their order.
 
     Raises WorkersDisagreeError on all workers, naming the first tensor that differs and each rank's hash.
     """
-    hashes = {name: f"hash {int(hash_bits(tensor)) & (2**64 - 1):016x}" for name, tensor in named}
+    hashes = [(name, f"hash {int(hash_bits(tensor)) & (2**64 - 1):016x}") for name, tensor in named]
     device = named[0][1].device if named else torch.device("cpu")
-    mine = torch.tensor([digest(list(hashes.items()))], dtype=torch.int64, device=device)
+    mine = torch.tensor([digest(hashes)], dtype=torch.int64, device=device)
     everyone = mine.new_empty(world_size_of(group))
     all_gather(everyone, mine, group).wait()
     if bool((everyone == mine).all()):
         return
-    stated: list[dict[str, str]] = [{}] * everyone.numel()
+    stated: list[list[tuple[str, str]]] = [[]] * everyone.numel()
     dist.all_gather_object(stated, hashes, group=group)
-    for name in dict.fromkeys(chain.from_iterable(stated)):
-        values = [hashes_of_rank.get(name, "no such parameter") for hashes_of_rank in stated]
+    for row in zip_longest(*stated, fillvalue=("(none)", "no such parameter")):
+        names, values = zip(*row, strict=True)
+        if any(name != names[0] for name in names):
+            raise WorkersDisagreeError(f"parameters differ between workers: {by_value(names)}")
         if any(value != values[0] for value in values):
-            raise WorkersDisagreeError(f"parameter {name} differs between workers: {by_value(values)}")
-    raise WorkersDisagreeError(f"parameters stand in different orders: {by_value([list(h) for h in stated])}")
+            raise WorkersDisagreeError(f"parameter {names[0]} differs between workers: {by_value(values)}")
+    raise AssertionError(f"hashes of hashes differ, hashes do not: {stated}")
 
 
 def hash_bits(tensor: Tensor) -> Tensor:
@@ -68,5 +72,5 @@ def hash_bits(tensor: Tensor) -> Tensor:
         words = torch.nn.functional.pad(piece, (0, -piece.numel() % 8)).view(torch.int64)
         # the sum of words times odd, position-dependent weights, all modulo 2^64
         weights = torch.arange(start, start + words.numel(), device=tensor.device) * _MULTIPLIER * 2 + 1
-        total += ((words ^ (words >> 29)) * weights).sum()
+        total += ((words ^ (words >> 29 & _LOW_BITS)) * weights).sum()
     return total

@@ -9,6 +9,7 @@ import pytest
 import torch
 from gloo_workers import results_of
 from nets import Net, bits_of, groups_of, momentum_of, train
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
 from lioncub import Lion, LionCub
 
@@ -142,3 +143,21 @@ def test_load_hooks_are_honoured() -> None:
     opt.register_load_state_dict_post_hook(lambda o: seen.append(float(o.state[p]["exp_avg"][0])))
     opt.load_state_dict(opt.state_dict())
     assert seen == [2.0]
+
+
+def through_distributed_checkpointing(rank: int, world_size: int) -> bool:
+    net, other = Net(seed=0), Net(seed=0)
+    for n in (net, other):
+        n.conv.requires_grad_(False)
+    opt, fresh = (LionCub(groups_of(n), lr=1e-2) for n in (net, other))
+    train(net, opt, rank, range(3))
+    other.load_state_dict(net.state_dict())
+    set_optimizer_state_dict(other, fresh, get_optimizer_state_dict(net, opt))
+    assert momentum_of(fresh) == momentum_of(opt)
+    assert fresh.stats().steps == 3
+    fresh.step()
+    return True
+
+
+def test_distributed_checkpointing_works_with_frozen_parameters() -> None:
+    assert results_of(through_distributed_checkpointing, 2) == [True] * 2

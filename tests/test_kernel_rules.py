@@ -62,6 +62,104 @@ def test_stochastic_rounding_is_unbiased(impl: str) -> None:
     assert (total / seeds - x).mean().abs() < 5 / (seeds * 1000) ** 0.5
 
 
+@pytest.mark.parametrize("impl", ALL_IMPLS)
+@pytest.mark.parametrize(
+    ("bits", "norm", "scale", "levels"),
+    [
+        # by hand: gain * K * x / scale of x = -4, -1.5, -1, 0, 0.5, 1, 4, rounded half to even
+        (2, "l1", 1.0, [-1, -1, 0, 0, 0, 0, 1]),
+        (2, "l2", 1.0, [-1, -1, 0, 0, 0, 0, 1]),
+        (2, "linf", 4.0, [-1, 0, 0, 0, 0, 0, 1]),
+        (4, "l1", 3.5, [-4, -2, -1, 0, 0, 1, 4]),
+        (4, "linf", 7.0, [-4, -2, -1, 0, 0, 1, 4]),
+        (8, "l2", 63.5, [-4, -2, -1, 0, 0, 1, 4]),
+        (8, "linf", 4.0, [-127, -48, -32, 0, 16, 32, 127]),
+    ],
+)
+def test_levels_are_those_of_the_formula(impl: str, bits: int, norm: str, scale: float, levels: list[int]) -> None:
+    x = torch.tensor([-4.0, -1.5, -1.0, 0.0, 0.5, 1.0, 4.0])
+    packed, _ = quantize(x, bits=bits, norm=norm, scale=torch.tensor([scale]), impl=impl)
+    codes = [
+        int(code) for byte in packed.tolist() for code in (byte >> shift & (2**bits - 1) for shift in range(0, 8, bits))
+    ]
+    assert [code - (2 ** (bits - 1) - 1) for code in codes[:7]] == levels
+    assert not any(codes[7:])
+
+
+@pytest.mark.parametrize("impl", ALL_IMPLS)
+def test_scales_are_the_norms(impl: str) -> None:
+    x = torch.tensor([3.0, -4.0, 0.0, 0.0])
+    scales = {norm: quantize(x, norm=norm, impl=impl)[1].item() for norm in ("l1", "l2", "linf")}
+    assert scales == {"l1": 1.75, "l2": 2.5, "linf": 4.0}
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (
+            lambda: majority_vote(
+                torch.zeros(2, 8, dtype=torch.uint8), counts=torch.zeros(2, 2, dtype=torch.int64)[:, 0]
+            ),
+            ValueError,
+            "counts: expected a contiguous",
+        ),
+        (
+            lambda: majority_vote(torch.zeros(0, 8, dtype=torch.uint8)),
+            ValueError,
+            r"packed: expected shape \[N, B\] with N >= 1",
+        ),
+        (lambda: majority_vote(torch.zeros(2, 8)), TypeError, "packed: expected a uint8 tensor, got torch.float32"),
+        (lambda: quantize(torch.zeros(9), bits=3), ValueError, r"bits: expected one of \(2, 4, 8\), got 3"),
+        (lambda: quantize(torch.zeros(9), norm="l0"), ValueError, "norm: expected one of .*, got 'l0'"),
+        (lambda: quantize(torch.zeros(9), block=48), ValueError, "block: expected a power of two or None, got 48"),
+        (lambda: quantize(torch.zeros(9), block=64.0), ValueError, "block: expected a power of two or None, got 64.0"),
+        (
+            lambda: quantize(torch.zeros(9), scale=0.5),
+            TypeError,
+            r"scale: expected a float32 tensor of shape \(1,\), got float",
+        ),
+        (
+            lambda: kernels.pack_signs(torch.zeros(9, dtype=torch.float64)),
+            TypeError,
+            "x: expected dtype .*, got torch.float64",
+        ),
+        (lambda: kernels.pack_signs(torch.zeros(9)[::2]), ValueError, "x: expected a dense tensor without gaps"),
+        (
+            lambda: kernels.unpack_signs(torch.zeros(8, dtype=torch.uint8), 65),
+            ValueError,
+            r"packed: .* shape \(16,\), got shape \(8,\)",
+        ),
+        (
+            lambda: kernels.lion_encode(torch.zeros(3), torch.zeros(4), beta1=0.9),
+            ValueError,
+            r"exp_avg: expected shape \(4,\)",
+        ),
+        (
+            lambda: kernels.lion_encode(torch.zeros(4), torch.zeros(4), beta1=1.5),
+            ValueError,
+            r"beta1: expected a number in \[0, 1\], got 1.5",
+        ),
+        (
+            lambda: kernels.apply_votes_(
+                torch.zeros(4), torch.zeros(8, dtype=torch.uint8), lr=0.1, weight_decay=0.0, grad=torch.zeros(4)
+            ),
+            ValueError,
+            "expected all three or none, got grad",
+        ),
+        (
+            lambda: kernels.apply_votes_(torch.zeros(4), torch.zeros(8, dtype=torch.uint8), lr=-0.1, weight_decay=0.0),
+            ValueError,
+            "lr: expected a finite number >= 0, got -0.1",
+        ),
+        (lambda: kernels.pack_signs(torch.zeros(4), impl="metal"), ValueError, "impl: expected one of .*, got 'metal'"),
+        (lambda: kernels.packed_bytes(-1), ValueError, "n: expected a count >= 0, got -1"),
+    ],
+)
+def test_bad_arguments_are_named(call: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        call()
+
+
 @pytest.mark.parametrize("part", ["seed", "worker", "step", "tensor"])
 def test_streams_are_independent(part: str) -> None:
     n = 20000

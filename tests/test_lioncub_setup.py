@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import lioncub
 from lioncub import Lion, LionCub
+from lioncub.collectives import algorithms
 
 
 def build(rank: int, world_size: int, per_rank: list[dict[str, Any]]) -> None:
@@ -49,23 +50,34 @@ def test_workers_that_differ_are_told_so_when_built(odd: dict[str, Any], message
     assert [(a.kind, a.message) for a in answers if isinstance(a, Raised)] == [("WorkersDisagreeError", message)] * 3
 
 
-def unequal_starts(rank: int, world_size: int, broadcast: bool) -> str:
+def start_from_own_seed(rank: int, world_size: int) -> tuple[bytes, bytes]:
     net = Net(seed=rank)
-    opt = LionCub(net.named_parameters(), lr=1e-2, broadcast=broadcast)
+    before = bits_of(net)
+    LionCub(net.named_parameters(), lr=1e-2)
+    return before, bits_of(net)
+
+
+def test_construction_broadcasts_the_first_ranks_parameters() -> None:
+    answers = results_of(start_from_own_seed, 3)
+    assert len({before for before, _ in answers}) == 3
+    assert {after for _, after in answers} == {answers[0][0]}
+
+
+def start_unequal(rank: int, world_size: int) -> tuple[str, bool]:
+    net = Net(seed=rank)
+    before = bits_of(net)
+    opt = LionCub(net.named_parameters(), lr=1e-2, broadcast=False)
     net(*batch_of(rank), use_all=True).backward()
-    try:
+    with pytest.raises(lioncub.WorkersDisagreeError) as caught:
         opt.step()
-    except lioncub.WorkersDisagreeError as error:
-        return str(error)
-    assert bits_of(net) == bits_of(net)
-    return "equal"
+    return str(caught.value), before == bits_of(net)
 
 
-def test_parameters_are_broadcast_unless_told_not_to() -> None:
-    assert results_of(unequal_starts, 2, True) == ["equal"] * 2
-    answers = results_of(unequal_starts, 2, False)
+def test_without_broadcast_the_first_step_compares() -> None:
+    answers = results_of(start_unequal, 2)
     assert answers[0] == answers[1]
-    assert answers[0].startswith("parameter conv.weight differs between workers: rank 0: hash ")
+    assert answers[0][0].startswith("parameter conv.weight differs between workers: rank 0: hash ")
+    assert answers[0][1]
 
 
 def find_the_odd_one(rank: int, world_size: int) -> str:
@@ -172,13 +184,16 @@ def test_groups_can_be_added_in_mid_run() -> None:
     assert answers[0] == answers[1]
 
 
-def killed_in_mid_step(rank: int, world_size: int, algorithm: str) -> tuple[str, float, bool]:
+def killed_in_mid_step(rank: int, world_size: int, algorithm: str, moment: str) -> tuple[str, float, bool]:
     net = Net(seed=0)
     opt = LionCub(net.named_parameters(), lr=1e-2, algorithm=algorithm)
     train(net, opt, rank, range(2))
     before = bits_of(net)
-    if rank == 1:
+    if rank == 1 and moment == "before":
         os.kill(os.getpid(), signal.SIGKILL)
+    elif rank == 1:
+        # what the second phase starts with, and what all_gather alone consists of
+        algorithms.all_gather = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
     started = time.monotonic()
     try:
         opt.step()
@@ -187,10 +202,13 @@ def killed_in_mid_step(rank: int, world_size: int, algorithm: str) -> tuple[str,
     return "no error", 0.0, False
 
 
-@pytest.mark.parametrize("algorithm", ["all_gather", "reduce_scatter"])
-def test_a_dead_worker_makes_the_others_fail_within_the_timeout(algorithm: str) -> None:
+@pytest.mark.parametrize(
+    ("algorithm", "moment"),
+    [("all_gather", "before"), ("reduce_scatter", "before"), ("reduce_scatter", "between phases")],
+)
+def test_a_dead_worker_makes_the_others_fail_within_the_timeout(algorithm: str, moment: str) -> None:
     timeout = 10.0
-    answers = outcomes_of(killed_in_mid_step, 3, algorithm, timeout=timeout)
+    answers = outcomes_of(killed_in_mid_step, 3, algorithm, moment, timeout=timeout)
     assert isinstance(answers[1], Died)
     for answer in (answers[0], answers[2]):
         kind, seconds, unchanged = answer
@@ -252,3 +270,66 @@ def two_groups_side_by_side(rank: int, world_size: int) -> float:
 
 def test_a_process_group_votes_by_itself() -> None:
     assert results_of(two_groups_side_by_side, 4) == [-1.0, -1.0, 1.0, 1.0]
+
+
+def drift_behind_equal_names(rank: int, world_size: int) -> str:
+    twins = [torch.zeros(9).requires_grad_() for _ in range(2)]
+    opt = LionCub([{"params": [("w", twins[0])]}, {"params": [("w", twins[1])]}])
+    if rank == 1:
+        twins[0].data[3] = 1.0
+    with pytest.raises(lioncub.WorkersDisagreeError) as caught:
+        opt.check_replicas()
+    return str(caught.value)
+
+
+def test_equal_names_hide_no_drift() -> None:
+    answers = results_of(drift_behind_equal_names, 2)
+    assert answers[0] == answers[1]
+    assert answers[0].startswith("parameter w differs between workers: rank 0: hash ")
+
+
+def load_on_one_worker_only(rank: int, world_size: int) -> str:
+    p = torch.zeros(9).requires_grad_()
+    opt = LionCub([("p", p)], lr=0.5)
+    p.grad = torch.ones(9)
+    opt.step()
+    if rank == 1:
+        opt.load_state_dict(opt.state_dict())
+        p.data.fill_(3.0)
+    with pytest.raises(lioncub.WorkersDisagreeError) as caught:
+        opt.step()
+    return str(caught.value)
+
+
+def test_a_checkpoint_loaded_on_one_worker_alone_is_noticed() -> None:
+    answers = results_of(load_on_one_worker_only, 3)
+    assert answers == [answers[0]] * 3
+    assert answers[0].startswith("parameter p differs between workers: ranks 0, 2: hash ")
+
+
+def count_bytes_of_a_step(rank: int, world_size: int, algorithm: str) -> tuple[int, int]:
+    net = Net(seed=0)
+    opt = LionCub(net.named_parameters(), lr=1e-2, algorithm=algorithm, bucket_mb=1e-5)
+    train(net, opt, rank, range(1))
+    sent = 0
+    gather, all_to_all = algorithms.all_gather, algorithms.all_to_all
+
+    def counting_gather(output: torch.Tensor, message: torch.Tensor, group: Any) -> Any:
+        nonlocal sent
+        sent += message.nbytes * (world_size - 1)
+        return gather(output, message, group)
+
+    def counting_all_to_all(output: torch.Tensor, messages: torch.Tensor, group: Any) -> Any:
+        nonlocal sent
+        sent += messages.nbytes * (world_size - 1) // world_size
+        return all_to_all(output, messages, group)
+
+    algorithms.all_gather, algorithms.all_to_all = counting_gather, counting_all_to_all
+    opt.step()
+    return sent, opt.stats().bytes_sent_per_step
+
+
+@pytest.mark.parametrize("algorithm", ["all_gather", "reduce_scatter"])
+def test_stats_count_the_bytes_that_travel(algorithm: str) -> None:
+    for sent, stated in results_of(count_bytes_of_a_step, 3, algorithm):
+        assert sent == stated > 0

@@ -38,12 +38,12 @@ def test_replicas_stay_equal_and_do_not_depend_on_buckets_or_algorithm(world_siz
     assert all(bits == ends[0][0] for end in ends for bits in end)
 
 
-def same_data_as_lion(rank: int, world_size: int) -> int:
+def same_data_as_lion(rank: int, world_size: int, algorithm: str) -> int:
     generator = torch.Generator().manual_seed(5)
     shapes = [(33, 7), (64,), (5, 3, 2), (1009,)]
     mine = [torch.randn(shape, generator=generator).requires_grad_() for shape in shapes]
     plain = [p.detach().clone().requires_grad_() for p in mine]
-    cub = LionCub(mine, lr=1e-2, weight_decay=0.1, algorithm="reduce_scatter")
+    cub = LionCub(mine, lr=1e-2, weight_decay=0.1, algorithm=algorithm)
     lion = Lion(plain, lr=1e-2, weight_decay=0.1)
     for _ in range(20):
         for p, q in zip(mine, plain, strict=True):
@@ -62,7 +62,8 @@ def same_data_as_lion(rank: int, world_size: int) -> int:
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4, 5])
 def test_with_the_same_data_everywhere_lioncub_is_lion(world_size: int) -> None:
-    assert results_of(same_data_as_lion, world_size) == [20] * world_size
+    for algorithm in ("all_gather", "reduce_scatter"):
+        assert results_of(same_data_as_lion, world_size, algorithm) == [20] * world_size
 
 
 def vote_with_own_momentum(rank: int, world_size: int) -> bool:
@@ -162,9 +163,10 @@ def test_an_overflow_under_a_scaler_on_one_worker_skips_the_step_on_all() -> Non
     assert results_of(overflow_under_a_scaler, 3) == [(True, 1)] * 3
 
 
-def disagree(rank: int, world_size: int, how: str) -> tuple[str, bool]:
+def disagree(rank: int, world_size: int, how: str, algorithm: str) -> tuple[str, bool]:
     net = Net(seed=0)
-    opt = LionCub(net.named_parameters(), lr=1e-2)
+    opt = LionCub(net.named_parameters(), lr=1e-2, algorithm=algorithm, bucket_mb=2e-5)
+    assert len(opt.stats().buckets) >= 3
     train(net, opt, rank, range(2))
     before = bits_of(net), momentum_of(opt)
     if rank == 1:
@@ -176,26 +178,38 @@ def disagree(rank: int, world_size: int, how: str) -> tuple[str, bool]:
             opt.param_groups[0]["step"] = 7
         elif how == "group":
             opt.add_param_group({"params": [("extra", torch.zeros(4).requires_grad_())]})
+        elif how == "no betas":
+            del opt.param_groups[0]["betas"]
+        elif how == "scale":
+            opt.grad_scale = torch.tensor(0.0)
+        elif how == "state":
+            opt.state[net.table.weight] = {}
         elif how == "gradient":
             net.table.weight.grad = net.table.weight.detach().clone().to_sparse()
-        before = bits_of(net), momentum_of(opt)
+        before = bits_of(net), b"" if how == "state" else momentum_of(opt)
     try:
         opt.step()
-    except (lioncub.WorkersDisagreeError, ValueError, TypeError) as error:
-        return f"{type(error).__name__}: {error}", before == (bits_of(net), momentum_of(opt))
+    except (lioncub.WorkersDisagreeError, ValueError, TypeError, KeyError, RuntimeError) as error:
+        return f"{type(error).__name__}: {error}", before[0] == bits_of(net) and (
+            how == "state" or before[1] == momentum_of(opt)
+        )
     return "no error", False
 
 
+@pytest.mark.parametrize("algorithm", ["all_gather", "reduce_scatter"])
 @pytest.mark.parametrize(
     ("how", "message"),
     [
-        ("lr", r"workers disagree on the hyperparameters \(lr, betas, weight_decay\) at step 2: ranks 0, 2: hash"),
+        (
+            "lr",
+            r"workers disagree on the hyperparameters \(lr, betas, weight_decay, maximize\) at step 2: ranks 0, 2: h",
+        ),
         ("step", r"workers disagree on the step at step .: ranks 0, 2: 2; rank 1: 7"),
         ("group", r"workers disagree on the bucket layout at step 2: ranks 0, 2: hash"),
     ],
 )
-def test_a_worker_that_differs_raises_on_all(how: str, message: str) -> None:
-    answers = results_of(disagree, 3, how)
+def test_a_worker_that_differs_raises_on_all(how: str, message: str, algorithm: str) -> None:
+    answers = results_of(disagree, 3, how, algorithm)
     assert answers == [answers[0]] * 3
     assert answers[0][1], "nothing may have changed"
     assert re.search(message, answers[0][0]), answers[0][0]
@@ -206,9 +220,16 @@ def test_a_worker_that_differs_raises_on_all(how: str, message: str) -> None:
     [
         ("bad lr", "ValueError: lr: expected a finite number >= 0, got -1.0"),
         ("gradient", "TypeError: gradient of table.weight: expected a dense tensor, got layout torch.sparse_coo"),
+        ("no betas", "KeyError: 'betas'"),
+        ("scale", "ValueError: grad_scale: expected a finite scale > 0, got 0.0"),
+        (
+            "state",
+            "RuntimeError: state of parameter table.weight: expected the exp_avg made at construction, got another "
+            "object; change momentum in place or through load_state_dict",
+        ),
     ],
 )
 def test_an_error_on_one_worker_reaches_all(how: str, own: str) -> None:
-    answers = results_of(disagree, 3, how)
+    answers = results_of(disagree, 3, how, "reduce_scatter")
     others = "WorkersDisagreeError: step 2 was taken by no worker, because of an error on rank 1 (reported there)"
     assert answers == [(others, True), (own, True), (others, True)]

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import pickle
 import warnings
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from lion_pytorch import Lion as LionPytorch
@@ -200,6 +203,67 @@ def test_an_exception_in_mid_step_changes_nothing(monkeypatch: pytest.MonkeyPatc
     assert not opt.state[params[0]]["exp_avg"].any()
 
 
+def test_lion_too_changes_nothing_when_a_later_group_is_refused() -> None:
+    p, q = (torch.ones(3).requires_grad_() for _ in range(2))
+    opt = Lion([{"params": [p]}, {"params": [q]}], lr=0.5)
+    p.grad = q.grad = torch.ones(3)
+    opt.param_groups[1]["lr"] = -1.0
+    with pytest.raises(ValueError, match="lr: expected"):
+        opt.step()
+    assert p.tolist() == [1.0] * 3
+    assert not opt.state[p]["exp_avg"].any()
+
+
+def test_a_step_interrupted_while_writing_is_not_continued(monkeypatch: pytest.MonkeyPatch) -> None:
+    params = [torch.ones(100).requires_grad_() for _ in range(2)]
+    opt = LionCub(params, lr=0.5, bucket_mb=1e-5)
+    saved = copy.deepcopy(opt.state_dict())
+    for p in params:
+        p.grad = torch.ones(100)
+    moves = iter([None, KeyboardInterrupt()])
+
+    def interrupted(*args: Any, **options: Any) -> None:
+        event = next(moves)
+        if event is not None:
+            raise event
+
+    with monkeypatch.context() as patched:
+        patched.setattr("lioncub.applying.foreach_lion_step_", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            opt.step()
+    with pytest.raises(RuntimeError, match=r"interrupted while it wrote parameters.*load a checkpoint"):
+        opt.step()
+    opt.load_state_dict(saved)
+    opt.step()
+    assert params[1].tolist() == [0.5] * 100
+
+
+def test_lion_can_be_copied_and_lioncub_says_that_it_cannot() -> None:
+    p = torch.ones(3).requires_grad_()
+    twin = pickle.loads(pickle.dumps(Lion([p], lr=0.5)))
+    (q,) = twin.param_groups[0]["params"]
+    q.grad = torch.ones(3)
+    twin.step()
+    assert q.tolist() == [0.5] * 3
+    assert p.tolist() == [1.0] * 3
+    with pytest.raises(TypeError, match="cannot be copied or pickled"):
+        copy.deepcopy(LionCub([p]))
+
+
+def test_one_cycle_moves_the_betas() -> None:
+    p = torch.ones(3).requires_grad_()
+    opt = LionCub([p], lr=0.1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(opt, max_lr=0.1, total_steps=5)
+    seen = []
+    for _ in range(4):
+        p.grad = torch.ones(3)
+        opt.step()
+        schedule.step()
+        seen.append(opt.param_groups[0]["betas"][0])
+    assert len(set(seen)) > 1
+    assert opt.stats().steps == 4
+
+
 def test_a_scaler_unscales_within_the_step() -> None:
     p = torch.ones(100).requires_grad_()
     opt = LionCub([p], lr=0.25)
@@ -259,6 +323,7 @@ def test_bad_arguments(optimizer: type, options: dict[str, Any], error: type[Exc
     [
         ({"algorithm": "ring"}, "algorithm: expected one of .*, got 'ring'"),
         ({"on_nonfinite": "ignore"}, "on_nonfinite: expected 'raise' or 'skip', got 'ignore'"),
+        ({"bucket_mb": math.inf}, "bucket_mb: expected MiB of packed votes > 0, got inf"),
         ({"bucket_mb": 0}, "bucket_mb: expected MiB of packed votes > 0, got 0"),
     ],
 )
@@ -347,7 +412,7 @@ def test_an_lr_too_small_for_bf16_warns_once(optimizer: type) -> None:
         optimizer([torch.zeros(100, dtype=torch.bfloat16).requires_grad_()], lr=1e-5)
 
 
-def test_inference_and_mixed_dtypes_share_a_bucket() -> None:
+def test_mixed_dtypes_share_a_bucket() -> None:
     params = [
         torch.ones(n, dtype=d).requires_grad_()
         for n, d in ((65, torch.float32), (7, torch.bfloat16), (0, torch.float16))
@@ -359,3 +424,21 @@ def test_inference_and_mixed_dtypes_share_a_bucket() -> None:
     opt.step()
     assert [p.dtype for p in params] == [torch.float32, torch.bfloat16, torch.float16]
     assert all((p == 0.5).all() for p in params)
+
+
+def test_missing_gradients_share_one_buffer_of_zeros() -> None:
+    params = [torch.ones(n).requires_grad_() for n in (1000, 10, 5)]
+    opt = LionCub(params, lr=0.5)
+    params[1].grad = torch.ones(10)
+    opt.step()
+    (bucket,) = opt._buckets
+    assert bucket.zeros_for(bucket.slots[0]).data_ptr() == bucket.zeros_for(bucket.slots[2]).data_ptr()
+    assert [float(p.detach().mean()) for p in params] == [1.0, 0.5, 1.0]
+
+
+def test_numpy_numbers_are_numbers() -> None:
+    p = torch.ones(3).requires_grad_()
+    opt = LionCub([p], lr=np.float32(0.5))
+    p.grad = torch.ones(3)
+    opt.step()
+    assert p.tolist() == [0.5] * 3

@@ -94,7 +94,7 @@ def compare_specializations() -> dict[str, Any]:
     backend = make_backend(GPUTarget("cuda", 90, 32))
     tensor = torch.zeros(64)
     jobs = _jobs("fp32") | {"vote": _vote_job()}
-    keys = {}
+    keys: dict[str, list[list[str]]] = {}
     for label in ("encode", "apply", "step", "vote", "quantize"):
         kernel, _, flags, _ = jobs[label]
         specialize = create_function_from_signature(kernel.signature, kernel.params, backend)

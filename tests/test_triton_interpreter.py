@@ -3,6 +3,9 @@
 That every op agrees with the reference is tested for all implementations together.
 """
 
+# triton's functions are untyped
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+
 from __future__ import annotations
 
 import pytest
@@ -25,14 +28,14 @@ pytestmark = pytest.mark.skipif(not triton_gpu.INTERPRETED, reason="needs TRITON
 
 
 @triton.jit
-def _draw_words_kernel(out_ptr, row_start, seed_low, seed_high, step, tensor, worker):  # type: ignore[no-untyped-def]
+def _draw_words_kernel(out_ptr, row_start, seed_low, seed_high, step, tensor, worker):
     rows = tl.arange(0, 16).to(tl.int64) + row_start
     words = random_rows(rows, seed_low, seed_high, step, tensor, worker)
     tl.store(out_ptr + element_offsets(rows - row_start), words.to(tl.int64))
 
 
 @triton.jit
-def _convert_values_kernel(x_ptr, narrow_ptr, wide_ptr, BLOCK_SIZE: tl.constexpr):  # type: ignore[no-untyped-def]
+def _convert_values_kernel(x_ptr, narrow_ptr, wide_ptr, BLOCK_SIZE: tl.constexpr):
     offsets = tl.arange(0, BLOCK_SIZE)
     narrowed = narrow(tl.load(x_ptr + offsets), narrow_ptr.dtype.element_ty)
     tl.store(narrow_ptr + offsets, narrowed)
@@ -40,7 +43,7 @@ def _convert_values_kernel(x_ptr, narrow_ptr, wide_ptr, BLOCK_SIZE: tl.constexpr
 
 
 @triton.jit
-def _round_values_kernel(x_ptr, out_ptr, BLOCK_SIZE: tl.constexpr):  # type: ignore[no-untyped-def]
+def _round_values_kernel(x_ptr, out_ptr, BLOCK_SIZE: tl.constexpr):
     offsets = tl.arange(0, BLOCK_SIZE)
     tl.store(out_ptr + offsets, round_half_even(tl.load(x_ptr + offsets)))
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -11,6 +13,8 @@ from lioncub.collectives import (
     ALGORITHMS,
     HANDSHAKE_BYTES,
     Link,
+    WorkersDisagreeError,
+    algorithms,
     bytes_sent,
     choose,
     predicted_seconds,
@@ -18,7 +22,16 @@ from lioncub.collectives import (
     vote,
     vote_async,
 )
-from lioncub.collectives.header import header_bytes
+from lioncub.collectives.header import (
+    STATUS_DISAGREE,
+    STATUS_NONFINITE,
+    STATUS_OK,
+    Header,
+    combined_status,
+    decode_headers,
+    encode_header,
+    header_bytes,
+)
 from lioncub.kernels import pack_signs, packed_bytes
 
 SIZES = (0, 1, 7, 8, 9, 31, 32, 33, 63, 64, 65, 1009, 70001)
@@ -161,3 +174,40 @@ def test_impossible_links_are_refused(field: str, value: float) -> None:
 def test_unknown_algorithm_is_refused() -> None:
     with pytest.raises(ValueError, match="algorithm: expected one of"):
         choose("ring", 8, 2, Link())
+
+
+def hear_another_status(rank: int, world_size: int) -> str:
+    original = algorithms.combined_status
+    if rank == 1:
+        algorithms.combined_status = lambda headers: original(headers) + 1
+    with pytest.raises(WorkersDisagreeError) as caught:
+        vote(pack_signs(_values(rank, 64)), algorithm="reduce_scatter")
+    return str(caught.value)
+
+
+def test_replies_that_differ_are_noticed_by_all() -> None:
+    message = "workers disagree on the wire version and status of a vote: ranks 0, 2: [1, 0]; rank 1: [1, 1]"
+    assert results_of(hear_another_status, 3) == [message] * 3
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ([Header(step=3), Header(step=3)], STATUS_OK),
+        ([Header(step=3), Header(step=3, nonfinite=2)], STATUS_NONFINITE),
+        ([Header(step=3), Header(step=4, nonfinite=2)], STATUS_DISAGREE),
+        ([Header(layout=1), Header(layout=2)], STATUS_DISAGREE),
+        ([Header(hyperparameters=1), Header(hyperparameters=2)], STATUS_DISAGREE),
+    ],
+)
+def test_combined_status(headers: list[Header], status: int) -> None:
+    raw = torch.stack([encode_header(header, torch.device("cpu")) for header in headers])
+    assert int(combined_status(raw)) == status
+
+
+def test_headers_come_back_as_they_were() -> None:
+    present = tuple(i % 3 == 0 or i == 63 for i in range(70))
+    header = Header(step=5, layout=-(2**63), hyperparameters=2**63 - 1, flags=5, has_gradient=present)
+    raw = encode_header(header, torch.device("cpu"), torch.tensor([0] * 66 + [7] + [0] * 2 + [1], dtype=torch.int32))
+    assert raw.numel() == header_bytes(70)
+    assert decode_headers(raw[None], 70) == [dataclasses.replace(header, nonfinite=67)]

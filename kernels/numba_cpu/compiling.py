@@ -11,18 +11,23 @@ import numba
 from numba.core.caching import FunctionCache
 
 # numpy's error model has no branch for a division by zero, which would keep a loop from being vectorized
-device_function = numba.njit(nogil=True, error_model="numpy", forceinline=True)
+_OPTIONS = {"nogil": True, "error_model": "numpy"}
+
+# arithmetic on values, and whatever is called once per word
+device_function = numba.njit(forceinline=True, **_OPTIONS)
+# what is called once per block of words; a call costs nothing there, and copies of it cost seconds of compilation
+block_function = numba.njit(**_OPTIONS)
 
 
 def kernel(function: Callable[..., Any]) -> Any:
     """Compile ``function`` at its first call with new types; later processes load it from Numba's cache folder."""
-    dispatcher = numba.njit(nogil=True, error_model="numpy", cache=True)(function)
+    dispatcher = numba.njit(cache=True, **_OPTIONS)(function)
     # numba's own key covers the kernel's file alone, so a changed device function would go unnoticed
     dispatcher._cache = _PackageCache(dispatcher.py_func)
     return dispatcher
 
 
-class _PackageCache(FunctionCache):  # type: ignore[misc]
+class _PackageCache(FunctionCache):
     """Numba's cache of one kernel, with the sources of the whole package in its key."""
 
     def _index_key(self, sig: Any, codegen: Any) -> tuple[Any, ...]:
@@ -31,7 +36,9 @@ class _PackageCache(FunctionCache):  # type: ignore[misc]
 
 def _hash_sources() -> str:
     digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
+    package = Path(__file__).parent
+    # constants come from the modules beside the package
+    for path in sorted([*package.glob("*.py"), *package.parent.glob("*.py")]):
         digest.update(path.read_bytes())
     return digest.hexdigest()
 

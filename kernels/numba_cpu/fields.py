@@ -38,7 +38,7 @@ def _fold(eight: np.uint64, bits: np.uint64) -> np.uint64:
         np.uint64(4) * bits, np.uint64(0x0000000100000001)
     )
     folded = eight | (eight >> (np.uint64(32) - np.uint64(4) * bits))
-    return folded & _mask(np.uint64(8) * bits, np.uint64(1))
+    return np.uint64(folded & _mask(np.uint64(8) * bits, np.uint64(1)))
 
 
 @device_function
@@ -48,7 +48,7 @@ def _unfold(folded: np.uint64, bits: np.uint64) -> np.uint64:
     eight = folded & _mask(np.uint64(8) * bits, np.uint64(1))
     eight = (eight | (eight << (np.uint64(32) - four))) & _mask(four, np.uint64(0x0000000100000001))
     eight = (eight | (eight << (np.uint64(16) - two))) & _mask(two, np.uint64(0x0001000100010001))
-    return (eight | (eight << (np.uint64(8) - bits))) & _mask(bits, np.uint64(0x0101010101010101))
+    return np.uint64((eight | (eight << (np.uint64(8) - bits))) & _mask(bits, np.uint64(0x0101010101010101)))
 
 
 @device_function

@@ -29,7 +29,7 @@ def narrow(value: Any, dtype: Any) -> Any:
 
 @device_function
 def is_finite(value: np.float32) -> bool:
-    return np.int32(np.float32(value).view(np.int32) & np.int32(0x7FFFFFFF)) < np.int32(0x7F800000)
+    return bool(np.int32(np.float32(value).view(np.int32) & np.int32(0x7FFFFFFF)) < np.int32(0x7F800000))
 
 
 @device_function

@@ -11,8 +11,8 @@ from torch import Tensor
 from lioncub.kernels.numba_cpu.bits import any_nonfinite, pack_word, unpack_word
 from lioncub.kernels.numba_cpu.compiling import device_function, kernel
 from lioncub.kernels.numba_cpu.floats import is_finite, narrow, widen
-from lioncub.kernels.numba_cpu.lists import addresses, element_addresses, launch, share
-from lioncub.kernels.numba_cpu.memory import STATUS, WORDS, array_at
+from lioncub.kernels.numba_cpu.lists import addresses, element_addresses, launch, nth_word, share
+from lioncub.kernels.numba_cpu.memory import STATUS, WORDS, array_at, prefetch_word
 from lioncub.kernels.numba_cpu.signs import parity_word
 from lioncub.kernels.scalars import Mix
 
@@ -114,13 +114,18 @@ def _encode_kernel(
     undecided = parity_word(parity)
     update = np.empty(64, np.float32)
     offset = 0
-    for i in range(table.shape[0]):
-        size, m_ptr, g_ptr, out_ptr, status_ptr = table[i, 0], table[i, 1], table[i, 2], table[i, 3], table[i, 4]
+    for row in range(table.shape[0]):
+        size, m_ptr, g_ptr = table[row, 0], table[row, 1], table[row, 2]
+        out_ptr, status_ptr = table[row, 3], table[row, 4]
         begin, end = share(size, offset, first, last)
         offset += size
         nonfinite = np.uint8(0)
-        for start in range(begin, end, 64):
+        for word in range((end - begin + 63) >> 6):
+            start = nth_word(word, begin, end)
             count = min(64, end - start)
+            # the next word of this place in memory
+            prefetch_word(m_ptr, start + 64, m_dtype)
+            prefetch_word(g_ptr, start + 64, g_dtype)
             m = array_at(m_ptr, start, count, m_dtype)
             g = array_at(g_ptr, start, count, g_dtype)
             out = array_at(out_ptr, start >> 6, 1, WORDS)
@@ -153,13 +158,17 @@ def _encode_advance_kernel(
     undecided = parity_word(parity)
     update = np.empty(64, np.float32)
     offset = 0
-    for i in range(table.shape[0]):
-        size, m_ptr, g_ptr, out_ptr, status_ptr = table[i, 0], table[i, 1], table[i, 2], table[i, 3], table[i, 4]
+    for row in range(table.shape[0]):
+        size, m_ptr, g_ptr = table[row, 0], table[row, 1], table[row, 2]
+        out_ptr, status_ptr = table[row, 3], table[row, 4]
         begin, end = share(size, offset, first, last)
         offset += size
         nonfinite = np.uint8(0)
-        for start in range(begin, end, 64):
+        for word in range((end - begin + 63) >> 6):
+            start = nth_word(word, begin, end)
             count = min(64, end - start)
+            prefetch_word(m_ptr, start + 64, m_dtype)
+            prefetch_word(g_ptr, start + 64, g_dtype)
             m = array_at(m_ptr, start, count, m_dtype)
             g = array_at(g_ptr, start, count, g_dtype)
             out = array_at(out_ptr, start >> 6, 1, WORDS)
@@ -198,11 +207,12 @@ def _apply_kernel(first: int, last: int, table: Any, x_dtype: Any, lr: float, de
     rate, kept = np.float32(lr), np.float32(decay)
     step = np.empty(64, np.float32)
     offset = 0
-    for i in range(table.shape[0]):
-        size, x_ptr, packed_ptr = table[i, 0], table[i, 1], table[i, 2]
+    for row in range(table.shape[0]):
+        size, x_ptr, packed_ptr = table[row, 0], table[row, 1], table[row, 2]
         begin, end = share(size, offset, first, last)
         offset += size
-        for start in range(begin, end, 64):
+        for word in range((end - begin + 63) >> 6):
+            start = nth_word(word, begin, end)
             count = min(64, end - start)
             x = array_at(x_ptr, start, count, x_dtype)
             unpack_word(array_at(packed_ptr, start >> 6, 1, WORDS)[0], rate, -rate, step, 0)
@@ -226,11 +236,13 @@ def _apply_advance_kernel(
     rate, kept, b2, b2c = np.float32(lr), np.float32(decay), np.float32(kept2), np.float32(new2)
     step = np.empty(64, np.float32)
     offset = 0
-    for i in range(table.shape[0]):
-        size, x_ptr, g_ptr, m_ptr, packed_ptr = table[i, 0], table[i, 1], table[i, 2], table[i, 3], table[i, 4]
+    for row in range(table.shape[0]):
+        size, x_ptr, g_ptr = table[row, 0], table[row, 1], table[row, 2]
+        m_ptr, packed_ptr = table[row, 3], table[row, 4]
         begin, end = share(size, offset, first, last)
         offset += size
-        for start in range(begin, end, 64):
+        for word in range((end - begin + 63) >> 6):
+            start = nth_word(word, begin, end)
             count = min(64, end - start)
             x = array_at(x_ptr, start, count, x_dtype)
             g = array_at(g_ptr, start, count, g_dtype)
@@ -260,15 +272,18 @@ def _step_kernel(
     rate, kept = np.float32(lr), np.float32(decay)
     b1, b1c, b2, b2c = np.float32(kept1), np.float32(new1), np.float32(kept2), np.float32(new2)
     offset = 0
-    for i in range(table.shape[0]):
-        size, x_ptr, g_ptr, m_ptr = table[i, 0], table[i, 1], table[i, 2], table[i, 3]
+    for row in range(table.shape[0]):
+        size, x_ptr, g_ptr, m_ptr = table[row, 0], table[row, 1], table[row, 2], table[row, 3]
         begin, end = share(size, offset, first, last)
         offset += size
-        x = array_at(x_ptr, begin, end - begin, x_dtype)
-        g = array_at(g_ptr, begin, end - begin, g_dtype)
-        m = array_at(m_ptr, begin, end - begin, m_dtype)
-        for j in range(end - begin):
-            state, incoming = widen(m[j]), widen(g[j])
-            step = _signed_step(mix(b1, b1c, state, incoming), rate)
-            x[j] = narrow(_voted(widen(x[j]), step, kept), x_dtype)
-            m[j] = narrow(mix(b2, b2c, state, incoming), m_dtype)
+        for word in range((end - begin + 63) >> 6):
+            start = nth_word(word, begin, end)
+            count = min(64, end - start)
+            x = array_at(x_ptr, start, count, x_dtype)
+            g = array_at(g_ptr, start, count, g_dtype)
+            m = array_at(m_ptr, start, count, m_dtype)
+            for j in range(count):
+                state, incoming = widen(m[j]), widen(g[j])
+                step = _signed_step(mix(b1, b1c, state, incoming), rate)
+                x[j] = narrow(_voted(widen(x[j]), step, kept), x_dtype)
+                m[j] = narrow(mix(b2, b2c, state, incoming), m_dtype)

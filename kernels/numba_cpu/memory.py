@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
@@ -19,6 +20,10 @@ STORAGE = {
 }
 WORDS = np.dtype(np.uint64)
 STATUS = np.dtype(np.int32)
+
+_CACHE_LINE = 64
+_POINTER = ir.IntType(8).as_pointer()
+_INT = ir.IntType(32)
 
 
 @intrinsic
@@ -46,3 +51,22 @@ def array_at(typingctx: Any, address: Any, first: Any, size: Any, dtype: Any) ->
         return array._getvalue()
 
     return array_type(types.int64, types.intp, types.intp, dtype), codegen
+
+
+@intrinsic
+def prefetch_word(typingctx: Any, address: Any, first: Any, dtype: Any) -> Any:
+    """Ask for elements ``first`` to ``first + 64`` of ``dtype`` at an address; past an array's end it does nothing."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        base, start, _ = args
+        itemsize = context.get_abi_sizeof(context.get_data_type(dtype.dtype))
+        place = builder.add(base, builder.mul(start, context.get_constant(types.intp, itemsize)))
+        prototype = ir.FunctionType(ir.VoidType(), [_POINTER, _INT, _INT, _INT])
+        prefetch = cgutils.get_or_insert_function(builder.module, prototype, "llvm.prefetch.p0")
+        for line in range(0, 64 * itemsize, _CACHE_LINE):
+            pointer = builder.inttoptr(builder.add(place, context.get_constant(types.intp, line)), _POINTER)
+            # for reading, into the nearest cache, data
+            builder.call(prefetch, [pointer, _INT(0), _INT(3), _INT(1)])
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.intp, dtype), codegen

@@ -38,9 +38,7 @@ def lion_block_scale(exp_avg: Tensor, grad: Tensor, beta1: Mix, norm: str, block
     _scale(_lion_pieces_kernel, source, grad.numel(), norm, block, scale)
 
 
-def _scale(
-    kernel: Callable[..., Any], source: tuple[Any, ...], n: int, norm: str, block: int, scale: Tensor
-) -> None:
+def _scale(kernel: Callable[..., Any], source: tuple[Any, ...], n: int, norm: str, block: int, scale: Tensor) -> None:
     size = min(block or _PIECE, _PIECE)
     sums = torch.empty(-(-n // size), dtype=torch.float64)
     parts = slices(sums.numel(), 1, -(-MIN_SLICE // size))

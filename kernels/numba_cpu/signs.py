@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from numba import types
+from numba.extending import overload
 from torch import Tensor
 
 from lioncub.kernels.numba_cpu.bits import pack_word, unpack_word
@@ -39,6 +41,27 @@ def widen_into(values: Any, x: Any, count: int) -> None:
         values[j] = widen(x[j])
 
 
+def _word_in_float32(x: Any, values: Any) -> Any:
+    """x itself where it is float32, else ``values``, filled with its 64 elements."""
+    raise NotImplementedError("_word_in_float32: runs in compiled code alone")
+
+
+@overload(_word_in_float32, jit_options={"forceinline": True})
+def _overload_word_in_float32(x: Any, values: Any) -> Any:
+    if x.dtype == types.float32:
+        return _itself
+    return _widened
+
+
+def _itself(x: Any, values: Any) -> Any:
+    return x
+
+
+def _widened(x: Any, values: Any) -> Any:
+    widen_into(values, x, 64)
+    return values
+
+
 @kernel
 def _pack_kernel(first: int, last: int, x_ptr: int, x_dtype: Any, parity: int, out_ptr: int) -> None:
     values = np.empty(64, np.float32)
@@ -48,12 +71,12 @@ def _pack_kernel(first: int, last: int, x_ptr: int, x_dtype: Any, parity: int, o
         x = array_at(x_ptr, start, count, x_dtype)
         out = array_at(out_ptr, start >> 6, 1, WORDS)
         if count == 64:
-            widen_into(values, x, 64)
+            out[0] = pack_word(_word_in_float32(x, values), 0, undecided)
         else:
             # a pad code is 0, the code of any negative number
             values[:] = -1.0
             widen_into(values, x, count)
-        out[0] = pack_word(values, 0, undecided)
+            out[0] = pack_word(values, 0, undecided)
 
 
 @kernel

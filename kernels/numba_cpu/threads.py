@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any
 
 import torch
@@ -55,5 +55,9 @@ def run_slices(kernel: Callable[..., Any], parts: list[tuple[int, int]], *args: 
         return [kernel(*parts[0], *args)]
     pool = _POOL.at_least(len(parts) - 1)
     others = [pool.submit(kernel, *part, *args) for part in parts[1:]]
-    mine = kernel(*parts[0], *args)
+    try:
+        mine = kernel(*parts[0], *args)
+    finally:
+        # they write through plain addresses, so whatever happens here they must end before memory is freed
+        wait(others)
     return [mine, *[other.result() for other in others]]

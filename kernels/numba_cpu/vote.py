@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lioncub.kernels.numba_cpu.bits import count_ones
-from lioncub.kernels.numba_cpu.compiling import device_function, kernel
+from lioncub.kernels.numba_cpu.compiling import block_function, device_function, kernel
 from lioncub.kernels.numba_cpu.memory import WORDS, array_at
 from lioncub.kernels.numba_cpu.signs import parity_word
 from lioncub.kernels.numba_cpu.threads import MIN_SLICE, run_slices, slices
@@ -125,7 +125,7 @@ def _full_adder(a: np.uint64, b: np.uint64, c: np.uint64) -> tuple[np.uint64, np
     return odd ^ c, (a & b) | (odd & c)
 
 
-@device_function
+@block_function
 def _add(plane_ptr: int, one_ptr: int, other_ptr: int, carry_ptr: int, n: int) -> None:
     """Full adders: plane + one + other = plane + 2*carry."""
     plane, carry = array_at(plane_ptr, 0, n, WORDS), array_at(carry_ptr, 0, n, WORDS)
@@ -161,7 +161,7 @@ def _decide(
     return _count(equal, n) if counting else 0
 
 
-@device_function
+@block_function
 def _count_unanimous(planes: int, workers: int, levels: int, n: int, spare: int) -> int:
     none, everyone = array_at(spare, 0, n, WORDS), array_at(spare + _ROW, 0, n, WORDS)
     _fill(spare, _ONES, n)
@@ -172,7 +172,8 @@ def _count_unanimous(planes: int, workers: int, levels: int, n: int, spare: int)
         for j in range(n):
             none[j] &= ~plane[j]
             everyone[j] &= plane[j] ^ different
-    return _count(none, n) + _count(everyone, n)
+    unanimous: int = _count(none, n) + _count(everyone, n)
+    return unanimous
 
 
 @device_function
@@ -182,7 +183,7 @@ def _fill(row_ptr: int, word: np.uint64, n: int) -> None:
         row[j] = word
 
 
-@device_function
+@block_function
 def _count(row: Any, n: int) -> int:
     ones = 0
     for j in range(n):

@@ -10,11 +10,14 @@ import torch
 import triton
 from torch import Tensor
 
-BLOCK_SIZE = 1024
+from lioncub.kernels.triton_gpu.arithmetic import INTERPRETED
+
 # a thread holds one row of 8 elements
-ROW_THREADS = BLOCK_SIZE // 8
+ROW_THREADS = 128
 # a thread holds 4 elements
-WIDE_THREADS = BLOCK_SIZE // 4
+WIDE_THREADS = 256
+# the interpreter takes as long for a tile of any size
+BLOCK_SIZE = 16384 if INTERPRETED else 8 * ROW_THREADS
 
 
 def tiles(n: int, block_size: int = BLOCK_SIZE) -> tuple[int]:

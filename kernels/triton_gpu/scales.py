@@ -13,8 +13,9 @@ from torch import Tensor
 
 from lioncub.kernels.scalars import Mix
 from lioncub.kernels.triton_gpu.arithmetic import mix, widen
-from lioncub.kernels.triton_gpu.launch import BLOCK_SIZE, launching_on, options, tiles
+from lioncub.kernels.triton_gpu.launch import ROW_THREADS, launching_on, options, tiles
 
+_TILE = 8 * ROW_THREADS
 _TILES_PER_CHUNK = 16
 
 
@@ -148,17 +149,15 @@ def _scale(x: Tensor, grad: Tensor | None, beta1: Mix, norm: str, block: int, sc
     grad = x if grad is None else grad
     launch = options(x.device)
     with launching_on(x):
-        if block and block <= BLOCK_SIZE:
-            _scale_blocks_kernel[tiles(n)](x, grad, scale, *beta1, n, norm, is_update, block, BLOCK_SIZE, **launch)
+        if block and block <= _TILE:
+            _scale_blocks_kernel[tiles(n, _TILE)](x, grad, scale, *beta1, n, norm, is_update, block, _TILE, **launch)
             return
-        chunk_tiles = min(block // BLOCK_SIZE or _TILES_PER_CHUNK, _TILES_PER_CHUNK)
-        chunk = chunk_tiles * BLOCK_SIZE
+        chunk_tiles = min(block // _TILE or _TILES_PER_CHUNK, _TILES_PER_CHUNK)
+        chunk = chunk_tiles * _TILE
         n_chunks = triton.cdiv(n, chunk)
         partial = torch.empty(n_chunks, dtype=torch.int32 if norm == "linf" else torch.float64, device=x.device)
-        _reduce_chunks_kernel[(n_chunks,)](
-            x, grad, partial, *beta1, n, norm, is_update, chunk_tiles, BLOCK_SIZE, **launch
-        )
+        _reduce_chunks_kernel[(n_chunks,)](x, grad, partial, *beta1, n, norm, is_update, chunk_tiles, _TILE, **launch)
         per_scale = block // chunk or n_chunks
         _combine_chunks_kernel[(scale.numel(),)](
-            partial, scale, n, n_chunks, per_scale, block or n, norm, BLOCK_SIZE, **launch
+            partial, scale, n, n_chunks, per_scale, block or n, norm, _TILE, **launch
         )

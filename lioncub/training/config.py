@@ -5,9 +5,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+from lioncub.collectives import ALGORITHMS as VOTE_ALGORITHMS
+from lioncub.kernels.backends import IMPLS
+
 METHODS = ("lion", "lioncub")
-ALGORITHMS = ("auto", "all_gather", "reduce_scatter")
-IMPLS = ("auto", "triton", "cpu", "reference")
+ALGORITHMS = ("auto", *VOTE_ALGORITHMS)
 # in the folder of a run that failed: the worker's traceback
 ERROR_NAME = "error.txt"
 

@@ -84,7 +84,8 @@ class _Workers:
                         self.failures.append(message)
                     else:
                         on_record(message)
-            except EOFError:
+            # a worker that is killed in the middle of a message leaves an OSError
+            except (EOFError, OSError):
                 self.channels.remove(channel)
 
     def _cause(self) -> WorkerFailedError:

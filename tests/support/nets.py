@@ -23,13 +23,14 @@ class Net(nn.Module):
             self.head = nn.Linear(7, 11, bias=False)
             self.mix = nn.Linear(5, 7).to(torch.bfloat16)
             self.sometimes = nn.Linear(7, 7)
+            self.gain = nn.Parameter(torch.ones(7, dtype=torch.float16))
             self.never = nn.Linear(3, 3)
             self.empty = nn.Parameter(torch.zeros(0))
         self.head.weight = self.table.weight
 
     def forward(self, images: Tensor, tokens: Tensor, use_all: bool) -> Tensor:
         features = self.norm(self.conv(images.to(memory_format=torch.channels_last))).mean(dim=(2, 3))
-        hidden = self.mix(features.to(torch.bfloat16)).float() + self.table(tokens)
+        hidden = self.mix(features.to(torch.bfloat16)).float() * self.gain.float() + self.table(tokens)
         if use_all:
             hidden = hidden + self.sometimes(hidden)
         return nn.functional.cross_entropy(self.head(hidden), tokens.roll(1))

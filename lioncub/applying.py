@@ -1,0 +1,49 @@
+"""The second half of a step: all parameters and their momentum move by the votes, after everything is known."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+from lioncub.buckets import Bucket
+from lioncub.kernels import foreach_apply_votes_, foreach_lion_step_
+from lioncub.kernels.checks import storage_order_view
+from lioncub.voting import BucketVote, Draft
+
+
+def plan_bucket(bucket: Bucket, vote: BucketVote, taking_part: Sequence[bool], draft: Draft) -> Callable[[], None]:
+    """The move of the parameters that take part, and of their momentum: by the votes, or alone by plain Lion.
+
+    Everything that can be refused is done here; the call that is returned only computes and writes.
+    """
+    chosen = [i for i, takes_part in enumerate(taking_part) if takes_part]
+    params = [storage_order_view(bucket.slots[i].name, bucket.slots[i].param) for i in chosen]
+    grads = [vote.ballot.grads[i] for i in chosen]
+    momenta = [bucket.momenta[i] for i in chosen]
+    now, grad_scale = draft.now[bucket.group_index], draft.grad_scale_of(bucket)
+    if vote.voted is None:
+        return partial(
+            foreach_lion_step_,
+            params,
+            grads,
+            momenta,
+            lr=now.lr,
+            beta1=now.beta1,
+            beta2=now.beta2,
+            weight_decay=now.weight_decay,
+            grad_scale=grad_scale,
+            impl=draft.impl,
+        )
+    packed = bucket.split(vote.voted)
+    return partial(
+        foreach_apply_votes_,
+        params,
+        [packed[i] for i in chosen],
+        lr=now.lr,
+        weight_decay=now.weight_decay,
+        grad=grads,
+        exp_avg=momenta,
+        beta2=now.beta2,
+        grad_scale=grad_scale,
+        impl=draft.impl,
+    )
