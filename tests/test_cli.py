@@ -56,6 +56,11 @@ def is_alive(pid: int) -> bool:
         return False
 
 
+def _heed_interrupts() -> None:
+    # a shell starts background jobs, and so perhaps these tests, with Ctrl-C ignored, which is inherited
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 class Background:
     """A running command in a process group of its own, as a shell gives it one."""
 
@@ -67,6 +72,7 @@ class Background:
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,
+            preexec_fn=_heed_interrupts,
         )
 
     def children(self) -> list[int]:
@@ -265,3 +271,12 @@ def test_help_and_a_missing_extra_need_no_extra(tmp_path: Path) -> None:
         [sys.executable, "-c", blocker + "main(['train'])"], cwd=tmp_path, capture_output=True, text=True, check=False
     )
     assert (missing.returncode, missing.stderr) == (2, "lioncub train: rich not found: pip install 'lioncub[train]'\n")
+
+
+def test_killing_the_launcher_leaves_no_worker(tmp_path: Path) -> None:
+    # that every process ends is asserted by `running`
+    with running(out=tmp_path / "run") as background:
+        assert len(background.workers()) == 2
+        background.process.kill()
+        returned, _, _ = background.finish()
+    assert returned == -signal.SIGKILL
