@@ -5,6 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch.distributed as dist
+
+# torch's optimizers import this late, and its default arguments then hold the default group: the group's threads would
+# outlive destroy_process_group, and one that still frees a message while the interpreter ends aborts the process
+import torch.distributed.nn  # noqa: F401
 from torch import Tensor
 
 Group = dist.ProcessGroup | None

@@ -75,20 +75,33 @@ def test_every_rule_that_the_code_names_exists() -> None:
     assert named <= set(rules)
 
 
-def test_the_training_example_runs(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+def _under_torchrun(script: Path, folder: Path) -> str:
+    """What two workers print."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
-        [*command, str(DOCS / "examples" / "train.py")],
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
-        cwd=tmp_path,
-        env=environment,
+        command, capture_output=True, text=True, timeout=200, check=False, cwd=folder, env=environment
     )
     assert done.returncode == 0, done.stderr
-    lines = re.findall(r"step (\d+): loss ([\d.]+), (\d+) bytes sent per step", done.stdout)
+    return done.stdout
+
+
+def test_the_readme_example_runs(tmp_path: Path) -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    script = tmp_path / "train.py"
+    script.write_text(code)
+    printed = _under_torchrun(script, tmp_path)
+    loss = re.search(r"^([\d.]+) Stats\(steps=100, skipped_steps=0, bytes_sent_per_step=(\d+)", printed, re.MULTILINE)
+    assert loss, printed
+    assert float(loss[1]) < 2.0, "it must have learnt something: chance is ln 10 = 2.3"
+    assert int(loss[2]) == bytes_sent("all_gather", packed_bytes(640) + packed_bytes(10), 2, header_bytes(2))
+
+
+def test_the_training_example_runs(tmp_path: Path) -> None:
+    lines = re.findall(
+        r"step (\d+): loss ([\d.]+), (\d+) bytes sent per step",
+        _under_torchrun(DOCS / "examples" / "train.py", tmp_path),
+    )
     assert [int(step) for step, *_ in lines] == [20, 40, 60, 80, 100]
     assert float(lines[-1][1]) < 0.7 * float(lines[0][1]), "it must have learnt something"
     message = sum(packed_bytes(n) for n in (1024, 64, 64, 1))

@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -333,3 +334,19 @@ def count_bytes_of_a_step(rank: int, world_size: int, algorithm: str) -> tuple[i
 def test_stats_count_the_bytes_that_travel(algorithm: str) -> None:
     for sent, stated in results_of(count_bytes_of_a_step, 3, algorithm):
         assert sent == stated > 0
+
+
+def destroy_the_group(rank: int, world_size: int) -> list[str]:
+    p = torch.zeros(9).requires_grad_()
+    opt = LionCub([p], lr=0.5)
+    p.grad = torch.ones(9)
+    opt.step()
+    opt.check_replicas()
+    dist.destroy_process_group()
+    return [thread.read_text().strip() for thread in Path("/proc/self/task").glob("*/comm")]
+
+
+def test_no_thread_of_the_group_outlives_it() -> None:
+    for threads in results_of(destroy_the_group, 2):
+        assert threads
+        assert not any("gloo" in thread for thread in threads)

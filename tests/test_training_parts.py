@@ -231,9 +231,10 @@ def test_log_with_a_spoilt_line(tmp_path: Path) -> None:
 
 
 def test_smoothed() -> None:
-    assert smoothed([1.0, 3.0, 8.0, 7.0, 0.0], 1) == [1.0, 4.0, 6.0, 5.0, 0.0]
-    assert smoothed([1.0, 3.0, 8.0, 7.0, 1.0], 2) == [1.0, 4.0, 4.0, 16.0 / 3, 1.0]
+    assert smoothed([1.0, 3.0, 8.0, 7.0, 0.0], 1) == [2.0, 4.0, 6.0, 5.0, 3.5]
+    assert smoothed([1.0, 3.0, 8.0], 9) == [4.0, 4.0, 4.0]
     assert smoothed([1.0, 3.0], 0) == [1.0, 3.0]
+    assert smoothed([], 3) == []
 
 
 @pytest.mark.parametrize("bytes_sent", [0, 6000])

@@ -21,13 +21,10 @@ BYTES_NOTES = {"lion": ", computed for a ring", "lioncub": ", counted"}
 
 
 def smoothed(values: Sequence[float], reach: int) -> list[float]:
-    """Mean of each value and its neighbours up to `reach` steps away, fewer near both ends: it never lags."""
-    sums, last = [0.0, *accumulate(values)], len(values) - 1
-    means = []
-    for i in range(len(values)):
-        width = min(reach, i, last - i)
-        means.append((sums[i + width + 1] - sums[i - width]) / (2 * width + 1))
-    return means
+    """Mean of each value and its neighbours up to `reach` steps away, those on one side alone at the ends."""
+    sums, n = list(accumulate(values, initial=0.0)), len(values)
+    bounds = [(max(i - reach, 0), min(i + reach + 1, n)) for i in range(n)]
+    return [(sums[end] - sums[start]) / (end - start) for start, end in bounds]
 
 
 def write_plots(records: Sequence[StepRecord], directory: Path) -> list[Path]:
