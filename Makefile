@@ -1,4 +1,4 @@
-# every target sets up what it needs in .venv; nothing is expected of the machine but Python 3.10+ and make
+# every target sets up what it needs in .venv; nothing is expected of the machine but Python 3.11+ and make
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
