@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import gc
 import os
 import sys
 import threading
@@ -56,6 +57,9 @@ def group(config: TrainConfig, *, local_workers: int, init_method: str, rank: in
         timeout=timedelta(seconds=config.timeout),
     )
     yield
+    # a DDP model that is garbage would be the group's last holder, and freeing the group from there joins threads that
+    # may be waiting for the interpreter's lock
+    gc.collect()
     # not in a finally: after an error the peers may be gone, and the process ends anyway
     dist.destroy_process_group()
 
@@ -76,6 +80,9 @@ def run_local(rank: int, config: TrainConfig, resume: bool, rendezvous: str, cha
         channel.send(describe(error, rank))
         # sys.exit would wait for threads of a group whose peers may hang
         os._exit(1)
+    channel.close()
+    # all is written and sent; ending the interpreter could only meet a thread of the group that is still at work
+    os._exit(0)
 
 
 def run_joined(config: TrainConfig, resume: bool, on_record: OnRecord) -> None:
