@@ -1,7 +1,9 @@
 """Kernels of Lion with one-bit updates: what is done to numbers on one device. See docs/composing.md."""
 
 from lioncub.kernels.backends import resolve_impl
-from lioncub.kernels.layout import packed_bytes
+from lioncub.kernels.counts import count_votes, majority_of_counts
+from lioncub.kernels.fields import majority_of_fields, spread_codes, unpack_fields
+from lioncub.kernels.layout import counter_planes, field_bits, packed_bytes
 from lioncub.kernels.lion import (
     apply_votes_,
     foreach_apply_votes_,
@@ -17,7 +19,10 @@ from lioncub.kernels.vote import majority_vote
 
 __all__ = [
     "apply_votes_",
+    "count_votes",
+    "counter_planes",
     "dequantize",
+    "field_bits",
     "foreach_apply_votes_",
     "foreach_lion_encode",
     "foreach_lion_step_",
@@ -25,10 +30,14 @@ __all__ = [
     "lion_encode_",
     "lion_quantize",
     "lion_step_",
+    "majority_of_counts",
+    "majority_of_fields",
     "majority_vote",
     "pack_signs",
     "packed_bytes",
     "quantize",
     "resolve_impl",
+    "spread_codes",
+    "unpack_fields",
     "unpack_signs",
 ]

@@ -61,14 +61,40 @@ def lion_encode_(
 
 def majority_vote(packed: Tensor, parity: int, out: Tensor, counts: Tensor | None) -> None:
     """out[B] = majority bit of each column of packed[N, B]; counts[2] += (ties, unanimous codes), pads included."""
-    workers, n_bytes = packed.shape
-    bits = torch.stack([_unpack_fields(row, 8 * n_bytes, 1) for row in packed])
-    ones = reduce(bits.to(torch.int32), "worker code -> code", "sum")
-    tied = 2 * ones == workers
-    majority = torch.where(tied, _parity_bits(ones, parity), (2 * ones > workers).to(torch.uint8))
-    _pack_fields(majority, 1, out)
-    if counts is not None:
-        counts += torch.stack([tied.sum(), ((ones == 0) | (ones == workers)).sum()])
+    _pack_majority(_count_ones(packed), packed.shape[0], parity, out, counts)
+
+
+def count_votes(packed: Tensor, out: Tensor) -> None:
+    """out[P, B] = bit planes of the number of ones in each code of packed[N, B]; plane k holds bit k."""
+    ones = _count_ones(packed)
+    for k, plane in enumerate(out):
+        _pack_fields((ones >> k) & 1, 1, plane)
+
+
+def majority_of_counts(planes: Tensor, voters: int, parity: int, out: Tensor, counts: Tensor | None) -> None:
+    """out[B] = majority bit of the counts in planes[G, P, B], summed over G; counts as in majority_vote."""
+    ones = sum(_count_ones(column) << k for k, column in enumerate(planes.unbind(1)))
+    assert isinstance(ones, Tensor)
+    _pack_majority(ones, voters, parity, out, counts)
+
+
+def spread_codes(packed: Tensor, bits: int, field_bits: int, out: Tensor) -> None:
+    """out[B*field_bits//bits] = each code of packed[B] in a field of field_bits bits."""
+    codes = _unpack_fields(packed, packed.numel() * 8 // bits, bits)
+    _pack_fields(codes, field_bits, out)
+
+
+def unpack_fields(fields: Tensor, field_bits: int, step: int, offset: int, out: Tensor) -> None:
+    """out[n] = step * field - offset of the first n fields."""
+    out.copy_(_unpack_fields(fields, out.numel(), field_bits).to(torch.int32) * step - offset)
+
+
+def majority_of_fields(
+    fields: Tensor, field_bits: int, voters: int, parity: int, out: Tensor, counts: Tensor | None
+) -> None:
+    """out[B] = majority bit of 8*B fields, each the number of ones of ``voters``; counts as in majority_vote."""
+    ones = _unpack_fields(fields, 8 * out.numel(), field_bits).to(torch.int32)
+    _pack_majority(ones, voters, parity, out, counts)
 
 
 def apply_votes_(
@@ -196,8 +222,25 @@ def _per_element(per_block: Tensor, block: int, n: int) -> Tensor:
     return per_block.repeat_interleave(block)[:n] if block else per_block.expand(n)
 
 
+def _count_ones(packed: Tensor) -> Tensor:
+    """int32[8*B]: the number of ones in each code of packed[N, B]."""
+    bits = torch.stack([_unpack_fields(row, 8 * packed.shape[1], 1) for row in packed])
+    ones: Tensor = reduce(bits.to(torch.int32), "worker code -> code", "sum")
+    return ones
+
+
+def _pack_majority(ones: Tensor, voters: int, parity: int, out: Tensor, counts: Tensor | None) -> None:
+    tied = 2 * ones == voters
+    majority = torch.where(tied, _parity_bits(ones, parity), (2 * ones > voters).to(torch.uint8))
+    _pack_fields(majority, 1, out)
+    if counts is not None:
+        counts += torch.stack([tied.sum(), ((ones == 0) | (ones == voters)).sum()])
+
+
 def _pack_fields(codes: Tensor, bits: int, out: Tensor) -> None:
     """Little-endian fields of ``bits`` bits; out beyond the last code is zero."""
+    if bits == 16:
+        codes, bits = torch.stack([codes & 0xFF, codes.to(torch.int32) >> 8], dim=1).flatten(), 8
     per_byte = 8 // bits
     padded = torch.zeros(out.numel() * per_byte, dtype=torch.uint8, device=codes.device)
     padded[: codes.numel()] = codes
@@ -207,7 +250,11 @@ def _pack_fields(codes: Tensor, bits: int, out: Tensor) -> None:
 
 
 def _unpack_fields(packed: Tensor, n: int, bits: int) -> Tensor:
-    """The first n codes of ``packed`` as uint8[n]."""
+    """The first n codes of ``packed`` as uint8[n], those of 16 bits as int32[n]."""
+    if bits == 16:
+        low, high = rearrange(packed.to(torch.int32), "(code byte) -> byte code", byte=2)
+        wide: Tensor = low | high << 8
+        return wide[:n]
     shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device)
     fields = (rearrange(packed, "byte -> byte 1") >> shifts) & (2**bits - 1)
     codes: Tensor = rearrange(fields, "byte field -> (byte field)")

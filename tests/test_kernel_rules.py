@@ -187,6 +187,7 @@ def _op_arguments(impl: str) -> dict[str, tuple[Any, ...]]:
     x, g, m = (torch.randn(n, generator=torch.Generator().manual_seed(seed)) for seed in range(3))
     bits, fields = torch.zeros(16, dtype=torch.uint8), torch.zeros(24, dtype=torch.uint8)
     status, scale, stream = torch.zeros(1, dtype=torch.int32), torch.ones(1), torch.tensor([1, 2, 3, 4])
+    counts = torch.zeros(2, dtype=torch.int64)
     one, parity = _scalar(1.0), torch.tensor(3)
     b1, b2, lr, wd = _scalar(0.9), _scalar(0.99), _scalar(0.1), _scalar(0.01)
     return {
@@ -194,7 +195,12 @@ def _op_arguments(impl: str) -> dict[str, tuple[Any, ...]]:
         "unpack_signs": (bits, x, impl),
         "lion_encode": ([m], [g], b1, parity, [bits], status, one, impl),
         "lion_encode_": ([m], [g], b1, b2, parity, [bits], status, impl),
-        "majority_vote": (torch.zeros(3, 16, dtype=torch.uint8), parity, bits, torch.zeros(2, dtype=torch.int64), impl),
+        "majority_vote": (torch.zeros(3, 16, dtype=torch.uint8), parity, bits, counts, impl),
+        "count_votes": (torch.zeros(3, 16, dtype=torch.uint8), torch.zeros(2, 16, dtype=torch.uint8), impl),
+        "majority_of_counts": (torch.zeros(2, 2, 16, dtype=torch.uint8), 5, parity, bits, counts, impl),
+        "spread_codes": (bits, 1, 4, torch.zeros(64, dtype=torch.uint8), impl),
+        "unpack_fields": (fields, 4, 2, 3, torch.zeros(31, dtype=torch.int32), impl),
+        "majority_of_fields": (torch.zeros(64, dtype=torch.uint8), 4, 3, parity, bits, counts, impl),
         "apply_votes_": ([x], [bits], lr, wd, impl),
         "apply_votes_with_momentum_": ([x], [bits], lr, wd, [g], [m], b2, one, impl),
         "lion_step_": ([x], [g], [m], lr, wd, b1, b2, one, impl),

@@ -23,6 +23,14 @@ Job = tuple[Any, dict[str, str], dict[str, object], int]
 TARGETS = [("cuda", "90"), ("hip", "gfx942")]
 ENCODERS = ("encode", "encode_", "pack", "quantize")
 UPDATES = ("apply", "apply with momentum", "step")
+# what is voted on, counted and spread has no float, so it is compiled once, with the fp32 kernels
+WIDE_LOADS = ("vote", "count", "sum counts", *[f"vote on {bits}-bit fields" for bits in (2, 4, 8, 16)])
+WIDE_STORES = ("vote", "count", "sum counts", "spread 1 to 2", "spread 1 to 4", "spread 1 to 8", "spread 4 to 8")
+WIDE_STORES += tuple(f"unpack {bits}-bit fields" for bits in (1, 2, 4, 8, 16))
+SPECIALIZED = ("encode", "apply", "step", "vote", "quantize", "count", "sum counts", "vote on 4-bit fields")
+SPECIALIZED += ("unpack 4-bit fields",)
+# multiples of 16 in a launch of whole tiles
+SIZES = ("n_elements", "n_words", "n_bytes", "row_stride", "group_stride", "plane_stride")
 # these exchange values between threads: sums over a tile, or codes that other threads load than store
 SHARING = {"scale of blocks", "scale of chunks", "scale from chunks", "dequantize"}
 
@@ -55,6 +63,9 @@ class TestMachineCode:
         kernels = report(backend, arch, dtype)
         assert [label for label in (*ENCODERS, *UPDATES) if load not in kernels[label]["code"]] == []
         assert [label for label in ("encode_", "unpack", *UPDATES) if store not in kernels[label]["code"]] == []
+        if dtype == "fp32":
+            assert [label for label in WIDE_LOADS if load not in kernels[label]["code"]] == []
+            assert [label for label in WIDE_STORES if store not in kernels[label]["code"]] == []
 
     def test_no_fused_multiply_add_nor_flush_to_zero(self, backend: str, arch: str, dtype: str) -> None:
         fused = ("FFMA",) if backend == "cuda" else ("v_fma_f32", "v_fmac_f32", "v_mad_f32", "v_pk_fma_f32")
@@ -66,7 +77,7 @@ class TestMachineCode:
 
 def test_hyperparameters_never_recompile() -> None:
     keys = report("specializations")
-    assert set(keys) == {"encode", "apply", "step", "vote", "quantize"}
+    assert set(keys) == set(SPECIALIZED)
     for label, (one, other) in keys.items():
         assert one == other, label
 
@@ -93,9 +104,9 @@ def compare_specializations() -> dict[str, Any]:
 
     backend = make_backend(GPUTarget("cuda", 90, 32))
     tensor = torch.zeros(64)
-    jobs = _jobs("fp32") | {"vote": _vote_job()}
+    jobs = _jobs("fp32")
     keys: dict[str, list[list[str]]] = {}
-    for label in ("encode", "apply", "step", "vote", "quantize"):
+    for label in SPECIALIZED:
         kernel, _, flags, _ = jobs[label]
         specialize = create_function_from_signature(kernel.signature, kernel.params, backend)
         keys[label] = []
@@ -103,7 +114,7 @@ def compare_specializations() -> dict[str, Any]:
         for number, rate in ((16, 0.1), (1, 1.0)):
             arguments = []
             for name in kernel.arg_names:
-                structure = {"n_elements": 64, "n_words": 64, "row_stride": 64} | flags
+                structure = dict.fromkeys(SIZES, 64) | flags
                 value = rate if _is_float(name) else structure.get(name, number)
                 arguments.append(tensor if name.endswith("_ptr") else value)
             keys[label].append([str(part) for part in specialize(*arguments)[1]])
@@ -134,7 +145,7 @@ def _jobs(dtype: str) -> dict[str, Job]:
     if dtype == "fp32":
         jobs |= {
             "dequantize": (quantization._dequantize_codes_kernel, floats, flags, 128),
-            "vote": _vote_job(),
+            **_vote_jobs(),
             "scale of blocks": (scales._scale_blocks_kernel, codes, flags | {"SCALE_BLOCK": 64}, 128),
             "scale of chunks": (scales._reduce_chunks_kernel, codes, flags, 128),
             "scale from chunks": (scales._combine_chunks_kernel, codes, flags, 128),
@@ -142,11 +153,26 @@ def _jobs(dtype: str) -> dict[str, Job]:
     return jobs
 
 
-def _vote_job() -> Job:
-    from lioncub.kernels.triton_gpu import vote
+def _vote_jobs() -> dict[str, Job]:
+    from lioncub.kernels.triton_gpu import counts, fields, vote
 
-    words = {"packed_ptr": "i32", "out_ptr": "i32", "counts_ptr": "i64"}
-    return vote._vote_majority_kernel, words, {"PLANES": 4, "HAS_COUNTS": False, "BLOCK_SIZE": 512}, 128
+    words = dict.fromkeys(("packed_ptr", "planes_ptr", "fields_ptr", "out_ptr"), "i32") | {"counts_ptr": "i64"}
+    flags: dict[str, object] = {"PLANES": 4, "GROUP_PLANES": 3, "HAS_COUNTS": False, "BLOCK_SIZE": 512}
+    jobs: dict[str, Job] = {
+        "vote": (vote._vote_majority_kernel, words, flags, 128),
+        "count": (counts._count_votes_kernel, words, flags, 128),
+        "sum counts": (counts._sum_counts_kernel, words, flags, 128),
+    }
+    spreading, unpacking, voting = words | {"packed_ptr": "u8"}, words | {"fields_ptr": "u8"}, words | {"out_ptr": "u8"}
+    flags = flags | {"BLOCK_SIZE": 128}
+    for bits, field_bits in ((1, 2), (1, 4), (1, 8), (1, 16), (4, 8)):
+        widths = flags | {"BITS": bits, "FIELD_BITS": field_bits}
+        jobs[f"spread {bits} to {field_bits}"] = (fields._spread_codes_kernel, spreading, widths, 128)
+    for bits in (1, 2, 4, 8, 16):
+        widths = flags | {"FIELD_BITS": bits}
+        jobs[f"unpack {bits}-bit fields"] = (fields._unpack_fields_kernel, unpacking, widths, 128)
+        jobs[f"vote on {bits}-bit fields"] = (fields._vote_fields_kernel, voting, widths, 128)
+    return jobs
 
 
 def _compile(target: Any, kernel: Any, pointers: dict[str, str], flags: dict[str, object], threads: int) -> Any:
@@ -162,7 +188,7 @@ def _compile(target: Any, kernel: Any, pointers: dict[str, str], flags: dict[str
             signature[name] = "*" + pointers[name]
         else:
             signature[name] = "fp32" if _is_float(name) else "i32"
-        if name.endswith("_ptr") or name in ("n_elements", "n_words", "row_stride"):
+        if name.endswith("_ptr") or name in SIZES:
             attributes[(i,)] = [["tt.divisibility", 16]]
     constants = {name: flags[name] for name in kernel.arg_names if name.isupper()}
     options = {"num_warps": threads // target.warp_size, "enable_fp_fusion": False}

@@ -1,0 +1,125 @@
+"""count_votes and majority_of_counts: a vote in two steps, whose counts travel between them as bit planes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lioncub.kernels.backends import backend
+from lioncub.kernels.checks import check_device, check_packed
+from lioncub.kernels.layout import counter_planes
+from lioncub.kernels.registry import mark_written, register
+from lioncub.kernels.scalars import count_scalar
+
+MAX_VOTERS = 2**20
+
+
+def count_votes(packed: Tensor, *, out: Tensor | None = None, impl: str = "auto") -> Tensor:
+    """Number of ones in each one-bit code of N voters, as bit planes; nothing is unpacked.
+
+    Args:
+        packed: uint8[N, B], one row per voter, N >= 1; rows may lie apart (any row stride), bytes may not.
+        out: uint8[P, B] to write, P = counter_planes(N); rows may lie apart, bytes may not. Allocated unless given.
+        impl: "auto", "triton", "cpu" or "reference".
+
+    Returns:
+        ``out``: row k holds bit k of the counts, at the places of the codes.
+    """
+    _check_bytes("packed", packed, "N, B")
+    planes, n_bytes = counter_planes(packed.shape[0]), packed.shape[1]
+    if out is None:
+        out = torch.empty(planes, n_bytes, dtype=torch.uint8, device=packed.device)
+    _check_bytes("out", out, "P, B")
+    if out.shape != (planes, n_bytes):
+        raise ValueError(f"out: expected shape {(planes, n_bytes)}, got {tuple(out.shape)}")
+    if planes > 1 and out.stride(0) < n_bytes:
+        raise ValueError(f"out: expected rows that do not overlap, got strides {out.stride()}")
+    check_device("out", out, "packed", packed)
+    _COUNT(packed, out, impl)
+    return out
+
+
+def majority_of_counts(
+    planes: Tensor,
+    *,
+    voters: int,
+    parity: int | Tensor = 0,
+    out: Tensor | None = None,
+    counts: Tensor | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """Majority of all voters from the counts of G groups of them: summed and compared in one pass, never unpacked.
+
+    ``majority_of_counts(torch.stack([count_votes(g) for g in groups]), voters=N)`` is `majority_vote` of all N rows.
+
+    Args:
+        planes: uint8[G, P, B], bit planes of each group's number of ones; groups and planes may lie apart (any
+            strides), bytes may not. A group that needs fewer planes has zeros in the others.
+        voters: number of voters of all groups, 1 <= voters <= G * (2^P - 1), at most 2^20.
+        parity: step counter t; a tie at element j gives bit (j + t) & 1.
+        out: uint8[B] to write; allocated unless given.
+        counts: int64[2]; the numbers of tied and of unanimous codes among all 8*B are added to it.
+        impl: "auto", "triton", "cpu" or "reference".
+
+    Returns:
+        ``out``: bit 1 where the sum of the counts is more than half of the voters.
+    """
+    _check_bytes("planes", planes, "G, P, B")
+    largest = planes.shape[0] * (2 ** planes.shape[1] - 1)
+    # the sum is held in 32 bits, whatever the planes contain
+    if largest >= 2**31:
+        raise ValueError(f"planes: expected counts whose sum is below 2^31, got shape {tuple(planes.shape)}")
+    most = min(largest, MAX_VOTERS)
+    if not 1 <= voters <= most:
+        raise ValueError(f"voters: expected 1 to {most} for planes of shape {tuple(planes.shape)}, got {voters}")
+    if out is None:
+        out = torch.empty(planes.shape[2], dtype=torch.uint8, device=planes.device)
+    check_packed("out", out, planes.shape[2])
+    check_device("out", out, "planes", planes)
+    check_counts(counts, "planes", planes)
+    _SUM(planes, voters, count_scalar("parity", parity), out, counts, impl)
+    return out
+
+
+def check_counts(counts: Tensor | None, peer_name: str, peer: Tensor) -> None:
+    """Raise ValueError unless ``counts`` is None or a contiguous int64[2] on ``peer``'s device."""
+    if counts is None:
+        return
+    if counts.dtype != torch.int64 or counts.shape != (2,) or not counts.is_contiguous():
+        raise ValueError(
+            f"counts: expected a contiguous int64[2], got {counts.dtype} of shape {tuple(counts.shape)} "
+            f"with strides {counts.stride()}"
+        )
+    check_device("counts", counts, peer_name, peer)
+
+
+def _check_bytes(name: str, tensor: Tensor, axes: str) -> None:
+    """Raise unless ``tensor`` is uint8 with these axes, of which only the last may be 0, and its bytes adjacent."""
+    if not isinstance(tensor, Tensor) or tensor.dtype != torch.uint8:
+        raise TypeError(f"{name}: expected a uint8 tensor, got {getattr(tensor, 'dtype', type(tensor).__name__)}")
+    if tensor.dim() != len(axes.split(", ")) or 0 in tensor.shape[:-1]:
+        leading = axes[: axes.rindex(",")]
+        raise ValueError(f"{name}: expected shape [{axes}] with {leading} >= 1, got {tuple(tensor.shape)}")
+    if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+        raise ValueError(f"{name}: expected rows of adjacent bytes, got strides {tensor.stride()}")
+
+
+def _count(packed: Tensor, out: Tensor, impl: str) -> None:
+    run = backend(impl, packed.device)
+    if out.numel():
+        run.count_votes(packed, out)
+    mark_written(out)
+
+
+def _sum(planes: Tensor, voters: int, parity: Tensor, out: Tensor, counts: Tensor | None, impl: str) -> None:
+    run = backend(impl, planes.device)
+    if out.numel():
+        run.majority_of_counts(planes, voters, int(parity) & 1, out, counts)
+    mark_written(out, counts)
+
+
+_COUNT = register("count_votes(Tensor packed, Tensor(a!) out, str impl) -> ()", _count)
+_SUM = register(
+    "majority_of_counts(Tensor planes, int voters, Tensor parity, Tensor(a!) out, Tensor(b!)? counts, str impl) -> ()",
+    _sum,
+)

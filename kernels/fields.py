@@ -1,0 +1,179 @@
+"""Fields that a native sum of bytes adds up: codes spread into them, sums taken out of them, majorities of them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lioncub.kernels.backends import backend
+from lioncub.kernels.checks import check_device, check_packed
+from lioncub.kernels.counts import check_counts
+from lioncub.kernels.layout import CODE_BITS, FIELD_BITS, WORD_BYTES
+from lioncub.kernels.registry import mark_written, register
+from lioncub.kernels.scalars import count_scalar
+
+
+def spread_codes(
+    packed: Tensor, *, bits: int, field_bits: int, out: Tensor | None = None, impl: str = "auto"
+) -> Tensor:
+    """Every ``bits``-bit code in a field of ``field_bits`` bits, whose other bits are zero.
+
+    Sums of such bytes (as uint8, or as int16 or int32 words where fields have 16 bits) add field by field while no sum
+    exceeds a field: `lioncub.kernels.field_bits` tells how wide it must be.
+
+    Args:
+        packed: contiguous uint8[B], B a multiple of 8.
+        bits: width of a code: 1, 2, 4 or 8.
+        field_bits: width of a field: 1, 2, 4, 8 or 16, at least ``bits``.
+        out: uint8[B*field_bits//bits] to write; allocated unless given.
+        impl: "auto", "triton", "cpu" or "reference".
+
+    Returns:
+        ``out``: field i is code i, little-endian as the codes are.
+    """
+    if bits not in CODE_BITS:
+        raise ValueError(f"bits: expected one of {CODE_BITS}, got {bits}")
+    _check_width(field_bits)
+    if field_bits < bits:
+        raise ValueError(f"field_bits: expected at least bits, {bits}, got {field_bits}")
+    n_bytes = _check_multiple("packed", packed, WORD_BYTES)
+    if out is None:
+        out = torch.empty(n_bytes * field_bits // bits, dtype=torch.uint8, device=packed.device)
+    check_packed("out", out, n_bytes * field_bits // bits)
+    check_device("out", out, "packed", packed)
+    _SPREAD(packed, bits, field_bits, out, impl)
+    return out
+
+
+def unpack_fields(
+    fields: Tensor,
+    n: int,
+    *,
+    field_bits: int,
+    step: int = 1,
+    offset: int = 0,
+    out: Tensor | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """The first n fields as integers: step*field - offset.
+
+    Signs of N workers, spread and summed, give the sum of +1 and -1 with step 2 and offset N; levels -K..K, stored
+    as level + K, give the sum of levels with offset N*K.
+
+    Args:
+        fields: contiguous uint8[F] of at least n fields.
+        n: number of fields to take.
+        field_bits: width of a field: 1, 2, 4, 8 or 16.
+        step, offset: integers; no result may leave int32.
+        out: int32[n] to write; allocated unless given.
+        impl: "auto", "triton", "cpu" or "reference".
+
+    Returns:
+        ``out``.
+    """
+    _check_width(field_bits)
+    available = 8 * _check_multiple("fields", fields, max(field_bits // 8, 1)) // field_bits
+    if not 0 <= n <= available:
+        raise ValueError(f"n: expected 0 to {available} fields of {field_bits} bits, got {n}")
+    if abs(step) * (2**field_bits - 1) + abs(offset) >= 2**31:
+        raise ValueError(f"step, offset: expected results within int32, got step {step} and offset {offset}")
+    if out is None:
+        out = torch.empty(n, dtype=torch.int32, device=fields.device)
+    if out.dtype != torch.int32 or out.shape != (n,) or not out.is_contiguous():
+        raise ValueError(
+            f"out: expected a contiguous int32 tensor of shape ({n},), got {out.dtype} of shape {tuple(out.shape)} "
+            f"with strides {out.stride()}"
+        )
+    check_device("out", out, "fields", fields)
+    _UNPACK(fields, field_bits, step, offset, out, impl)
+    return out
+
+
+def majority_of_fields(
+    fields: Tensor,
+    *,
+    field_bits: int,
+    voters: int,
+    parity: int | Tensor = 0,
+    out: Tensor | None = None,
+    counts: Tensor | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """Packed majority of fields that hold the number of ones among ``voters`` one-bit codes.
+
+    ``majority_of_fields(sum of spread_codes(row) over N rows, voters=N)`` is `majority_vote` of the rows.
+
+    Args:
+        fields: contiguous uint8[F], F a multiple of ``field_bits``.
+        field_bits: width of a field: 1, 2, 4, 8 or 16.
+        voters: 1 <= voters < 2^field_bits.
+        parity: step counter t; a tie at element j gives bit (j + t) & 1.
+        out: uint8[F/field_bits] to write; allocated unless given.
+        counts: int64[2]; the numbers of tied and of unanimous fields are added to it.
+        impl: "auto", "triton", "cpu" or "reference".
+
+    Returns:
+        ``out``: one bit per field, 1 where it is more than half of the voters.
+    """
+    _check_width(field_bits)
+    if not 1 <= voters < 2**field_bits:
+        raise ValueError(f"voters: expected 1 to {2**field_bits - 1} for fields of {field_bits} bits, got {voters}")
+    n_bytes = _check_multiple("fields", fields, field_bits) // field_bits
+    if out is None:
+        out = torch.empty(n_bytes, dtype=torch.uint8, device=fields.device)
+    check_packed("out", out, n_bytes)
+    check_device("out", out, "fields", fields)
+    check_counts(counts, "fields", fields)
+    _VOTE(fields, field_bits, voters, count_scalar("parity", parity), out, counts, impl)
+    return out
+
+
+def _check_width(field_bits: int) -> None:
+    if field_bits not in FIELD_BITS:
+        raise ValueError(f"field_bits: expected one of {FIELD_BITS}, got {field_bits}")
+
+
+def _check_multiple(name: str, packed: Tensor, multiple: int) -> int:
+    """Bytes of ``packed``, a contiguous uint8 tensor of a multiple of ``multiple`` bytes."""
+    if not isinstance(packed, Tensor):
+        raise TypeError(f"{name}: expected a uint8 tensor, got {type(packed).__name__}")
+    check_packed(name, packed, packed.numel())
+    if packed.numel() % multiple:
+        raise ValueError(f"{name}: expected a multiple of {multiple} bytes, got {packed.numel()}")
+    return packed.numel()
+
+
+def _spread(packed: Tensor, bits: int, field_bits: int, out: Tensor, impl: str) -> None:
+    run = backend(impl, packed.device)
+    if bits == field_bits:
+        out.copy_(packed)
+    elif out.numel():
+        run.spread_codes(packed, bits, field_bits, out)
+    mark_written(out)
+
+
+def _unpack(fields: Tensor, field_bits: int, step: int, offset: int, out: Tensor, impl: str) -> None:
+    run = backend(impl, fields.device)
+    if out.numel():
+        run.unpack_fields(fields, field_bits, step, offset, out)
+    mark_written(out)
+
+
+def _vote(
+    fields: Tensor, field_bits: int, voters: int, parity: Tensor, out: Tensor, counts: Tensor | None, impl: str
+) -> None:
+    run = backend(impl, fields.device)
+    if out.numel():
+        run.majority_of_fields(fields, field_bits, voters, int(parity) & 1, out, counts)
+    mark_written(out, counts)
+
+
+_SPREAD = register("spread_codes(Tensor packed, int bits, int field_bits, Tensor(a!) out, str impl) -> ()", _spread)
+_UNPACK = register(
+    "unpack_fields(Tensor fields, int field_bits, int step, int offset, Tensor(a!) out, str impl) -> ()", _unpack
+)
+_VOTE = register(
+    "majority_of_fields(Tensor fields, int field_bits, int voters, Tensor parity, Tensor(a!) out, "
+    "Tensor(b!)? counts, str impl) -> ()",
+    _vote,
+)

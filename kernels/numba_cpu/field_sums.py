@@ -1,0 +1,279 @@
+"""spread_codes, unpack_fields and majority_of_fields in Numba: 64 bits of fields at a time, without unpacking them.
+
+Codes are moved into wider fields in halvings: the upper half of a word's codes to where it belongs, then the upper
+half of each half, and so on; bits of wide fields are moved together the other way round. For arithmetic, every other
+field is masked out, so that its bits take the carry of its neighbour.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lioncub.kernels.numba_cpu.bits import count_ones
+from lioncub.kernels.numba_cpu.compiling import block_function, device_function, kernel
+from lioncub.kernels.numba_cpu.memory import WORDS, array_at
+from lioncub.kernels.numba_cpu.planes import BLOCK, add_tally
+from lioncub.kernels.numba_cpu.threads import MIN_SLICE, run_slices, slices
+
+_CHUNKS = {1: np.dtype(np.uint8), 2: np.dtype(np.uint16), 4: np.dtype(np.uint32), 8: WORDS}
+_INTEGERS = np.dtype(np.int32)
+_ALL = 2**64 - 1
+# fields of 2 bits, the narrowest that are moved, take 5 halvings
+_STEPS = 5
+_Words = tuple[np.uint64, ...]
+
+
+def spread_codes(packed: Tensor, bits: int, field_bits: int, out: Tensor) -> None:
+    """out[B*field_bits//bits] = each code of packed[B] in a field of field_bits bits, more than ``bits``."""
+    if field_bits == 16 * bits:
+        # less than a byte of codes makes a word of such fields, so they go through narrower ones
+        narrow = torch.empty(2 * packed.numel(), dtype=torch.uint8)
+        spread_codes(packed, bits, 2 * bits, narrow)
+        packed, bits = narrow, 2 * bits
+    chunk = _CHUNKS[8 * bits // field_bits]
+    parts = slices(out.numel() // 8, 1, MIN_SLICE // 64)
+    run_slices(_spread_kernel, parts, packed.data_ptr(), chunk, *_spreading(bits, field_bits), out.data_ptr())
+
+
+def unpack_fields(fields: Tensor, field_bits: int, step: int, offset: int, out: Tensor) -> None:
+    """out[n] = step * field - offset of the first n fields."""
+    if field_bits >= 8:
+        source = (fields.data_ptr(), _CHUNKS[field_bits // 8])
+        run_slices(_widen_kernel, slices(out.numel()), *source, step, offset, out.data_ptr())
+        return
+    eights, tail = divmod(out.numel(), 8)
+    if eights:
+        _unpack_eights(fields, eights, field_bits, step, offset, out)
+    if tail:
+        # eight fields are as many bytes as a field has bits; not all of the last ones may exist
+        padded, values = torch.zeros(field_bits, dtype=torch.uint8), torch.empty(8, dtype=torch.int32)
+        rest = fields[eights * field_bits : (eights + 1) * field_bits]
+        padded[: rest.numel()] = rest
+        _unpack_eights(padded, 1, field_bits, step, offset, values)
+        out[8 * eights :] = values[:tail]
+
+
+def majority_of_fields(
+    fields: Tensor, field_bits: int, voters: int, parity: int, out: Tensor, counts: Tensor | None
+) -> None:
+    """out[B] = majority bit of 8*B fields, each the number of ones of ``voters``; counts as in majority_vote."""
+    chunk_bytes = max(8 // field_bits, 1)
+    chunks, tail = divmod(out.numel(), chunk_bytes)
+    if chunks:
+        _vote(fields, chunks, field_bits, voters, parity, out, counts, 0)
+    if tail:
+        # pad fields are unanimous but not counted
+        padded = torch.zeros(chunk_bytes * field_bits, dtype=torch.uint8)
+        padded[: tail * field_bits] = fields[chunks * chunk_bytes * field_bits :]
+        voted = torch.empty(chunk_bytes, dtype=torch.uint8)
+        _vote(padded, 1, field_bits, voters, parity, voted, counts, 8 * (chunk_bytes - tail))
+        out[chunks * chunk_bytes :] = voted[:tail]
+
+
+def _unpack_eights(fields: Tensor, eights: int, field_bits: int, step: int, offset: int, out: Tensor) -> None:
+    source = (fields.data_ptr(), _CHUNKS[field_bits], *_spreading(field_bits, 8))
+    run_slices(_unpack_kernel, slices(eights, 1, MIN_SLICE // 8), *source, step, offset, out.data_ptr())
+
+
+def _vote(
+    fields: Tensor,
+    chunks: int,
+    field_bits: int,
+    voters: int,
+    parity: int,
+    out: Tensor,
+    counts: Tensor | None,
+    pads: int,
+) -> None:
+    words_per_chunk = max(field_bits // 8, 1)
+    chunk = _CHUNKS[max(8 // field_bits, 1)]
+    rule = _thresholds(field_bits, voters, parity)
+    parts = slices(chunks, 1, MIN_SLICE // 64)
+    counted = run_slices(
+        _majority_kernel,
+        parts,
+        fields.data_ptr(),
+        words_per_chunk,
+        rule,
+        *_folding(field_bits),
+        out.data_ptr(),
+        chunk,
+        counts is not None,
+        *_alike(field_bits, voters),
+    )
+    add_tally(counts, counted, pads)
+
+
+@functools.cache
+def _spreading(bits: int, field_bits: int) -> tuple[_Words, _Words]:
+    """Shifts and masks that move the 64/field_bits codes at the bottom of a word into fields."""
+    codes, steps = 64 // field_bits, []
+    while codes > 1:
+        codes //= 2
+        steps.append((codes * (field_bits - bits), _repeat(codes * bits, codes * field_bits)))
+    return _words(steps)
+
+
+@functools.cache
+def _folding(field_bits: int) -> tuple[_Words, _Words]:
+    """Shifts and masks that move the lowest bits of a word's fields together at the bottom."""
+    codes, steps = 1, []
+    while codes * field_bits < 64 and field_bits > 1:
+        steps.append((codes * (field_bits - 1), _repeat(2 * codes, 2 * codes * field_bits)))
+        codes *= 2
+    return _words(steps)
+
+
+@functools.cache
+def _thresholds(field_bits: int, voters: int, parity: int) -> _Words:
+    """Field width, every other field, its lowest bit, and what makes even and odd fields carry where they win."""
+    half, even_number = voters // 2, voters % 2 == 0
+    # a tied field wins where its parity bit is 1, which is where it wins with half the votes
+    least = [half + 1 - (even_number and (field + parity) % 2) for field in (0, 1)]
+    ones = _repeat(1, 2 * field_bits)
+    carrying = [(2**field_bits - count) * ones for count in least]
+    return tuple(map(np.uint64, (field_bits, _repeat(field_bits, 2 * field_bits), ones, *carrying)))
+
+
+@functools.cache
+def _alike(field_bits: int, voters: int) -> tuple[bool, _Words]:
+    """Whether ties exist, and words whose every other field is half of, none of and all of the voters."""
+    ones = _repeat(1, 2 * field_bits)
+    return voters % 2 == 0, tuple(np.uint64(number * ones) for number in (voters // 2, 0, voters))
+
+
+def _repeat(width: int, period: int) -> int:
+    """A word of ``width`` ones in every ``period`` bits, from the lowest up."""
+    return sum((2**width - 1) << place for place in range(0, 64, period))
+
+
+def _words(steps: list[tuple[int, int]]) -> tuple[_Words, _Words]:
+    # a shift by 0 under a full mask changes nothing, and a fixed number of steps is compiled without a loop
+    padded = steps + [(0, _ALL)] * (_STEPS - len(steps))
+    return tuple(np.uint64(shift) for shift, _ in padded), tuple(np.uint64(mask) for _, mask in padded)
+
+
+@kernel
+def _spread_kernel(
+    first: int, last: int, packed_ptr: int, chunk: Any, shifts: _Words, masks: _Words, out_ptr: int
+) -> None:
+    _spread_words(array_at(packed_ptr, first, last - first, chunk), shifts, masks, out_ptr + 8 * first, last - first)
+
+
+@kernel
+def _unpack_kernel(
+    first: int,
+    last: int,
+    fields_ptr: int,
+    chunk: Any,
+    shifts: _Words,
+    masks: _Words,
+    step: int,
+    offset: int,
+    out_ptr: int,
+) -> None:
+    codes = np.empty(BLOCK, np.uint64)
+    for start in range(first, last, BLOCK):
+        n = min(BLOCK, last - start)
+        _spread_words(array_at(fields_ptr, start, n, chunk), shifts, masks, codes.ctypes.data, n)
+        _widen(codes.view(np.uint8), 8 * n, step, offset, array_at(out_ptr, 8 * start, 8 * n, _INTEGERS))
+
+
+@kernel
+def _widen_kernel(first: int, last: int, fields_ptr: int, dtype: Any, step: int, offset: int, out_ptr: int) -> None:
+    n = last - first
+    _widen(array_at(fields_ptr, first, n, dtype), n, step, offset, array_at(out_ptr, first, n, _INTEGERS))
+
+
+@kernel
+def _majority_kernel(
+    first: int,
+    last: int,
+    fields_ptr: int,
+    words_per_chunk: int,
+    rule: _Words,
+    shifts: _Words,
+    masks: _Words,
+    out_ptr: int,
+    chunk: Any,
+    counting: bool,
+    can_tie: bool,
+    numbers: _Words,
+) -> tuple[int, int]:
+    ties, unanimous = 0, 0
+    for start in range(first, last, BLOCK):
+        n = min(BLOCK, last - start)
+        words = array_at(fields_ptr, start * words_per_chunk, n * words_per_chunk, WORDS)
+        out = array_at(out_ptr, start, n, chunk)
+        if words_per_chunk == 1:
+            for j in range(n):
+                out[j] = _fold(_winners(words[j], rule), shifts, masks)
+        else:
+            for j in range(n):
+                low = _fold(_winners(words[2 * j], rule), shifts, masks)
+                out[j] = low | _fold(_winners(words[2 * j + 1], rule), shifts, masks) << np.uint64(4)
+        if counting:
+            unanimous += _count_fields(words, n * words_per_chunk, rule, numbers[1], numbers[2])
+            if can_tie:
+                ties += _count_fields(words, n * words_per_chunk, rule, numbers[0], numbers[0])
+    return ties, unanimous
+
+
+@device_function
+def _spread_words(chunks: Any, shifts: _Words, masks: _Words, out_ptr: int, n: int) -> None:
+    """out[n] = words of fields from chunks[n] of codes."""
+    out = array_at(out_ptr, 0, n, WORDS)
+    for j in range(n):
+        word = np.uint64(chunks[j])
+        word = (word | (word << shifts[0])) & masks[0]
+        word = (word | (word << shifts[1])) & masks[1]
+        word = (word | (word << shifts[2])) & masks[2]
+        word = (word | (word << shifts[3])) & masks[3]
+        out[j] = (word | (word << shifts[4])) & masks[4]
+
+
+@device_function
+def _fold(word: np.uint64, shifts: _Words, masks: _Words) -> np.uint64:
+    """The lowest bits of the fields, moved together; their other bits are zero."""
+    word = (word | (word >> shifts[0])) & masks[0]
+    word = (word | (word >> shifts[1])) & masks[1]
+    word = (word | (word >> shifts[2])) & masks[2]
+    word = (word | (word >> shifts[3])) & masks[3]
+    return (word | (word >> shifts[4])) & masks[4]
+
+
+@device_function
+def _winners(word: np.uint64, rule: _Words) -> np.uint64:
+    """A 1 in the lowest bit of each field that wins the vote."""
+    width, every_other, lowest, even, odd = rule
+    # a field and its number carry into the next field, which is masked out; for odd ones that is their own place
+    even_wins = (((word & every_other) + even) >> width) & lowest
+    return even_wins | ((((word >> width) & every_other) + odd) & (lowest << width))
+
+
+@device_function
+def _widen(fields: Any, n: int, step: int, offset: int, out: Any) -> None:
+    """out[n] = step * field - offset."""
+    factor, less = np.int32(step), np.int32(offset)
+    for j in range(n):
+        out[j] = np.int32(np.int32(np.int32(fields[j]) * factor) - less)
+
+
+@block_function
+def _count_fields(words: Any, n: int, rule: _Words, one: np.uint64, other: np.uint64) -> int:
+    """Number of fields that are as in word ``one`` or as in ``other``."""
+    width, every_other, lowest, _, _ = rule
+    upper = lowest << width
+    found = 0
+    for j in range(n):
+        even, odd = words[j] & every_other, (words[j] >> width) & every_other
+        # what differs from a number in any bit carries
+        even_differs = ((even ^ one) + every_other) & ((even ^ other) + every_other)
+        odd_differs = ((odd ^ one) + every_other) & ((odd ^ other) + every_other)
+        found += count_ones((~even_differs & upper) | ((~odd_differs & upper) >> width))
+    return found

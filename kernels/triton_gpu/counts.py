@@ -1,0 +1,104 @@
+"""count_votes and majority_of_counts: bit planes stored, and loaded, summed and compared in one pass."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lioncub.kernels.layout import counter_planes
+from lioncub.kernels.triton_gpu.launch import launching_on, options, tiles
+from lioncub.kernels.triton_gpu.planes import (
+    WORDS_PER_TILE,
+    add_planes,
+    count_rows,
+    in_words,
+    no_planes,
+    store_majority,
+)
+
+
+@triton.jit(do_not_specialize=["n_workers"])
+def _count_votes_kernel(
+    packed_ptr,
+    out_ptr,
+    row_stride,
+    plane_stride,
+    n_workers,
+    n_words,
+    PLANES: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+):
+    offsets = tl.program_id(0).to(tl.int64) * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
+    mask = offsets < n_words
+    planes = count_rows(packed_ptr + offsets, row_stride, n_workers, mask, PLANES)
+    word_ptrs = out_ptr + offsets
+    for k in tl.static_range(PLANES):
+        tl.store(word_ptrs, planes[k].to(out_ptr.dtype.element_ty), mask=mask)
+        word_ptrs += plane_stride
+
+
+@triton.jit(do_not_specialize=["parity", "n_groups", "n_workers"])
+def _sum_counts_kernel(
+    planes_ptr,
+    out_ptr,
+    counts_ptr,
+    group_stride,
+    plane_stride,
+    parity,
+    n_groups,
+    n_workers,
+    n_words,
+    GROUP_PLANES: tl.constexpr,
+    PLANES: tl.constexpr,
+    HAS_COUNTS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+):
+    offsets = tl.program_id(0).to(tl.int64) * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
+    mask = offsets < n_words
+    word_ptrs = planes_ptr + offsets
+    planes = no_planes(mask, PLANES)
+    for _ in tl.range(0, n_groups, loop_unroll_factor=2):
+        planes = add_planes(planes, word_ptrs, plane_stride, mask, PLANES, GROUP_PLANES)
+        word_ptrs += group_stride
+    store_majority(out_ptr, counts_ptr, offsets, mask, planes, n_workers, parity, PLANES, HAS_COUNTS)
+
+
+def count_votes(packed: Tensor, out: Tensor) -> None:
+    """See `lioncub.kernels.reference.count_votes`; whole words where addresses allow, else bytes."""
+    packed, out = in_words(packed, out)
+    n_workers, n_words = packed.shape
+    with launching_on(out):
+        _count_votes_kernel[tiles(n_words, WORDS_PER_TILE)](
+            packed,
+            out,
+            packed.stride(0),
+            out.stride(0),
+            n_workers,
+            n_words,
+            out.shape[0],
+            WORDS_PER_TILE,
+            **options(out.device),
+        )
+
+
+def majority_of_counts(planes: Tensor, voters: int, parity: int, out: Tensor, counts: Tensor | None) -> None:
+    """See `lioncub.kernels.reference.majority_of_counts`; whole words where addresses allow, else bytes."""
+    planes, out = in_words(planes, out)
+    groups, group_planes, n_words = planes.shape
+    with launching_on(out):
+        _sum_counts_kernel[tiles(n_words, WORDS_PER_TILE)](
+            planes,
+            out,
+            out if counts is None else counts,
+            *planes.stride()[:2],
+            parity,
+            groups,
+            voters,
+            n_words,
+            group_planes,
+            counter_planes(groups * (2**group_planes - 1)),
+            counts is not None,
+            WORDS_PER_TILE,
+            **options(out.device),
+        )

@@ -1,0 +1,107 @@
+"""Bit planes: counts of 32 codes at a time, bit k of each in plane k; added and compared without unpacking."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lioncub.kernels.triton_gpu.launch import ROW_THREADS
+
+# 128 bits per thread
+WORDS_PER_TILE = 4 * ROW_THREADS
+
+
+def in_words(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Views of uint8 tensors as int32, where the addresses, rows and strides of all allow, else the tensors."""
+    for tensor in tensors:
+        places = (tensor.data_ptr(), tensor.shape[-1], *tensor.stride()[:-1])
+        if any(place % 4 for place in places):
+            return tensors
+    return tuple(tensor.view(torch.int32) for tensor in tensors)
+
+
+@triton.jit
+def count_rows(word_ptrs, row_stride, n_rows, mask, PLANES: tl.constexpr):
+    """int32 planes of the number of ones at each bit of ``n_rows`` words, ``row_stride`` apart."""
+    planes = no_planes(mask, PLANES)
+    for _ in tl.range(0, n_rows, loop_unroll_factor=4):
+        planes = add_bits(planes, tl.load(word_ptrs, mask=mask, other=0).to(tl.int32), PLANES)
+        word_ptrs += row_stride
+    return planes
+
+
+@triton.jit
+def no_planes(mask, PLANES: tl.constexpr):
+    """int32 planes of zeros."""
+    return (tl.zeros(mask.shape, tl.int32),) * PLANES
+
+
+@triton.jit
+def add_bits(planes, carry, PLANES: tl.constexpr):
+    """Add one bit to each counter: a ripple of half adders."""
+    sums = planes[:0]
+    for k in tl.static_range(PLANES):
+        sums += (planes[k] ^ carry,)
+        carry = planes[k] & carry
+    return sums
+
+
+@triton.jit
+def add_planes(planes, word_ptrs, plane_stride, mask, PLANES: tl.constexpr, ADDED: tl.constexpr):
+    """Add counts of ADDED planes, ``plane_stride`` apart: a ripple of full adders."""
+    sums = planes[:0]
+    carry = tl.zeros(mask.shape, tl.int32)
+    for k in tl.static_range(PLANES):
+        if k < ADDED:
+            added = tl.load(word_ptrs, mask=mask, other=0).to(tl.int32)
+            word_ptrs += plane_stride
+            odd = planes[k] ^ added
+            sums += (odd ^ carry,)
+            carry = (planes[k] & added) | (odd & carry)
+        else:
+            sums += (planes[k] ^ carry,)
+            carry = planes[k] & carry
+    return sums
+
+
+@triton.jit
+def compare_planes(planes, number, PLANES: tl.constexpr):
+    """Words whose bits say count > number, and count == number."""
+    more = planes[0] ^ planes[0]
+    equal = ~more
+    for k in tl.static_range(PLANES - 1, -1, -1):
+        wanted = -((number >> k) & 1)
+        more = more | (equal & planes[k] & ~wanted)
+        equal = equal & ~(planes[k] ^ wanted)
+    return more, equal
+
+
+@triton.jit
+def store_majority(
+    out_ptr, counts_ptr, offsets, mask, planes, n_workers, parity, PLANES: tl.constexpr, HAS_COUNTS: tl.constexpr
+):
+    """Store the majority of counts of ``n_workers``, and add the numbers of ties and of unanimous codes to counts."""
+    more, tied = compare_planes(planes, n_workers // 2, PLANES)
+    tied = tied & ((n_workers & 1) - 1)
+    # bit j of a word is element j's, so a parity word serves every word
+    parity_word = 0x55555555 ^ (parity - 1)
+    tl.store(out_ptr + offsets, (more | (tied & parity_word)).to(out_ptr.dtype.element_ty), mask=mask)
+    if HAS_COUNTS:
+        _, all_up = compare_planes(planes, n_workers, PLANES)
+        _, all_down = compare_planes(planes, 0, PLANES)
+        code_bits: tl.constexpr = 0xFF if out_ptr.dtype.element_ty.primitive_bitwidth == 8 else -1
+        valid = tl.where(mask, code_bits, 0)
+        tl.atomic_add(counts_ptr, tl.sum(count_bits(tied & valid)).to(tl.int64))
+        tl.atomic_add(counts_ptr + 1, tl.sum(count_bits((all_up | all_down) & valid)).to(tl.int64))
+
+
+@triton.jit
+def count_bits(word):
+    """int32 number of ones in each int32 word."""
+    word = word - ((word >> 1) & 0x55555555)
+    word = (word & 0x33333333) + ((word >> 2) & 0x33333333)
+    word = (word + (word >> 4)) & 0x0F0F0F0F
+    word = word + (word >> 8)
+    return (word + (word >> 16)) & 0x3F
