@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint types bench setup clean
+.PHONY: demo test lint types bench netlab setup clean
 
 demo: setup
 	$(BIN)/lioncub train --method lion --method lioncub --workers 4 --layers 4 --context 64 --batch 8 \
@@ -27,6 +27,10 @@ bench: setup
 	mkdir -p runs
 	$(BIN)/python -m pytest bench --quiet --benchmark-json=runs/bench.json
 	$(BIN)/python bench/report.py runs/bench.json docs/benchmarks.md
+
+# needs root, iproute2 and iperf3, and the machine to itself for up to an hour
+netlab: setup
+	$(BIN)/python bench/netlab matrix --runs runs/netlab --out docs
 
 setup: $(INSTALLED)
 

@@ -20,6 +20,7 @@ FIXED_WORDS = 6
 FOUND_INF = 1
 FAILED = 2
 UNVERIFIED = 4
+STALE = 8
 STATUS_OK, STATUS_NONFINITE, STATUS_DISAGREE = 0, 1, 2
 _NONFINITE_WORD = 4
 # what must be equal on all workers, with the names that an error gives them

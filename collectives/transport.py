@@ -1,20 +1,25 @@
-"""The two collectives that carry every message, in one spelling for all versions of torch."""
+"""The collectives that carry every message, in one spelling for all versions of torch and all backends."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 # torch's optimizers import this late, and its default arguments then hold the default group: the group's threads would
 # outlive destroy_process_group, and one that still frees a message while the interpreter ends aborts the process
-import torch.distributed.nn  # noqa: F401
+import torch.distributed.nn
 from torch import Tensor
 
 Group = dist.ProcessGroup | None
 
 # torch 2.13 renamed all_gather_into_tensor, whose old name warns there
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+# a window of tags of our own, so that messages in flight at once cannot be taken for one another
+_FIRST_TAG, _TAGS = 0x4C430000, 8192
+# added to an exchange's tag for the messages of its later phases
+LATER = 4096
 
 
 def all_gather(output: Tensor, message: Tensor, group: Group) -> Any:
@@ -22,9 +27,93 @@ def all_gather(output: Tensor, message: Tensor, group: Group) -> Any:
     return _all_gather(output, message, group=group, async_op=True)
 
 
-def all_to_all(output: Tensor, messages: Tensor, group: Group) -> Any:
-    """Start sending row r of ``messages`` [N, M] to rank r; row r of ``output`` is rank r's; returns the work."""
+def all_reduce(values: Tensor, group: Group) -> Any:
+    """Start adding up ``values`` of every worker, in place; returns the work."""
+    return dist.all_reduce(values, group=group, async_op=True)
+
+
+def all_to_all(output: Tensor, messages: Tensor, group: Group, *, tag: int = 0) -> Any:
+    """Start sending row r of ``messages`` [N, M] to rank r; row r of ``output`` is rank r's; returns the work.
+
+    On Gloo in `Rounds`, since its own all-to-all reaches 0.6 of a link's speed and these 0.9 (4 workers, 100 Mb/s).
+    Exchanges that are in flight at once need different tags there.
+    """
+    if has_point_to_point(group, messages.device):
+        return Rounds(output, messages, group, tag)
     return dist.all_to_all_single(output, messages, group=group, async_op=True)
+
+
+def has_point_to_point(group: Group, device: torch.device) -> bool:
+    """Whether messages of a device are better sent one by one than by the backend's own all-to-all."""
+    return device.type == "cpu" and backend_of(group) == "gloo"
+
+
+class _PointToPoint:
+    """An all-to-all of single messages: the receives are posted on construction."""
+
+    def __init__(self, output: Tensor, group: Group, tag: int) -> None:
+        self._output, self._group, self._tag = output, group, _FIRST_TAG + tag % _TAGS
+        self._rank, self._size = dist.get_rank(group), world_size_of(group)
+        distances = range(1, self._size) if output.shape[1] else range(0)
+        self._received = [self._receive(d) for d in distances]
+
+    def _receive(self, distance: int) -> Any:
+        source = (self._rank - distance) % self._size
+        return dist.irecv(self._output[source], group=self._group, group_src=source, tag=self._tag)
+
+    def _send(self, messages: Tensor, distance: int) -> Any:
+        target = (self._rank + distance) % self._size
+        return dist.isend(messages[target], group=self._group, group_dst=target, tag=self._tag)
+
+
+class Rounds(_PointToPoint):
+    """An all-to-all in N - 1 rounds: in round d, each worker sends to rank + d and receives from rank - d.
+
+    One message at a time leaves and arrives on every link, so none waits for another's turn. The first round starts
+    at once, the others within `wait`, which runs once.
+    """
+
+    def __init__(self, output: Tensor, messages: Tensor, group: Group, tag: int) -> None:
+        super().__init__(output, group, tag)
+        output[self._rank] = messages[self._rank]
+        self._messages = messages
+        self._sent = [self._send(messages, 1)] if self._received else []
+
+    def wait(self) -> None:
+        """Run the remaining rounds."""
+        for d, received in enumerate(self._received, start=1):
+            received.wait()
+            self._sent[-1].wait()
+            if d + 1 < self._size:
+                self._sent.append(self._send(self._messages, d + 1))
+
+
+class AtOnce(_PointToPoint):
+    """An all-to-all whose messages are all in flight together, for while processors are busy.
+
+    Receives can be posted long before `send`, so that data need not wait until a thread has woken up to ask for it;
+    nor does any between messages. Of an idle machine's links it reaches 0.8, of a busy one's twice what `Rounds` do.
+    """
+
+    def send(self, messages: Tensor) -> AtOnce:
+        """Send row r of ``messages`` [N, M] to rank r; one message [M] goes to all."""
+        rows = messages if messages.dim() == 2 else messages.expand(self._size, -1)
+        self._output[self._rank] = rows[self._rank]
+        self._sent = [self._send(rows, d) for d in range(1, 1 + len(self._received))]
+        return self
+
+    def wait(self) -> None:
+        """Wait for everyone's message, and until one's own have left; once, after `send`."""
+        for work in self._received + self._sent:
+            work.wait()
+
+
+def backend_of(group: Group, device_type: str = "cpu") -> str:
+    """Name of the backend that carries the group's messages of a device, e.g. "gloo" or "nccl"."""
+    # one name, or one for each type of device, as in "cpu:gloo,cuda:nccl"
+    pairs = [part.rpartition(":") for part in dist.get_backend_config(group).split(",")]
+    by_device = {device: name for device, _, name in pairs}
+    return by_device.get(device_type) or next(iter(by_device.values()))
 
 
 def world_size_of(group: Group) -> int:

@@ -2,21 +2,33 @@
 
 from __future__ import annotations
 
+import itertools
+from collections import defaultdict
+from collections.abc import Iterator
+
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from lioncub.collectives.algorithms import EXCHANGES, Exchange, Tally
-from lioncub.collectives.cost import Link, bytes_sent, choose
+from lioncub.collectives.algorithms import EXCHANGES
+from lioncub.collectives.cost import Costs, bytes_sent, choose, default_costs
+from lioncub.collectives.exchange import Exchange, Inbox, Tally, Terms
 from lioncub.collectives.handshake import handshake
 from lioncub.collectives.header import Header, check_agreement, decode_headers, encode_header, header_bytes
-from lioncub.collectives.transport import Group, world_size_of
+from lioncub.collectives.routes import Routes
+from lioncub.collectives.transport import Group, backend_of, has_point_to_point
+
+# votes of one group that are in flight at once need messages of different tags; keyed by the group's name
+_TAGS: defaultdict[str, Iterator[int]] = defaultdict(itertools.count)
 
 
 class Voter:
     """Carries votes on messages of ``n_bytes`` about ``n_tensors`` tensors, without a handshake of its own.
 
     The caller has made sure, by `handshake`, that all workers' voters are alike. ``algorithm`` is the one that runs,
-    ``bytes_sent`` the bytes that each worker sends per vote, headers included.
+    ``bytes_sent`` the bytes that each worker sends per vote, headers included. Voters whose votes are in flight at
+    once on the same routes need different ``tag`` numbers. With ``while_busy`` messages travel in the way that suits
+    processors that compute meanwhile, where the backend leaves a choice.
     """
 
     def __init__(
@@ -24,19 +36,29 @@ class Voter:
         n_bytes: int,
         *,
         n_tensors: int = 0,
-        group: Group = None,
+        routes: Routes,
         algorithm: str = "auto",
-        link: Link | None = None,
+        approximate: bool = False,
+        costs: Costs | None = None,
         impl: str = "auto",
+        tag: int = 0,
+        while_busy: bool = False,
     ) -> None:
         if n_bytes % 8:
             raise ValueError(f"n_bytes: expected a multiple of 8 (a padded message), got {n_bytes}")
-        self.n_bytes, self.n_tensors, self.group = n_bytes, n_tensors, group
-        self.world_size = world_size_of(group)
-        head = header_bytes(n_tensors)
-        self.algorithm = choose(algorithm, n_bytes, self.world_size, link or Link(), head)
-        self.bytes_sent = bytes_sent(self.algorithm, n_bytes, self.world_size, head)
-        self._impl = impl
+        self.n_bytes, self.n_tensors, self.routes = n_bytes, n_tensors, routes
+        self.header_bytes = header_bytes(n_tensors)
+        costs = costs or default_costs(routes.topology, backend_of(routes.group))
+        self.algorithm = choose(algorithm, n_bytes, costs, self.header_bytes)
+        self.bytes_sent = bytes_sent(self.algorithm, n_bytes, routes.topology, self.header_bytes, approximate)
+        self._impl, self._tag, self._approximate = impl, tag, approximate
+        self._while_busy = while_busy and self.algorithm == "reduce_scatter"
+        self._inbox: Inbox | None = None
+
+    def expect(self, device: torch.device) -> None:
+        """Post the receives of the next vote, if that is of use; all workers will start it."""
+        if self._while_busy and self._inbox is None and has_point_to_point(self.routes.group, device):
+            self._inbox = Inbox(self.routes, self.n_bytes, self.header_bytes, self._tag)
 
     def start(self, packed: Tensor, header: Header, status: Tensor | None = None) -> Exchange:
         """Send uint8[n_bytes] ``packed``; ties follow the parity of ``header.step``.
@@ -45,7 +67,10 @@ class Voter:
         """
         assert packed.numel() == self.n_bytes
         encoded = encode_header(header, packed.device, status)
-        exchange: Exchange = EXCHANGES[self.algorithm](packed, encoded, header.step, self.group, self._impl)
+        self.expect(packed.device)
+        inbox, self._inbox = self._inbox, None
+        terms = Terms(header.step, self.routes, self._impl, self._tag, self._approximate, inbox)
+        exchange: Exchange = EXCHANGES[self.algorithm](packed, encoded, terms)
         return exchange
 
 
@@ -63,7 +88,14 @@ class PendingVote:
 
 
 def vote_async(
-    packed: Tensor, *, group: Group = None, algorithm: str = "auto", parity: int = 0, impl: str = "auto"
+    packed: Tensor,
+    *,
+    group: Group = None,
+    routes: Routes | None = None,
+    algorithm: str = "auto",
+    approximate: bool = False,
+    parity: int = 0,
+    impl: str = "auto",
 ) -> PendingVote:
     """Start `vote` and return a handle, whose ``wait()`` gives the result; the handshake is over on return.
 
@@ -76,14 +108,33 @@ def vote_async(
             f"packed: expected a contiguous tensor of shape (B,), B a multiple of 8, got shape {tuple(packed.shape)} "
             f"with strides {packed.stride()}"
         )
-    facts = {"the bytes of the message": packed.numel(), "the algorithm": algorithm, "the parity": parity & 1}
-    handshake(facts, group=group, device=packed.device)
-    voter = Voter(packed.numel(), group=group, algorithm=algorithm, impl=impl)
+    if group is not None and routes is not None and routes.group is not group:
+        raise ValueError("group: expected none, or that of routes, got another")
+    routes = routes or Routes.flat(group)
+    facts = {
+        "the bytes of the message": packed.numel(),
+        "the algorithm": algorithm,
+        "approximate": approximate,
+        "the nodes": routes.topology.nodes,
+        "the parity": parity & 1,
+    }
+    handshake(facts, group=routes.group, device=packed.device)
+    whole = routes.group or dist.group.WORLD
+    assert whole is not None
+    tag = next(_TAGS[whole.group_name])
+    voter = Voter(packed.numel(), routes=routes, algorithm=algorithm, approximate=approximate, impl=impl, tag=tag)
     return PendingVote(voter.start(packed, Header(step=parity & 1)))
 
 
 def vote(
-    packed: Tensor, *, group: Group = None, algorithm: str = "auto", parity: int = 0, impl: str = "auto"
+    packed: Tensor,
+    *,
+    group: Group = None,
+    routes: Routes | None = None,
+    algorithm: str = "auto",
+    approximate: bool = False,
+    parity: int = 0,
+    impl: str = "auto",
 ) -> Tensor:
     """The exact majority of all workers' packed one-bit codes (Lion Cub, arXiv 2411.16462, section 1).
 
@@ -94,12 +145,25 @@ def vote(
     Args:
         packed: uint8[B] of packed codes, B a multiple of 8; not changed.
         group: process group; the default group unless given.
+        routes: the group with what is known of its nodes, made once by `Routes.find` or `Routes.of_mesh`.
         algorithm: "all_gather" (one phase, everyone votes on everything), "reduce_scatter" (all-to-all of chunks,
-            vote, all-gather) or "auto" (the one that `cost.predicted_seconds` finds faster).
+            vote, all-gather), "hierarchical" (the same in two levels, where ``routes`` has nodes), "all_reduce" (a
+            native sum of counts) or "auto" (the one that the cost model finds fastest).
+        approximate: with "hierarchical", let each node vote first: one bit per code and node travels between nodes,
+            and the result is a majority of majorities.
         parity: step counter t; a tie at code j gives bit (j + t) & 1.
-        impl: implementation of the voting kernel.
+        impl: implementation of the voting kernels.
 
     Returns:
         uint8[B], the same bytes on every worker. Raises WorkersDisagreeError on all workers where they disagree.
     """
-    return vote_async(packed, group=group, algorithm=algorithm, parity=parity, impl=impl).wait()
+    pending = vote_async(
+        packed,
+        group=group,
+        routes=routes,
+        algorithm=algorithm,
+        approximate=approximate,
+        parity=parity,
+        impl=impl,
+    )
+    return pending.wait()

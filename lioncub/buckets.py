@@ -7,7 +7,7 @@ message, every parameter starts on a 64-element boundary, so that the index of a
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,28 +80,47 @@ class Bucket:
         ]
 
 
-def build_buckets(group_index: int, named: Sequence[tuple[str, Tensor]], bucket_bytes: int) -> list[Bucket]:
-    """Buckets of at most ``bucket_bytes`` packed bytes, in the order of the parameters; a larger one stands alone."""
-    by_device: dict[torch.device, list[tuple[str, Tensor]]] = {}
-    for name, param in named:
-        by_device.setdefault(param.device, []).append((name, param))
+Members = Mapping[int, Sequence[tuple[str, Tensor]]]
+
+
+def build_buckets(members: Members, bucket_bytes: int, ready: Mapping[Tensor, int] | None = None) -> list[Bucket]:
+    """Buckets of at most ``bucket_bytes`` packed bytes; a parameter that is larger stands alone.
+
+    ``members`` has the named parameters of each param group. They stand in their own order or, where ``ready`` says
+    when each one's gradient is ready, in that order; then buckets too come in the order in which they are complete.
+    """
     buckets = []
-    for device, members in by_device.items():
+    for (group_index, device), named in _by_device(members).items():
         slots: list[Slot] = []
-        for name, param in members:
+        for name, param in named if ready is None else sorted(named, key=lambda pair: ready[pair[1]]):
             if slots and slots[-1].end // 8 + packed_bytes(param.numel()) > bucket_bytes:
                 buckets.append(Bucket(group_index, slots, device))
                 slots = []
             slots.append(_next_slot(slots, name, param))
         buckets.append(Bucket(group_index, slots, device))
+    if ready is not None:
+        buckets.sort(key=lambda bucket: max(ready[slot.param] for slot in bucket.slots))
     return buckets
 
 
+def packed_sizes(members: Members) -> list[int]:
+    """Packed bytes of each set of parameters that may share buckets: those of one group on one device."""
+    return [sum(packed_bytes(param.numel()) for _, param in named) for named in _by_device(members).values()]
+
+
+def _by_device(members: Members) -> dict[tuple[int, torch.device], list[tuple[str, Tensor]]]:
+    sets: dict[tuple[int, torch.device], list[tuple[str, Tensor]]] = {}
+    for group_index, named in members.items():
+        for name, param in named:
+            sets.setdefault((group_index, param.device), []).append((name, param))
+    return sets
+
+
 def bucket_bytes_of(bucket_mb: Any) -> int:
-    """Bytes of ``bucket_mb`` MiB. Raises ValueError unless that is a finite number > 0."""
+    """Bytes of ``bucket_mb`` MiB, at least one word. Raises ValueError unless that is a finite number > 0."""
     if isinstance(bucket_mb, bool) or not isinstance(bucket_mb, int | float) or not 0 < bucket_mb < math.inf:
         raise ValueError(f"bucket_mb: expected MiB of packed votes > 0, got {bucket_mb!r}")
-    return int(bucket_mb * 2**20)
+    return max(int(bucket_mb * 2**20), 8)
 
 
 def _next_slot(slots: Sequence[Slot], name: str, param: Tensor) -> Slot:

@@ -1,210 +1,26 @@
-"""The command line: ``lioncub train``."""
+"""The command line: ``lioncub train``, ``lioncub probe``, ``lioncub plan``."""
 
 import argparse
-import dataclasses
 import importlib.metadata
-import importlib.util
-import os
-import signal
-import sys
-import time
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from types import FrameType
-from typing import Any, NoReturn
+from collections.abc import Sequence
 
-from lioncub.kernels.backends import IMPLS
-from lioncub.training.config import ALGORITHMS, ERROR_NAME, METHODS, TrainConfig, UserError, resumed_config
+from lioncub.commands import plan, probe, train
 
-TRAIN_EXTRA = ("matplotlib", "rich")
-DESCRIPTION = """\
-Train a small byte-level GPT on real text with several workers, by LionCub (1-bit votes) or by plain Lion under
-DistributedDataParallel (fp32 all-reduce), or by both in turns, to compare them. Workers are processes on this machine
-over Gloo; under torchrun the command joins torchrun's group instead. Results: a table on stdout and, in the folder of
-the run, log.jsonl (a line per method and step), plots, checkpoints."""
-EPILOG = """\
-Times of lion's communication are taken by a DDP communication hook that does what DDP does by itself and notes when
-each bucket of gradients was ready and when its sum had arrived. Bytes of lion are computed for a ring all-reduce."""
+COMMANDS = {"train": train.run, "probe": probe.run, "plan": plan.run}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code: 0 done, 1 failed, 2 bad arguments, 130 interrupted, 143 terminated."""
     parser = build_parser()
     given = vars(parser.parse_args(argv))
-    given.pop("command")
-    _need_extra(parser)
-    resume: str | None = given.pop("resume", None)
-    overwrite: bool = given.pop("overwrite", False)
-    try:
-        config, joined = settings(given, resume, os.environ)
-    except UserError as error:
-        parser.exit(2, f"lioncub train: {error}\n")
-    if not joined:
-        # a worker of torchrun keeps the default, which ends it at once even in the middle of a collective
-        signal.signal(signal.SIGTERM, _terminated)
-    return _train(config, resume=resume is not None, overwrite=overwrite, joined=joined)
+    return COMMANDS[given.pop("command")](parser, given)
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser; flags that were not given are absent from its result, so that resume can tell."""
+    """The parser of all commands."""
     parser = argparse.ArgumentParser(prog="lioncub", description="Data-parallel training with one-bit Lion updates.")
     parser.add_argument("--version", action="version", version=f"lioncub {importlib.metadata.version('lioncub')}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    train = commands.add_parser(
-        "train",
-        help="train a small GPT with several workers and compare methods",
-        description=DESCRIPTION,
-        epilog=EPILOG,
-        argument_default=argparse.SUPPRESS,
-    )
-    _add_run_flags(train)
-    _add_model_flags(train)
-    _add_optimizer_flags(train)
+    for command in (train, probe, plan):
+        command.add_parser(commands)
     return parser
-
-
-def _add_run_flags(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("run")
-    add = group.add_argument
-    add(
-        "--method", dest="methods", action="append", choices=METHODS, help="give it twice to compare (default: lioncub)"
-    )
-    add("--data", metavar="FILE", help="any file, read as bytes (default: the standard library's own sources)")
-    add("--workers", type=int, metavar="N", help=_help("processes to start; under torchrun: WORLD_SIZE", "workers"))
-    add("--steps", type=int, metavar="N", help=_help("steps of each method", "steps"))
-    add("--block", type=int, metavar="N", help=_help("steps of one method before the other's turn", "block"))
-    add("--seed", type=int, metavar="N", help=_help("of weights and batches", "seed"))
-    add("--out", metavar="DIR", help="folder of the run (default: runs/<date>-<time>)")
-    add("--overwrite", action="store_true", help="replace an earlier run in --out")
-    add("--resume", metavar="DIR", help="continue the run in DIR from its newest checkpoint, with its settings")
-    add("--checkpoint-every", type=int, metavar="N", help=_help("steps; 0: never", "checkpoint_every"))
-    add("--eval-every", type=int, metavar="N", help=_help("steps; 0: at the end only", "eval_every"))
-    add("--eval-windows", type=int, metavar="N", help=_help("windows of the validation text", "eval_windows"))
-    add("--timeout", type=float, metavar="S", help=_help("seconds to wait for a silent worker", "timeout"))
-
-
-def _add_model_flags(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("model and batch")
-    add = group.add_argument
-    add("--layers", type=int, metavar="N", help=_help("blocks", "layers"))
-    add("--heads", type=int, metavar="N", help=_help("attention heads", "heads"))
-    add("--width", type=int, metavar="N", help=_help("of the residual stream", "width"))
-    add("--context", type=int, metavar="N", help=_help("bytes that the model sees", "context"))
-    add("--batch", type=int, metavar="N", help=_help("windows per worker and step", "batch"))
-
-
-def _add_optimizer_flags(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("optimizer")
-    add = group.add_argument
-    add("--lr", type=float, metavar="X", help=_help("peak learning rate of both methods; cosine decay", "lr"))
-    add("--warmup", type=int, metavar="N", help=_help("steps until the peak", "warmup"))
-    add("--betas", type=float, nargs=2, action=_Pair, metavar="B", help=_help("Lion's betas", "betas"))
-    add("--weight-decay", type=float, metavar="X", help=_help("decoupled", "weight_decay"))
-    add("--algorithm", choices=ALGORITHMS, help=_help("how votes travel", "algorithm"))
-    add("--impl", choices=IMPLS, help=_help("which kernels", "impl"))
-
-
-class _Pair(argparse.Action):
-    """Stores the values as a tuple, as TrainConfig has them."""
-
-    def __call__(
-        self,
-        parser: argparse.ArgumentParser,
-        namespace: argparse.Namespace,
-        values: str | Sequence[Any] | None,
-        option_string: str | None = None,
-    ) -> None:
-        setattr(namespace, self.dest, tuple(values or ()))
-
-
-def _help(text: str, field: str) -> str:
-    defaults = {f.name: f.default for f in dataclasses.fields(TrainConfig)}
-    default = defaults[field]
-    shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
-    return f"{text} (default: {shown})"
-
-
-def settings(given: dict[str, Any], resume: str | None, environment: Mapping[str, str]) -> tuple[TrainConfig, bool]:
-    """Settings from the flags that were given, and whether to join torchrun's group.
-
-    Raises:
-        UserError: flags contradict each other, the environment or the run to be resumed.
-    """
-    given = dict(given)
-    if "methods" in given:
-        given["methods"] = tuple(given["methods"])
-    joined = "WORLD_SIZE" in environment
-    if joined:
-        given["workers"] = _torchrun_workers(given.get("workers"), environment)
-        if resume is None and "out" not in given:
-            raise UserError("--out: expected a folder, since under torchrun all workers must know it, got none")
-    if resume is not None:
-        if "out" in given:
-            raise UserError("--out: expected none with --resume, which goes on in the same folder")
-        return resumed_config(Path(resume), given), joined
-    given.setdefault("out", time.strftime("runs/%Y%m%d-%H%M%S"))
-    return TrainConfig(**given), joined
-
-
-def _torchrun_workers(workers: int | None, environment: Mapping[str, str]) -> int:
-    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in environment]
-    if missing:
-        raise UserError(f"WORLD_SIZE is set, as torchrun does, but not {', '.join(missing)}")
-    try:
-        world_size = int(environment["WORLD_SIZE"])
-    except ValueError:
-        raise UserError(f"WORLD_SIZE: expected an integer, got {environment['WORLD_SIZE']!r}") from None
-    if workers not in (None, world_size):
-        raise UserError(f"--workers: expected {world_size}, which WORLD_SIZE says, or no --workers, got {workers}")
-    return world_size
-
-
-def _need_extra(parser: argparse.ArgumentParser) -> None:
-    missing = [name for name in TRAIN_EXTRA if importlib.util.find_spec(name) is None]
-    if missing:
-        parser.exit(2, f"lioncub train: {' and '.join(missing)} not found: pip install 'lioncub[train]'\n")
-
-
-def _train(config: TrainConfig, *, resume: bool, overwrite: bool, joined: bool) -> int:
-    # here, since it needs the extra
-    from lioncub.training.run import train
-    from lioncub.training.worker import WorkerFailedError
-
-    try:
-        train(config, resume=resume, overwrite=overwrite, joined=joined)
-    except KeyboardInterrupt:
-        return _fail(f"interrupted{_how_to_continue(config)}", 130)
-    except WorkerFailedError as error:
-        return _fail(f"{error}{_stored(error.traceback, config)}{_how_to_continue(config)}", 1)
-    except (UserError, OSError) as error:
-        return _fail(str(error), 1)
-    return 0
-
-
-def _stored(traceback: str, config: TrainConfig) -> str:
-    """Where the traceback now is, in words; nothing where there is none or no place for it."""
-    path = Path(config.out) / ERROR_NAME
-    if traceback:
-        try:
-            path.write_text(traceback, encoding="utf-8")
-        except OSError as error:
-            return f" (its traceback could not be stored: {error})"
-        return f" (traceback in {path})"
-    return ""
-
-
-def _how_to_continue(config: TrainConfig) -> str:
-    from lioncub.training.checkpoint import latest
-
-    return f"; continue with: lioncub train --resume {config.out}" if latest(Path(config.out)) else ""
-
-
-def _fail(message: str, code: int) -> int:
-    print(f"lioncub train: {message}", file=sys.stderr)
-    return code
-
-
-def _terminated(number: int, frame: FrameType | None) -> NoReturn:
-    # an exception, so that the workers are ended on the way out
-    print("lioncub train: terminated", file=sys.stderr)
-    raise SystemExit(128 + number)

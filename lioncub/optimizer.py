@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Callable, Mapping
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 from lioncub.applying import plan_bucket
-from lioncub.arguments import parameter_names
+from lioncub.arrangement import Arrangement
 from lioncub.base import MomentumOptimizer, Params
-from lioncub.buckets import Bucket, bucket_bytes_of, build_buckets
-from lioncub.collectives import ALGORITHMS, Voter, average_, handshake
-from lioncub.collectives.handshake import digest
+from lioncub.buckets import Bucket, bucket_bytes_of
+from lioncub.collectives import Voter, average_, handshake
 from lioncub.collectives.header import UNVERIFIED
-from lioncub.collectives.transport import world_size_of
+from lioncub.courier import Courier
+from lioncub.explaining import Explanation
 from lioncub.kernels import resolve_impl
+from lioncub.overlap import Overlap
 from lioncub.replicas import broadcast_tensors, check_equal
-from lioncub.stats import BucketStats, Stats
-from lioncub.voting import BucketVote, Draft, NonFiniteError, exchange, judge
+from lioncub.stats import Stats
+from lioncub.voting import BucketVote, Draft, NonFiniteError, Verdict, alone, exchange, judge
+from lioncub.wiring import PathOrProfile, Wiring
 
 _LOG = logging.getLogger("lioncub")
 
@@ -40,8 +45,15 @@ class LionCub(MomentumOptimizer):
         params: dense fp32, bf16 or fp16 parameters of any dense strides, named ones, or param groups.
         lr, betas, weight_decay: as in `Lion`; those of every group are read at each step.
         process_group: workers that vote together; the default group, or one worker where there is none.
-        algorithm: "all_gather", "reduce_scatter" or "auto" (the faster of them by message size).
-        bucket_mb: largest message, in MiB of packed votes (1 MiB is 8.4 M parameters).
+        algorithm: "all_gather", "reduce_scatter", "hierarchical", "all_reduce" or "auto": for each bucket the one that
+            the cost model finds fastest; `explain` shows why.
+        approximate: with "hierarchical", let each node vote first: a majority of majorities.
+        mesh: a DeviceMesh of shape [nodes, workers per node]; else "auto" and "hierarchical" find the nodes by host
+            names and LOCAL_WORLD_SIZE.
+        profile: what ``lioncub probe`` measured of this group, as a path or a `Profile`, for the cost model.
+        bucket_mb: largest message, in MiB of packed votes (1 MiB is 8.4 M parameters); unless given, the model chooses.
+        overlap: send each bucket's votes while backward computes the next gradients. The result is the same, bit for
+            bit; gradients must not be changed between backward and step.
         broadcast: start from the parameters of the group's first rank.
         on_nonfinite: where any gradient, momentum or update of any worker is not finite, "raise" NonFiniteError on
             all workers or "skip" the step on all.
@@ -64,35 +76,47 @@ class LionCub(MomentumOptimizer):
         *,
         process_group: dist.ProcessGroup | None = None,
         algorithm: str = "auto",
-        bucket_mb: float = 1.0,
+        approximate: bool = False,
+        mesh: DeviceMesh | None = None,
+        profile: PathOrProfile | None = None,
+        bucket_mb: float | None = None,
+        overlap: bool = False,
         broadcast: bool = True,
         on_nonfinite: str = "raise",
         maximize: bool = False,
         impl: str = "auto",
     ) -> None:
-        if algorithm not in ("auto", *ALGORITHMS):
-            raise ValueError(f"algorithm: expected one of {('auto', *ALGORITHMS)}, got {algorithm!r}")
         if on_nonfinite not in ("raise", "skip"):
             raise ValueError(f"on_nonfinite: expected 'raise' or 'skip', got {on_nonfinite!r}")
-        self._bucket_bytes = bucket_bytes_of(bucket_mb)
-        self._group, self._algorithm = process_group, algorithm
+        bucket_bytes = None if bucket_mb is None else bucket_bytes_of(bucket_mb)
+        self._wiring = Wiring(process_group, algorithm, approximate, mesh, profile, overlap, impl)
+        self._group, self._workers = process_group, self._wiring.workers
         self._broadcast, self._on_nonfinite = broadcast, on_nonfinite
-        self._workers = world_size_of(process_group) if process_group or dist.is_initialized() else 1
-        self._buckets: list[Bucket] = []
-        self._voters: list[Voter | None] = []
+        self._overlap: Overlap | None = None
         # parameters to broadcast, and the number of buckets that all workers are known to have
         self._unequal: list[Tensor] = []
         self._agreed = 0
         self._unverified, self._interrupted = True, False
         self._seconds: list[float] = []
+        self._exposed = 0.0
         self._skipped = 0
         self._counts = (0, 0)
+        self._is_built = False
         super().__init__(params, lr, betas, weight_decay, maximize, impl, step=0)
-        if not self._buckets:
+        if not self._named_parameters():
             raise ValueError("params: expected at least one parameter, got none")
         if self._workers > 1:
-            handshake(self._facts(), group=process_group, device=self._buckets[0].device)
-            self._make_equal()
+            device = self._named_parameters()[0][1].device
+            handshake(self._facts(bucket_mb), group=process_group, device=device)
+            self._wiring.connect()
+            if overlap:
+                courier = Courier(device)
+                weakref.finalize(self, courier.close)
+                self._overlap = Overlap(courier, self._new_draft)
+        self._arrangement = Arrangement(self._wiring, bucket_bytes, self.state)
+        self._is_built = True
+        self._add_buckets(range(len(self.param_groups)))
+        self._make_equal()
         self._agreed = len(self._buckets)
         self._announce()
 
@@ -104,6 +128,27 @@ class LionCub(MomentumOptimizer):
         """
         super().add_param_group(param_group)
 
+    @contextlib.contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Within it, backward sends no votes, because more gradients will be added before the step.
+
+        For all but the last backward of a step with ``overlap``, as DDP's ``no_sync``; without overlap it does nothing.
+        """
+        if self._overlap is None:
+            yield
+            return
+        self._overlap.paused += 1
+        try:
+            yield
+        finally:
+            self._overlap.paused -= 1
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear the gradients, as in `torch.optim.Optimizer`."""
+        super().zero_grad(set_to_none)
+        if self._overlap is not None:
+            self._overlap.restart()
+
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take one step on all workers or on none; gives the closure's loss. A collective call.
@@ -111,13 +156,13 @@ class LionCub(MomentumOptimizer):
         Mutates parameters and momentum, after every vote and status is known. Raises NonFiniteError (or skips, by
         ``on_nonfinite``; under a GradScaler an overflow always skips) and WorkersDisagreeError on all workers alike.
         """
+        self._check_process_group()
         loss = None
-        if closure is not None:
+        if closure is not None and self._overlap is None:
             with torch.enable_grad():
                 loss = closure()
-        self._check_process_group()
         try:
-            self._take_step()
+            self._take_step(has_closure=closure is not None)
         except Exception:
             # a GradScaler takes these back only after a step that returns; left behind, they would scale the next one
             self.__dict__.pop("grad_scale", None)
@@ -132,26 +177,30 @@ class LionCub(MomentumOptimizer):
         """
         super().load_state_dict(state_dict)
         self._unverified, self._interrupted = True, False
+        if self._overlap is not None:
+            self._overlap.end()
 
     def stats(self) -> Stats:
         """What the last step cost and how its votes fell; see `Stats`."""
         elements = max(sum(bucket.elements for bucket in self._buckets), 1)
-        # a bucket that was added has not travelled yet
-        seconds = [*self._seconds, *[0.0] * (len(self._buckets) - len(self._seconds))]
-        routes = [("none", 0) if voter is None else (voter.algorithm, voter.bytes_sent) for voter in self._voters]
-        buckets = tuple(
-            BucketStats(bucket.elements, algorithm, sent, took)
-            for bucket, (algorithm, sent), took in zip(self._buckets, routes, seconds, strict=True)
-        )
+        buckets = self._arrangement.stats(self._seconds)
         return Stats(
             steps=self._step_count,
             skipped_steps=self._skipped,
             bytes_sent_per_step=sum(bucket.bytes_sent for bucket in buckets),
-            communication_seconds=sum(seconds),
+            communication_seconds=sum(bucket.seconds for bucket in buckets),
+            exposed_seconds=self._exposed,
             tied=self._counts[0] / elements,
             unanimous=self._counts[1] / elements,
             buckets=buckets,
         )
+
+    def explain(self) -> Explanation:
+        """Which way each bucket travels and why: what every algorithm would send and is predicted to take.
+
+        Printed, it is a table; it communicates nothing.
+        """
+        return self._arrangement.explain()
 
     def check_replicas(self) -> None:
         """Verify that all workers' parameters are bit-identical; a collective call.
@@ -167,7 +216,9 @@ class LionCub(MomentumOptimizer):
         Before `state_dict`, it makes one worker's file serve any number of workers.
         """
         if self._workers > 1:
-            handshake({"the bucket layout": self._layout}, group=self._group, device=self._buckets[0].device)
+            handshake(
+                {"the bucket layout": self._arrangement.layout}, group=self._group, device=self._buckets[0].device
+            )
             for bucket in self._buckets:
                 average_(bucket.exp_avg, group=self._group)
 
@@ -175,49 +226,56 @@ class LionCub(MomentumOptimizer):
         raise TypeError("LionCub cannot be copied or pickled, since its process group cannot; use state_dict()")
 
     @property
+    def _buckets(self) -> list[Bucket]:
+        return self._arrangement.buckets
+
+    @property
+    def _voters(self) -> list[Voter]:
+        return self._arrangement.voters
+
+    @property
     def _step_count(self) -> int:
         # it stands in the param groups because those survive in every kind of checkpoint
         return int(self.param_groups[0]["step"])
 
     def _create_state(self, group_index: int) -> None:
-        group = self.param_groups[group_index]
-        named = list(zip(parameter_names(group, group_index), group["params"], strict=True))
-        buckets = build_buckets(group_index, named, self._bucket_bytes)
-        voters = [self._voter_for(bucket) for bucket in buckets]
-        group["step"] = self._step_count
-        for bucket in buckets:
-            for slot, view in zip(bucket.slots, bucket.views, strict=True):
-                self.state[slot.param]["exp_avg"] = view
-        self._buckets += buckets
-        self._voters += voters
-        self._unequal += group["params"]
-        self._unverified = True
-        self._layout = digest([bucket.layout() for bucket in self._buckets])
+        # at construction all groups are laid out together, when it is known how their votes will travel
+        if self._is_built:
+            self._add_buckets(range(group_index, group_index + 1))
 
-    def _voter_for(self, bucket: Bucket) -> Voter | None:
-        if self._workers == 1:
-            return None
-        return Voter(
-            bucket.n_bytes,
-            n_tensors=len(bucket.slots),
-            group=self._group,
-            algorithm=self._algorithm,
-            impl=self._impl,
-        )
+    def _add_buckets(self, groups: range) -> None:
+        """Lay out new groups; where it raises, nothing has changed."""
+        params = self._arrangement.append(self.param_groups, groups)
+        for i in groups:
+            self.param_groups[i]["step"] = self._step_count
+        self._unequal += params
+        self._unverified, self._order_known = True, False
+        if self._overlap is not None:
+            self._overlap.watch(params)
+            self._overlap.end()
 
-    def _facts(self) -> dict[str, object]:
+    def _learn_order(self) -> None:
+        """Agree on the order in which gradients get ready, and arrange the buckets by it; a collective call."""
+        assert self._overlap is not None
+        params = [slot.param for bucket in self._buckets for slot in bucket.slots]
+        ready = self._overlap.agreed_order(params, self._group)
+        if ready is not None:
+            self._arrangement.reorder(self.param_groups, ready)
+            self._agreed, self._order_known, self._seconds = len(self._buckets), True, []
+
+    def _facts(self, bucket_mb: float | None) -> dict[str, object]:
         """What workers must have in common, by the names that an error gives it."""
         facts: dict[str, object] = {
             "the number of parameters": len(self._named_parameters()),
-            "algorithm": self._algorithm,
-            "bucket_mb": self._bucket_bytes / 2**20,
+            **self._wiring.facts(),
+            "bucket_mb": None if bucket_mb is None else float(bucket_mb),
             "broadcast": self._broadcast,
             "on_nonfinite": self._on_nonfinite,
         }
-        slots = [(bucket.group_index, slot) for bucket in self._buckets for slot in bucket.slots]
-        for i, (group_index, slot) in enumerate(slots):
+        groups = [i for i, group in enumerate(self.param_groups) for _ in group["params"]]
+        for i, (group_index, (name, p)) in enumerate(zip(groups, self._named_parameters(), strict=True)):
             facts[f"parameter {i}"] = (
-                f"{slot.name} of {slot.dtype}, shape {slot.shape}, strides {slot.stride}, group {group_index}"
+                f"{name} of {p.dtype}, shape {tuple(p.shape)}, strides {p.stride()}, group {group_index}"
             )
         return facts
 
@@ -233,19 +291,39 @@ class LionCub(MomentumOptimizer):
                 f"{dist.get_world_size()} workers that came later: this optimizer would not communicate"
             )
 
-    def _take_step(self) -> None:
-        flags = UNVERIFIED if self._unverified else 0
-        draft = Draft(self._step_count, self._layout, flags, self._impl)
+    def _new_draft(self) -> Draft:
+        """The draft of the step to come, with the state and the hyperparameters as they are now."""
+        draft = Draft(self._step_count, self._arrangement.layout, UNVERIFIED if self._unverified else 0, self._impl)
+        draft.attempt(self._check_state)
+        draft.attempt(lambda: draft.read(self.param_groups))
+        return draft
+
+    def _take_step(self, *, has_closure: bool) -> None:
+        draft = self._new_draft()
         # a GradScaler sets both for the duration of its step
         scale, overflow = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        draft.attempt(self._check_state)
-        draft.attempt(lambda: draft.read(self.param_groups, scale, overflow))
-        votes = self._vote(draft)
-        verdict = judge(self._buckets, votes)
-        self._seconds = [vote.seconds for vote in votes]
-        if verdict.found_inf or verdict.nonfinite is not None:
-            self._pass_over(draft.step, verdict.found_inf, verdict.nonfinite)
-            return
+        if self._overlap is not None:
+            draft.attempt(lambda: _refuse_with_overlap(has_closure, scale is not None or overflow is not None))
+            self._overlap.exposed_seconds = 0.0
+        draft.attempt(lambda: draft.unscale(scale, overflow))
+        try:
+            votes = self._vote(draft)
+            verdict = judge(self._buckets, votes)
+            self._seconds = [vote.seconds for vote in votes]
+            self._exposed = sum(self._seconds) if self._overlap is None else self._overlap.exposed_seconds
+            if verdict.found_inf or verdict.nonfinite is not None:
+                self._pass_over(draft.step, verdict.found_inf, verdict.nonfinite)
+            else:
+                self._apply(votes, verdict, draft)
+            if self._overlap is not None and not self._order_known:
+                self._learn_order()
+        finally:
+            if self._overlap is not None:
+                self._overlap.reset(learn=True)
+                if self._order_known and not self._unverified:
+                    self._overlap.begin(self._buckets, self._voters)
+
+    def _apply(self, votes: Sequence[BucketVote], verdict: Verdict, draft: Draft) -> None:
         moves = [
             plan_bucket(bucket, vote, taking_part, draft)
             for bucket, vote, taking_part in zip(self._buckets, votes, verdict.taking_part, strict=True)
@@ -259,28 +337,25 @@ class LionCub(MomentumOptimizer):
 
     def _vote(self, draft: Draft) -> list[BucketVote]:
         """Exchange all buckets: first those that all workers are known to have, then those of groups added since."""
+        if self._workers == 1:
+            return alone(self._buckets, draft)
+        vote = exchange if self._overlap is None else self._overlap.vote
         known = self._agreed
-        votes = exchange(self._buckets[:known], self._voters[:known], draft)
+        votes = vote(self._buckets[:known], self._voters[:known], draft)
         if any(header.flags & UNVERIFIED for vote in votes for header in vote.headers):
             # by now all have the same layout and know that some worker's parameters may be new or loaded
             self._make_equal()
             self.check_replicas()
             self._unverified, self._agreed = False, len(self._buckets)
             draft.flags &= ~UNVERIFIED
-        return votes + exchange(self._buckets[known:], self._voters[known:], draft)
+        return votes + vote(self._buckets[known:], self._voters[known:], draft)
 
     def _check_state(self) -> None:
         if self._interrupted:
             raise RuntimeError(
                 "an earlier step was interrupted while it wrote parameters, so replicas may differ: load a checkpoint"
             )
-        for bucket in self._buckets:
-            for slot, view in zip(bucket.slots, bucket.views, strict=True):
-                if self.state[slot.param].get("exp_avg") is not view:
-                    raise RuntimeError(
-                        f"state of parameter {slot.name}: expected the exp_avg made at construction, got another "
-                        "object; change momentum in place or through load_state_dict"
-                    )
+        self._arrangement.check_state()
 
     def _pass_over(self, step: int, found_inf: bool, nonfinite: str | None) -> None:
         """Skip the step on all workers, or raise on all."""
@@ -311,3 +386,13 @@ class LionCub(MomentumOptimizer):
             "+".join(sorted({bucket.algorithm for bucket in stats.buckets})),
             stats.bytes_sent_per_step,
         )
+
+
+def _refuse_with_overlap(has_closure: bool, has_scaler: bool) -> None:
+    """Raise RuntimeError for what needs all gradients before the first vote is sent."""
+    for present, what, why in (
+        (has_closure, "a closure", "its backward would run within step, after votes may have been sent"),
+        (has_scaler, "a GradScaler", "votes are sent before it has seen all gradients"),
+    ):
+        if present:
+            raise RuntimeError(f"overlap: expected False with {what}, got True: {why}")

@@ -19,14 +19,16 @@ class BucketStats:
 class Stats:
     """Figures of one worker; bytes, seconds and fractions are those of the last step.
 
-    ``communication_seconds`` is the time that the host spent starting and awaiting collectives; ``tied`` and
-    ``unanimous`` are fractions of all elements. Bytes include the headers.
+    ``communication_seconds`` is the time that the host spent starting and awaiting collectives, on whatever thread;
+    ``exposed_seconds`` that part of it, with the votes in between, for which `step` waited. ``tied`` and ``unanimous``
+    are fractions of all elements. Bytes include the headers.
     """
 
     steps: int
     skipped_steps: int
     bytes_sent_per_step: int
     communication_seconds: float
+    exposed_seconds: float
     tied: float
     unanimous: float
     buckets: tuple[BucketStats, ...]

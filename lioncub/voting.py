@@ -12,9 +12,9 @@ from torch import Tensor
 from lioncub.arguments import Hyperparameters, gradient_of
 from lioncub.buckets import Bucket
 from lioncub.collectives import Voter
-from lioncub.collectives.algorithms import Exchange
+from lioncub.collectives.exchange import Exchange
 from lioncub.collectives.handshake import digest
-from lioncub.collectives.header import FAILED, FOUND_INF, Header, check_agreement, decode_headers
+from lioncub.collectives.header import FAILED, FOUND_INF, STALE, Header, check_agreement, decode_headers
 from lioncub.kernels import foreach_lion_encode
 
 
@@ -30,6 +30,16 @@ class Ballot:
     has_gradient: tuple[bool, ...]
     packed: Tensor
     status: Tensor
+
+
+@dataclass(frozen=True)
+class Mail:
+    """One bucket's message, before it is sent; without a ballot where this worker has failed."""
+
+    ballot: Ballot | None
+    packed: Tensor
+    header: Header
+    status: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -77,9 +87,12 @@ class Draft:
             except Exception as error:
                 self.failure = error
 
-    def read(self, groups: Sequence[dict[str, object]], scale: Tensor | None, overflow: Tensor | None) -> None:
-        """Take the hyperparameters of all groups, and what a GradScaler set: its scale, None where unscaled already."""
+    def read(self, groups: Sequence[dict[str, object]]) -> None:
+        """Take the hyperparameters of all groups."""
         self.now = [Hyperparameters.of(group) for group in groups]
+
+    def unscale(self, scale: Tensor | None, overflow: Tensor | None) -> None:
+        """Take what a GradScaler set: its scale, None where gradients are unscaled already, and found_inf."""
         if scale is not None:
             if not 0 < float(scale) < math.inf:
                 raise ValueError(f"grad_scale: expected a finite scale > 0, got {float(scale)}")
@@ -124,36 +137,62 @@ def encode_bucket(bucket: Bucket, draft: Draft) -> Ballot:
     return Ballot(grads, tuple(grad is not None for grad in found), packed, status)
 
 
-def exchange(buckets: Sequence[Bucket], voters: Sequence[Voter | None], draft: Draft) -> list[BucketVote]:
+def prepare(bucket: Bucket, draft: Draft) -> Mail:
+    """Encode a bucket into what this worker sends; where it fails, or has failed before, a message that says so."""
+    ballots: list[Ballot] = []
+    draft.attempt(lambda: ballots.append(encode_bucket(bucket, draft)))
+    if draft.failure is None:
+        (ballot,) = ballots
+        return Mail(ballot, ballot.packed, draft.header(bucket, ballot), ballot.status)
+    void = torch.zeros(bucket.n_bytes, dtype=torch.uint8, device=bucket.device)
+    return Mail(None, void, draft.header(bucket, None), None)
+
+
+def exchange(buckets: Sequence[Bucket], voters: Sequence[Voter], draft: Draft) -> list[BucketVote]:
     """Encode, send and vote on buckets, all in flight at once; nothing is changed. A collective call.
 
     Where this worker fails, it still sends (saying so) what the others wait for, and raises its error afterwards; they
     raise WorkersDisagreeError, as all do where workers disagree.
     """
-    ballots: list[Ballot] = []
+    mails: list[Mail] = []
     exchanges: list[Exchange] = []
     for bucket, voter in zip(buckets, voters, strict=True):
-        draft.attempt(lambda bucket=bucket: ballots.append(encode_bucket(bucket, draft)))  # type: ignore[misc]
-        if voter is not None:
-            ballot = ballots[-1] if draft.failure is None else None
-            packed = (
-                torch.zeros(bucket.n_bytes, dtype=torch.uint8, device=bucket.device)
-                if ballot is None
-                else ballot.packed
-            )
-            status = None if ballot is None else ballot.status
-            exchanges.append(voter.start(packed, draft.header(bucket, ballot), status))
-    # every worker starts the second phases in the order of the buckets
-    for pending in exchanges:
-        pending.advance()
-    votes = [_finish(bucket, pending) for bucket, pending in zip(buckets, exchanges, strict=False)]
+        mails.append(prepare(bucket, draft))
+        exchanges.append(voter.start(mails[-1].packed, mails[-1].header, mails[-1].status))
+    # every worker starts the later phases in the order of the buckets
+    moving = exchanges
+    while moving:
+        moving = [pending for pending in moving if pending.advance()]
+    return finish(buckets, mails, exchanges, draft)
+
+
+def finish(
+    buckets: Sequence[Bucket], mails: Sequence[Mail], exchanges: Sequence[Exchange], draft: Draft
+) -> list[BucketVote]:
+    """Wait for the results; raise this worker's failure, or the error that all see where workers disagree.
+
+    Where nobody has failed but votes are stale, workers need not agree yet: they will vote again.
+    """
+    results = [_result(bucket, pending) for bucket, pending in zip(buckets, exchanges, strict=True)]
     if draft.failure is not None:
         raise draft.failure
-    if not exchanges:
-        return [_alone(bucket, ballot, draft) for bucket, ballot in zip(buckets, ballots, strict=True)]
-    for _, headers, *_ in votes:
-        check_agreement(headers)
-    return [BucketVote(ballot, *vote) for ballot, vote in zip(ballots, votes, strict=True)]
+    flags = [header.flags for _, headers, *_ in results for header in headers]
+    if any(flag & FAILED for flag in flags) or not any(flag & STALE for flag in flags):
+        for _, headers, *_ in results:
+            check_agreement(headers)
+    votes = []
+    for mail, result in zip(mails, results, strict=True):
+        assert mail.ballot is not None
+        votes.append(BucketVote(mail.ballot, *result))
+    return votes
+
+
+def alone(buckets: Sequence[Bucket], draft: Draft) -> list[BucketVote]:
+    """What one worker alone says to itself."""
+    mails = [prepare(bucket, draft) for bucket in buckets]
+    if draft.failure is not None:
+        raise draft.failure
+    return [_alone(bucket, mail, draft) for bucket, mail in zip(buckets, mails, strict=True)]
 
 
 def judge(buckets: Sequence[Bucket], votes: Sequence[BucketVote]) -> Verdict:
@@ -172,7 +211,7 @@ def judge(buckets: Sequence[Bucket], votes: Sequence[BucketVote]) -> Verdict:
     return Verdict(found_inf, nonfinite, taking_part)
 
 
-def _finish(bucket: Bucket, pending: Exchange) -> tuple[Tensor, list[Header], int, int, float]:
+def _result(bucket: Bucket, pending: Exchange) -> tuple[Tensor, list[Header], int, int, float]:
     tally = pending.result()
     headers = decode_headers(tally.headers, len(bucket.slots))
     ties, unanimous = tally.counts.tolist()
@@ -180,8 +219,9 @@ def _finish(bucket: Bucket, pending: Exchange) -> tuple[Tensor, list[Header], in
     return tally.packed, headers, ties, unanimous - (8 * bucket.n_bytes - bucket.elements), pending.seconds
 
 
-def _alone(bucket: Bucket, ballot: Ballot, draft: Draft) -> BucketVote:
-    """What one worker alone says to itself."""
-    bad = ballot.status.nonzero()
-    header = Header(nonfinite=int(bad[0]) + 1 if len(bad) else 0, flags=draft.flags, has_gradient=ballot.has_gradient)
-    return BucketVote(ballot, None, [header], 0, bucket.elements, 0.0)
+def _alone(bucket: Bucket, mail: Mail, draft: Draft) -> BucketVote:
+    assert mail.ballot is not None
+    bad = mail.ballot.status.nonzero()
+    nonfinite = int(bad[0]) + 1 if len(bad) else 0
+    header = Header(nonfinite=nonfinite, flags=draft.flags, has_gradient=mail.ballot.has_gradient)
+    return BucketVote(mail.ballot, None, [header], 0, bucket.elements, 0.0)

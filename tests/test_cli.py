@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from lioncub.cli import settings
+from lioncub.commands.train import settings
 from lioncub.training.config import UserError
 
 TINY_FLAGS = "--workers 2 --layers 1 --heads 2 --width 16 --context 16 --batch 2 --eval-windows 3 --warmup 2 --lr 0.003"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import logging
 import os
@@ -20,9 +21,9 @@ from torch import Tensor, nn
 
 import lioncub
 from lioncub import LionCub
-from lioncub.collectives import HANDSHAKE_BYTES, bytes_sent, choose
-from lioncub.collectives.cost import RESULT_HEADER_BYTES, Link
-from lioncub.collectives.header import FAILED, FOUND_INF, Header, encode_header, header_bytes
+from lioncub.collectives import HANDSHAKE_BYTES, Topology, bytes_sent, traffic
+from lioncub.collectives.cost import RESULT_HEADER_BYTES
+from lioncub.collectives.header import FAILED, FOUND_INF, STALE, UNVERIFIED, Header, encode_header, header_bytes
 from lioncub.kernels import packed_bytes
 
 ROOT = Path(__file__).parents[1]
@@ -118,6 +119,7 @@ def run_the_pieces(rank: int, world_size: int, folder: str) -> list[str]:
         return nn.functional.mse_loss(module(torch.randn(8, 16)), torch.ones(8, 1))
 
     names: dict[str, Any] = {
+        "contextlib": contextlib,
         "torch": torch,
         "nn": nn,
         "dist": dist,
@@ -144,7 +146,7 @@ def run_the_pieces(rank: int, world_size: int, folder: str) -> list[str]:
 
 def test_the_pieces_of_the_pages_run(tmp_path: Path) -> None:
     assert len(_blocks("quickstart.md")) == 3
-    assert len(_blocks("training.md")) == 5
+    assert len(_blocks("training.md")) == 6
     files = results_of(run_the_pieces, 2, str(tmp_path))
     assert all("checkpoint-0.pt" in names or "checkpoint-1.pt" in names for names in files)
     written = {path.name for path in tmp_path.glob("*.pt")}
@@ -192,10 +194,10 @@ def _worked_examples() -> list[tuple[str, int, int, str, str]]:
     """(algorithm, workers, message bytes, formula, bytes) of every row of the tables of byte counts."""
     rows = []
     text = (DOCS / "wire-format.md").read_text()
-    for example in re.findall(r"^Example: .*?(?=^\S+ takes|^Example: |\Z)", text, re.MULTILINE | re.DOTALL):
+    for example in re.findall(r"^Example: .*?(?=^Which one|^Example: |\Z)", text, re.MULTILINE | re.DOTALL):
         workers, message = (int(re.search(p, example)[1]) for p in (r"(\d+) workers", r"B = (\d+)"))
         for name, formula, total in re.findall(r"^\| (.+?) \| ([\d *+()/]+) \| (\d+) \|$", example, re.MULTILINE):
-            rows.append((name.strip("`"), workers, message, formula, total))
+            rows.append((name.replace("`", ""), workers, message, formula, total))
     return rows
 
 
@@ -206,12 +208,16 @@ def test_worked_examples_of_byte_counts(name: str, workers: int, message: int, f
     assert message == sum(packed_bytes(n) for n in sizes)
     if name == "fp32 ring all-reduce":
         assert int(total) == 2 * (workers - 1) * sum(sizes) * 4 / workers
+    elif name.startswith("hierarchical"):
+        level = {"inside": "intra", "between": "inter"}[name.split()[-1]]
+        levels = traffic("hierarchical", message, Topology.even(2, workers // 2), header_bytes(len(sizes)))
+        assert int(total) == levels[level]
     else:
         assert int(total) == bytes_sent(name, message, workers, header_bytes(len(sizes)))
 
 
 def test_there_are_two_worked_examples() -> None:
-    assert len(_worked_examples()) == 6
+    assert len(_worked_examples()) == 10
 
 
 def test_the_header_is_laid_out_as_documented() -> None:
@@ -224,8 +230,4 @@ def test_the_header_is_laid_out_as_documented() -> None:
     assert len(raw) == header_bytes(66) == 48 + 8 * 2
     assert len(table[6:]) * 8 == RESULT_HEADER_BYTES == 32
     assert HANDSHAKE_BYTES == 16
-
-
-def test_auto_changes_where_the_page_says() -> None:
-    assert choose("auto", 24_000, 4, Link(), header_bytes(0)) == "all_gather"
-    assert choose("auto", 26_000, 4, Link(), header_bytes(0)) == "reduce_scatter"
+    assert (FOUND_INF, FAILED, UNVERIFIED, STALE) == (1, 2, 4, 8)

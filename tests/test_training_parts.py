@@ -40,7 +40,11 @@ BOTH = ("lion", "lioncub")
         ("timeout", 0.0, "--timeout: expected a finite number of seconds > 0, got 0.0"),
         ("methods", ("lion", "lion"), "--method: expected each method once, got lion lion"),
         ("methods", (), "--method: expected one of lion, lioncub, got "),
-        ("algorithm", "ring", "--algorithm: expected one of auto, all_gather, reduce_scatter, got ring"),
+        (
+            "algorithm",
+            "ring",
+            "--algorithm: expected one of auto, all_gather, reduce_scatter, hierarchical, all_reduce, got ring",
+        ),
     ],
 )
 def test_config_names_the_bad_flag(field: str, value: Any, message: str) -> None:

@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 
 import pytest
 import torch
 import torch.distributed as dist
+from counting import Counting
 from gloo_workers import Raised, outcomes_of, results_of
+from torch.distributed.device_mesh import DeviceMesh
 
 from lioncub.collectives import (
     ALGORITHMS,
     HANDSHAKE_BYTES,
-    Link,
+    Routes,
+    Topology,
     WorkersDisagreeError,
-    algorithms,
     bytes_sent,
-    choose,
-    predicted_seconds,
+    exchange,
+    sum_codes,
+    traffic,
     transport,
     vote,
     vote_async,
 )
+from lioncub.collectives import topology as topology_module
 from lioncub.collectives.header import (
     STATUS_DISAGREE,
     STATUS_NONFINITE,
@@ -32,7 +37,10 @@ from lioncub.collectives.header import (
     encode_header,
     header_bytes,
 )
-from lioncub.kernels import pack_signs, packed_bytes
+from lioncub.kernels import majority_vote, pack_signs, packed_bytes, quantize, unpack_signs
+from lioncub.kernels.layout import largest_level
+
+FLAT = [name for name in ALGORITHMS if name != "hierarchical"]
 
 SIZES = (0, 1, 7, 8, 9, 31, 32, 33, 63, 64, 65, 1009, 70001)
 
@@ -47,7 +55,8 @@ def _bits(packed: torch.Tensor, n: int) -> torch.Tensor:
     return ((packed[:, None] >> torch.arange(8, dtype=torch.uint8)) & 1).reshape(-1)[:n]
 
 
-def vote_like_all_reduce(rank: int, world_size: int, algorithm: str) -> list[bytes]:
+def votes_like_all_reduce(rank: int, world_size: int, algorithm: str, nodes: tuple | None = None) -> list[bytes]:
+    routes = None if nodes is None else Routes.build(None, Topology(nodes))
     answers = []
     for parity, n in enumerate(SIZES):
         packed = pack_signs(_values(rank, n), parity=parity)
@@ -55,7 +64,7 @@ def vote_like_all_reduce(rank: int, world_size: int, algorithm: str) -> list[byt
         dist.all_reduce(total)
         tie = (torch.arange(n) + parity) % 2
         expected = torch.where(2 * total == world_size, tie, (2 * total > world_size).long())
-        voted = vote(packed, algorithm=algorithm, parity=parity)
+        voted = vote(packed, algorithm=algorithm, parity=parity, routes=routes)
         assert voted.shape == (packed_bytes(n),)
         wrong = (_bits(voted, n) != expected).nonzero()
         assert not len(wrong), f"n={n}: element {int(wrong[0])} differs"
@@ -64,11 +73,138 @@ def vote_like_all_reduce(rank: int, world_size: int, algorithm: str) -> list[byt
     return answers
 
 
-@pytest.mark.parametrize("algorithm", [*ALGORITHMS, "auto"])
+@pytest.mark.parametrize("algorithm", [*FLAT, "auto"])
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4, 5])
 def test_vote_is_the_majority_of_unpacked_votes(world_size: int, algorithm: str) -> None:
-    answers = results_of(vote_like_all_reduce, world_size, algorithm)
+    answers = results_of(votes_like_all_reduce, world_size, algorithm)
     assert all(answer == answers[0] for answer in answers)
+
+
+# the last but one interleaves the nodes' ranks
+TWO_LEVELS = [
+    ((0, 1), (2, 3)),
+    ((0, 1, 2), (3, 4, 5)),
+    ((0, 1), (2, 3), (4, 5)),
+    ((0, 2), (1, 3)),
+    ((0, 1, 2, 3), (4, 5, 6, 7)),
+]
+
+
+@pytest.mark.parametrize("nodes", TWO_LEVELS)
+def test_hierarchical_vote_is_the_flat_majority(nodes: tuple[tuple[int, ...], ...]) -> None:
+    answers = results_of(votes_like_all_reduce, sum(map(len, nodes)), "hierarchical", nodes)
+    assert all(answer == answers[0] for answer in answers)
+
+
+def votes_by_node(rank: int, world_size: int, nodes: tuple) -> None:
+    routes = Routes.build(None, Topology(nodes))
+    for parity, n in enumerate(SIZES):
+        packed = pack_signs(_values(rank, n), parity=parity)
+        everyone = torch.empty(world_size * len(packed), dtype=torch.uint8)
+        transport.all_gather(everyone, packed, None).wait()
+        rows = everyone.view(world_size, -1)
+        by_node = torch.stack([majority_vote(rows[list(node)], parity=parity) for node in nodes])
+        expected = majority_vote(by_node, parity=parity)
+        got = vote(packed, algorithm="hierarchical", approximate=True, parity=parity, routes=routes)
+        assert torch.equal(got, expected), f"n={n}"
+
+
+@pytest.mark.parametrize("nodes", TWO_LEVELS[:2])
+def test_approximate_vote_is_the_majority_of_majorities(nodes: tuple[tuple[int, ...], ...]) -> None:
+    assert results_of(votes_by_node, sum(map(len, nodes)), nodes) == [None] * sum(map(len, nodes))
+
+
+def refusals(rank: int, world_size: int) -> list[str]:
+    said = []
+    for nodes in (((0, 1, 2),), ((0,), (1, 2))):
+        with pytest.raises(ValueError, match="hierarchical") as caught:
+            vote(
+                torch.zeros(8, dtype=torch.uint8), algorithm="hierarchical", routes=Routes.build(None, Topology(nodes))
+            )
+        said.append(str(caught.value))
+    with pytest.raises(ValueError, match=r"topology: expected one of the group's 3 workers, got 4"):
+        Routes.build(None, Topology.even(2, 2))
+    return said
+
+
+def test_hierarchical_is_refused_without_even_nodes() -> None:
+    one_node, uneven = results_of(refusals, 3)[0]
+    assert "1 node" in one_node
+    assert "1, 2" in uneven
+
+
+def votes_on_mesh(rank: int, world_size: int, ranks: list[list[int]]) -> tuple[bytes, bytes, tuple]:
+    routes = Routes.of_mesh(DeviceMesh("cpu", ranks))
+    packed = pack_signs(_values(rank, 1009))
+    voted = vote(packed, algorithm="hierarchical", routes=routes)
+    return voted.numpy().tobytes(), vote(packed).numpy().tobytes(), routes.topology.nodes
+
+
+@pytest.mark.parametrize("ranks", [[[0, 1], [2, 3]], [[0, 2], [1, 3]], [[3, 2], [1, 0]]])
+def test_a_device_mesh_gives_the_nodes(ranks: list[list[int]]) -> None:
+    for hierarchical, flat, nodes in results_of(votes_on_mesh, 4, ranks):
+        assert hierarchical == flat
+        assert nodes == tuple(sorted(tuple(sorted(row)) for row in ranks))
+
+
+def nodes_found(rank: int, world_size: int, hosts: list[str], local: list[int]) -> tuple:
+    topology_module.socket.gethostname = lambda: hosts[rank]
+    os.environ["LOCAL_WORLD_SIZE"] = str(local[rank])
+    return Routes.find().topology.nodes
+
+
+@pytest.mark.parametrize(
+    ("hosts", "local", "nodes"),
+    [
+        ("abab", [2, 2, 2, 2], ((0, 2), (1, 3))),
+        ("aaaa", [2, 2, 2, 2], ((0, 1), (2, 3))),
+        ("aaaa", [4, 4, 4, 4], ((0, 1, 2, 3),)),
+        ("aaab", [3, 3, 3, 1], ((0, 1, 2), (3,))),
+    ],
+)
+def test_nodes_are_found_by_host_and_local_world_size(hosts: str, local: list[int], nodes: tuple) -> None:
+    assert results_of(nodes_found, 4, list(hosts), local) == [nodes] * 4
+
+
+@pytest.mark.parametrize("nodes", [(), ((0, 2),), ((1, 0),), ((2, 3), (0, 1)), ((0,), ())])
+def test_impossible_nodes_are_refused(nodes: tuple[tuple[int, ...], ...]) -> None:
+    with pytest.raises(ValueError, match="nodes: expected"):
+        Topology(nodes)
+
+
+def sums_like_all_reduce(rank: int, world_size: int, bits: int) -> None:
+    for n in SIZES:
+        values = _values(rank, n)
+        if bits == 1:
+            packed, mine = pack_signs(values), unpack_signs(pack_signs(values), n).to(torch.int32)
+        else:
+            packed, _ = quantize(values, bits=bits, norm="linf")
+            codes = (packed[:, None] >> torch.arange(0, 8, bits, dtype=torch.uint8)) & (2**bits - 1)
+            mine = codes.reshape(-1)[:n].to(torch.int32) - largest_level(bits)
+        total = mine.clone()
+        dist.all_reduce(total)
+        got = sum_codes(packed, n, bits=bits)
+        assert got.dtype == torch.int32
+        assert torch.equal(got, total), f"n={n}"
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 5])
+def test_native_sums_are_those_of_unpacked_codes(world_size: int, bits: int) -> None:
+    assert results_of(sums_like_all_reduce, world_size, bits) == [None] * world_size
+
+
+def sum_in_narrow_fields(rank: int, world_size: int) -> str:
+    with pytest.raises(ValueError, match="field_bits") as caught:
+        sum_codes(torch.zeros(8, dtype=torch.uint8), 64, fields=1)
+    with pytest.raises(ValueError, match=r"packed: expected a contiguous uint8 \[8\] for 64 codes"):
+        sum_codes(torch.zeros(16, dtype=torch.uint8), 64)
+    return str(caught.value)
+
+
+def test_too_narrow_fields_are_refused() -> None:
+    message = results_of(sum_in_narrow_fields, 2)[0]
+    assert message == "field_bits: expected at least 2 for 2 workers of codes up to 1, 2 in all, got 1"
 
 
 def async_votes_in_flight(rank: int, world_size: int) -> bool:
@@ -83,32 +219,32 @@ def test_async_votes_can_be_in_flight_together() -> None:
     assert results_of(async_votes_in_flight, 3) == [True] * 3
 
 
-def count_bytes(rank: int, world_size: int, algorithm: str, n: int) -> int:
-    """Bytes that were handed to torch.distributed for other workers."""
-    sent = 0
-    all_gather, all_to_all = transport._all_gather, dist.all_to_all_single
-
-    def counting_all_gather(output, message, **options):
-        nonlocal sent
-        sent += message.numel() * message.element_size() * (world_size - 1)
-        return all_gather(output, message, **options)
-
-    def counting_all_to_all(output, messages, **options):
-        nonlocal sent
-        sent += messages.numel() * messages.element_size() * (world_size - 1) // world_size
-        return all_to_all(output, messages, **options)
-
-    transport._all_gather, dist.all_to_all_single = counting_all_gather, counting_all_to_all
-    vote(pack_signs(_values(rank, n)), algorithm=algorithm)
-    return sent
+def count_bytes(
+    rank: int, world_size: int, algorithm: str, n: int, nodes: tuple | None, approximate: bool
+) -> list[int]:
+    routes = Routes.flat() if nodes is None else Routes.build(None, Topology(nodes))
+    counting = Counting()
+    vote(pack_signs(_values(rank, n)), algorithm=algorithm, approximate=approximate, routes=routes)
+    whole = counting.sent.get(-1, 0) - HANDSHAKE_BYTES * (world_size - 1)
+    if nodes is None:
+        return [whole]
+    return [counting.sent[id(routes.intra)], counting.sent[id(routes.inter)]]
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("algorithm", FLAT)
 @pytest.mark.parametrize(("world_size", "n"), [(1, 100), (2, 1009), (3, 70001), (4, 64), (5, 1009)])
 def test_bytes_sent_are_those_predicted(algorithm: str, world_size: int, n: int) -> None:
     predicted = bytes_sent(algorithm, packed_bytes(n), world_size, header_bytes(0))
-    handshake = HANDSHAKE_BYTES * (world_size - 1)
-    assert results_of(count_bytes, world_size, algorithm, n) == [predicted + handshake] * world_size
+    assert results_of(count_bytes, world_size, algorithm, n, None, False) == [[predicted]] * world_size
+
+
+@pytest.mark.parametrize("approximate", [False, True])
+@pytest.mark.parametrize("nodes", TWO_LEVELS[:3])
+def test_bytes_of_each_level_are_those_predicted(nodes: tuple[tuple[int, ...], ...], approximate: bool) -> None:
+    topology = Topology(nodes)
+    levels = traffic("hierarchical", packed_bytes(70001), topology, header_bytes(0), approximate)
+    got = results_of(count_bytes, topology.workers, "hierarchical", 70001, nodes, approximate)
+    assert got == [[levels["intra"], levels["inter"]]] * topology.workers
 
 
 def test_bytes_are_a_thirtysecond_of_fp32() -> None:
@@ -117,13 +253,13 @@ def test_bytes_are_a_thirtysecond_of_fp32() -> None:
     assert bytes_sent("reduce_scatter", packed_bytes(d), workers) / fp32 == pytest.approx(1 / 32, rel=1e-4)
 
 
-def test_auto_takes_the_faster_algorithm() -> None:
-    link = Link(latency_s=1e-3, bytes_per_s=1e8)
-    assert choose("auto", 1000, 4, link) == "all_gather"
-    assert choose("auto", 10_000_000, 4, link) == "reduce_scatter"
-    assert all(choose("auto", n, 2, link) == "all_gather" for n in (8, 10**9))
-    assert predicted_seconds("all_gather", 10**6, 4, link) == pytest.approx(3 * (1e-3 + 1e-2))
-    assert predicted_seconds("reduce_scatter", 10**6, 4, link) == pytest.approx(6e-3 + 6 * 250_000 / 1e8, rel=1e-3)
+def test_slow_links_carry_fewer_bytes_in_two_levels() -> None:
+    b, hosts, local = 2**20, 2, 4
+    workers = hosts * local
+    # of a flat reduce_scatter, all chunks for the other host and, in a ring, all voted chunks cross the slow link
+    flat = local * (workers - local) * b // workers + (workers - 1) * b // workers
+    two_levels = local * traffic("hierarchical", b, Topology.even(hosts, local))["inter"]
+    assert two_levels / flat < 0.8
 
 
 def vote_with(rank: int, world_size: int, per_rank: list[dict]) -> bytes:
@@ -165,21 +301,10 @@ def test_bad_messages_are_refused(packed: torch.Tensor, options: dict, error: ty
         vote(packed, **options)
 
 
-@pytest.mark.parametrize(("field", "value"), [("latency_s", -1.0), ("bytes_per_s", 0.0)])
-def test_impossible_links_are_refused(field: str, value: float) -> None:
-    with pytest.raises(ValueError, match=field):
-        Link(**{field: value})
-
-
-def test_unknown_algorithm_is_refused() -> None:
-    with pytest.raises(ValueError, match="algorithm: expected one of"):
-        choose("ring", 8, 2, Link())
-
-
 def hear_another_status(rank: int, world_size: int) -> str:
-    original = algorithms.combined_status
+    original = exchange.combined_status
     if rank == 1:
-        algorithms.combined_status = lambda headers: original(headers) + 1
+        exchange.combined_status = lambda headers: original(headers) + 1
     with pytest.raises(WorkersDisagreeError) as caught:
         vote(pack_signs(_values(rank, 64)), algorithm="reduce_scatter")
     return str(caught.value)

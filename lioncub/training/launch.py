@@ -5,22 +5,20 @@ import multiprocessing
 import signal
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
+from typing import Any
 
-from lioncub.training.config import TrainConfig
-from lioncub.training.log import StepRecord
-from lioncub.training.loop import OnRecord
-from lioncub.training.worker import Failure, WorkerFailedError, run_local
+from lioncub.training.worker import Failure, Job, WorkerFailedError, run_local
 
 # after one worker has failed, the others get this long to tell what they saw
 SETTLE_SECONDS = 2.0
 
 
-def run_workers(config: TrainConfig, *, resume: bool, on_record: OnRecord) -> None:
-    """Train with `config.workers` processes; `on_record` gets every record, in this process.
+def run_workers(job: Job, on_report: Callable[[Any], None]) -> None:
+    """Do a job with `job.workers` processes; `on_report` gets what they report, in this process.
 
     Returns when all are done. However it ends, also by KeyboardInterrupt, no worker is left.
 
@@ -28,24 +26,24 @@ def run_workers(config: TrainConfig, *, resume: bool, on_record: OnRecord) -> No
         WorkerFailedError: the first cause, where several workers fail.
     """
     with tempfile.TemporaryDirectory(prefix="lioncub-") as folder:
-        workers = _Workers(config, resume, str(Path(folder) / "rendezvous"))
+        workers = _Workers(job, str(Path(folder) / "rendezvous"))
         try:
             workers.start()
-            workers.watch(on_record)
+            workers.watch(on_report)
         finally:
             workers.stop()
 
 
 class _Workers:
-    def __init__(self, config: TrainConfig, resume: bool, rendezvous: str) -> None:
+    def __init__(self, job: Job, rendezvous: str) -> None:
         context = multiprocessing.get_context("spawn")
         self.processes: list[SpawnProcess] = []
         self.channels: list[Connection] = []
         self.child_ends: list[Connection] = []
         self.failures: list[Failure] = []
-        for rank in range(config.workers):
+        for rank in range(job.workers):
             receiver, sender = context.Pipe(duplex=False)
-            args = (rank, config, resume, rendezvous, sender)
+            args = (rank, job, rendezvous, sender)
             self.processes.append(context.Process(target=run_local, args=args, name=f"worker {rank}", daemon=True))
             self.channels.append(receiver)
             self.child_ends.append(sender)
@@ -58,32 +56,32 @@ class _Workers:
             # so that a channel reports its end when its worker is gone
             end.close()
 
-    def watch(self, on_record: OnRecord) -> None:
+    def watch(self, on_report: Callable[[Any], None]) -> None:
         while self._running():
-            self._receive(on_record, timeout=None)
+            self._receive(on_report, timeout=None)
             if any(process.exitcode not in (None, 0) for process in self.processes):
                 deadline = time.monotonic() + SETTLE_SECONDS
                 while self._running() and time.monotonic() < deadline:
-                    self._receive(on_record, timeout=deadline - time.monotonic())
+                    self._receive(on_report, timeout=deadline - time.monotonic())
                 # what a worker sent just before it ended
-                self._receive(on_record, timeout=0)
+                self._receive(on_report, timeout=0)
                 raise self._cause()
-        self._receive(on_record, timeout=0)
+        self._receive(on_report, timeout=0)
 
     def _running(self) -> list[SpawnProcess]:
         return [process for process in self.processes if process.exitcode is None]
 
-    def _receive(self, on_record: OnRecord, timeout: float | None) -> None:
+    def _receive(self, on_report: Callable[[Any], None], timeout: float | None) -> None:
         """Handle all that has come; wait for a message or the end of a worker where nothing has."""
         ready = wait([*self.channels, *(process.sentinel for process in self._running())], timeout)
         for channel in [channel for channel in self.channels if channel in ready]:
             try:
                 while channel.poll():
-                    message: StepRecord | Failure = channel.recv()
+                    message = channel.recv()
                     if isinstance(message, Failure):
                         self.failures.append(message)
                     else:
-                        on_record(message)
+                        on_report(message)
             # a worker that is killed in the middle of a message leaves an OSError
             except (EOFError, OSError):
                 self.channels.remove(channel)

@@ -21,6 +21,28 @@ from lioncub.training.text import Text, load_text, training_windows, validation_
 OnRecord = Callable[[StepRecord], None]
 
 
+@dataclasses.dataclass(frozen=True)
+class TrainJob:
+    """A run as a job for workers; rank 0 reports a StepRecord after every step of every method."""
+
+    config: TrainConfig
+    resume: bool
+
+    @property
+    def workers(self) -> int:
+        """Number of workers."""
+        return self.config.workers
+
+    @property
+    def timeout(self) -> float:
+        """Seconds to wait for a silent worker."""
+        return self.config.timeout
+
+    def run(self, report: OnRecord) -> None:
+        """Train."""
+        Trainer(self.config, resume=self.resume, on_record=report).run()
+
+
 class Trainer:
     """One worker's part of a run, under an initialised default process group.
 

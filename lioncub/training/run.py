@@ -9,6 +9,7 @@ from lioncub.training.config import ERROR_NAME, TrainConfig, UserError
 from lioncub.training.gpt import GPT, parameter_count
 from lioncub.training.launch import run_workers
 from lioncub.training.log import LOG_NAME, read_log
+from lioncub.training.loop import TrainJob
 from lioncub.training.plots import PLOT_NAMES, write_plots
 from lioncub.training.progress import shown_progress
 from lioncub.training.report import SUMMARY_NAME, print_report
@@ -36,8 +37,9 @@ def train(config: TrainConfig, *, resume: bool, overwrite: bool, joined: bool) -
     leads = not joined or os.environ["RANK"] == "0"
     if leads:
         prepare_folder(directory, config, resume=resume, overwrite=overwrite)
+    job = TrainJob(config, resume)
     if not leads:
-        run_joined(config, resume, on_record=lambda record: None)
+        run_joined(job, lambda record: None)
         return
     newest = checkpoint.latest(directory) if resume else None
     if resume and newest is None:
@@ -45,9 +47,9 @@ def train(config: TrainConfig, *, resume: bool, overwrite: bool, joined: bool) -
     done = checkpoint.read_position(newest).step if newest is not None else 0
     with shown_progress(config, done) as on_record:
         if joined:
-            run_joined(config, resume, on_record)
+            run_joined(job, on_record)
         else:
-            run_workers(config, resume=resume, on_record=on_record)
+            run_workers(job, on_record)
     report(config)
 
 

@@ -1,11 +1,10 @@
 """Arithmetic of bytes on the wire: what a step would take on a network of a given speed. Nothing here is measured."""
 
+from lioncub.collectives.traffic import ring_all_reduce_bytes
+
+__all__ = ["NETWORKS", "overlapped_step_seconds", "ring_all_reduce_bytes", "sequential_step_seconds", "wire_seconds"]
+
 NETWORKS = {"100 Mb/s": 1e8, "1 Gb/s": 1e9, "10 Gb/s": 1e10}
-
-
-def ring_all_reduce_bytes(elements: int, workers: int, bytes_per_element: int = 4) -> int:
-    """Bytes that each worker sends in a ring all-reduce: 2 (N-1)/N of the message, rounded up to a byte."""
-    return -(-2 * (workers - 1) * elements * bytes_per_element // workers)
 
 
 def wire_seconds(bytes_sent: float, bits_per_second: float) -> float:

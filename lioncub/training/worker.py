@@ -1,4 +1,4 @@
-"""One worker process: joins the group, trains, and tells its parent how it went."""
+"""One worker process: joins the group, does its part of the job, and tells its parent how it went."""
 
 import contextlib
 import dataclasses
@@ -8,16 +8,31 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from multiprocessing import parent_process
 from multiprocessing.connection import Connection
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 
-from lioncub.training.config import TrainConfig, UserError
-from lioncub.training.loop import OnRecord, Trainer
+from lioncub.training.config import UserError
+
+
+class Job(Protocol):
+    """What the workers of a group do together. It is pickled on its way to them."""
+
+    @property
+    def workers(self) -> int:
+        """How many there are."""
+
+    @property
+    def timeout(self) -> float:
+        """Seconds to wait for a silent worker."""
+
+    def run(self, report: Callable[[Any], None]) -> None:
+        """One worker's part, under an initialised default group; what it reports reaches whoever started the job."""
 
 
 class WorkerFailedError(RuntimeError):
@@ -46,15 +61,15 @@ def describe(error: Exception, rank: int) -> Failure:
 
 
 @contextlib.contextmanager
-def group(config: TrainConfig, *, local_workers: int, init_method: str, rank: int) -> Iterator[None]:
+def group(job: Job, *, local_workers: int, init_method: str, rank: int) -> Iterator[None]:
     """Membership in the default Gloo group; the processor's threads are shared out among `local_workers`."""
     torch.set_num_threads(max(1, torch.get_num_threads() // local_workers))
     dist.init_process_group(
         "gloo",
         init_method=init_method,
         rank=rank,
-        world_size=config.workers,
-        timeout=timedelta(seconds=config.timeout),
+        world_size=job.workers,
+        timeout=timedelta(seconds=job.timeout),
     )
     yield
     # a DDP model that is garbage would be the group's last holder, and freeing the group from there joins threads that
@@ -64,18 +79,18 @@ def group(config: TrainConfig, *, local_workers: int, init_method: str, rank: in
     dist.destroy_process_group()
 
 
-def run_local(rank: int, config: TrainConfig, resume: bool, rendezvous: str, channel: Connection) -> None:
+def run_local(rank: int, job: Job, rendezvous: str, channel: Connection) -> None:
     """Entry of a worker that :mod:`lioncub.training.launch` started.
 
-    Sends to `channel` every StepRecord (rank 0) and, when it fails, one Failure.
+    Sends to `channel` what the job reports and, when it fails, one Failure.
     """
     _end_with_parent()
     if sys.platform == "linux":
         # all workers are on this machine; a host name that does not resolve must not matter
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     try:
-        with group(config, local_workers=config.workers, init_method=f"file://{rendezvous}", rank=rank):
-            Trainer(config, resume=resume, on_record=channel.send).run()
+        with group(job, local_workers=job.workers, init_method=f"file://{rendezvous}", rank=rank):
+            job.run(channel.send)
     except Exception as error:
         channel.send(describe(error, rank))
         # sys.exit would wait for threads of a group whose peers may hang
@@ -85,8 +100,8 @@ def run_local(rank: int, config: TrainConfig, resume: bool, rendezvous: str, cha
     os._exit(0)
 
 
-def run_joined(config: TrainConfig, resume: bool, on_record: OnRecord) -> None:
-    """Train as the worker that RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT name (as torchrun sets them).
+def run_joined(job: Job, on_report: Callable[[Any], None]) -> None:
+    """Do the part of the worker that RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT name (as torchrun sets them).
 
     Raises:
         UserError: bad settings or text.
@@ -94,8 +109,8 @@ def run_joined(config: TrainConfig, resume: bool, on_record: OnRecord) -> None:
     """
     rank, local_workers = int(os.environ["RANK"]), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     try:
-        with group(config, local_workers=local_workers, init_method="env://", rank=rank):
-            Trainer(config, resume=resume, on_record=on_record).run()
+        with group(job, local_workers=local_workers, init_method="env://", rank=rank):
+            job.run(on_report)
     except UserError:
         raise
     except Exception as error:

@@ -1,0 +1,1 @@
+"""The network lab: hosts as network namespaces on links of a known speed, and the comparison that runs in it."""

@@ -1,0 +1,251 @@
+"""N hosts as network namespaces, joined by a bridge, every link shaped in both directions.
+
+The bridge has a namespace of its own, so nothing of the machine's own network is touched. A host's link is a veth
+pair; `tc` tbf shapes what leaves the host at its end and what comes to it at the bridge's. Several workers on one host
+talk over its loopback, which is not shaped. Namespaces are named after the process that made them, so that labs can
+stand side by side, and what a killed one left behind is known.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from netlab.interrupts import undisturbed
+from netlab.rates import shape_of
+
+PREFIX = "lioncub-"
+DEVICE = "eth0"
+MASTER_PORT = 29500
+MAX_HOSTS = 200
+_TOOLS = {"ip": "iproute2", "tc": "iproute2", "iperf3": "iperf3", "unshare": "util-linux", "setpriv": "util-linux"}
+_NAMESPACES = Path("/run/netns")
+
+
+class LabError(RuntimeError):
+    """The lab cannot be built or does not do what was asked; one line that says what to do."""
+
+
+@dataclass(frozen=True)
+class Counters:
+    """Bytes and packets of a host's link since it was made, link-layer headers included."""
+
+    sent_bytes: int
+    received_bytes: int
+    sent_packets: int
+    received_packets: int
+
+    def __sub__(self, other: Counters) -> Counters:
+        return Counters(
+            self.sent_bytes - other.sent_bytes,
+            self.received_bytes - other.received_bytes,
+            self.sent_packets - other.sent_packets,
+            self.received_packets - other.received_packets,
+        )
+
+
+def require_abilities() -> None:
+    """Raise LabError unless this process is root on Linux and all tools are there."""
+    if os.geteuid() != 0:
+        raise LabError("the network lab makes network namespaces: run it as root")
+    missing = [tool for tool in _TOOLS if shutil.which(tool) is None]
+    if missing:
+        packages = " ".join(sorted({_TOOLS[tool] for tool in missing}))
+        raise LabError(f"not found: {', '.join(missing)}; on Debian and Ubuntu: apt-get install {packages}")
+
+
+def owner_tag(pid: int) -> str | None:
+    """What namespaces of process ``pid`` are named after: its id and when it started; None where it is gone."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    # a zombie runs no lab any more
+    return None if fields[0] == "Z" else f"{pid}.{fields[19]}"
+
+
+def is_stale(namespace: str) -> bool:
+    """Whether ``namespace`` is a lab's whose process is gone."""
+    if not namespace.startswith(PREFIX):
+        return False
+    tag = namespace[len(PREFIX) :].rpartition("-")[0]
+    pid = tag.partition(".")[0]
+    return pid.isdigit() and owner_tag(int(pid)) != tag
+
+
+def address_of(host: int) -> str:
+    """The IPv4 address of a host, the first of which is host 0."""
+    return f"10.77.0.{host + 1}"
+
+
+def shaping_command(namespace: str, device: str, rate: int, verb: str) -> list[str]:
+    """The argv that shapes what leaves through ``device``; ``verb`` is add, or change for a live link."""
+    shape = shape_of(rate)
+    tbf = ["tbf", "rate", f"{rate}bit", "burst", f"{shape.burst_bytes}b", "limit", f"{shape.queue_bytes}b"]
+    return ["tc", "-n", namespace, "qdisc", verb, "dev", device, "root", *tbf]
+
+
+def rate_commands(tag: str, hosts: int, rate: int, verb: str) -> list[list[str]]:
+    """The argvs that shape all links in both directions."""
+    commands = []
+    for host in range(hosts):
+        commands.append(shaping_command(f"{PREFIX}{tag}-h{host}", DEVICE, rate, verb))
+        commands.append(shaping_command(f"{PREFIX}{tag}-bridge", f"port{host}", rate, verb))
+    return commands
+
+
+def build_commands(tag: str, hosts: int, rate: int) -> list[list[str]]:
+    """The argvs that build a lab, in order."""
+    bridge = f"{PREFIX}{tag}-bridge"
+    commands = [
+        ["ip", "netns", "add", bridge],
+        ["ip", "-n", bridge, "link", "add", "bridge0", "type", "bridge", "mcast_snooping", "0"],
+        # without an address of its own, nothing but the hosts' traffic is counted
+        ["ip", "-n", bridge, "link", "set", "bridge0", "addrgenmode", "none", "up"],
+    ]
+    for host in range(hosts):
+        name, port = f"{PREFIX}{tag}-h{host}", f"port{host}"
+        commands += [
+            ["ip", "netns", "add", name],
+            [*f"ip link add {DEVICE} netns {name} type veth peer name {port} netns {bridge}".split()],
+            ["ip", "-n", bridge, "link", "set", port, "master", "bridge0", "addrgenmode", "none", "up"],
+            ["ip", "-n", name, "link", "set", "lo", "up"],
+            ["ip", "-n", name, "link", "set", DEVICE, "addrgenmode", "none", "up"],
+            ["ip", "-n", name, "address", "add", f"{address_of(host)}/24", "dev", DEVICE],
+        ]
+    return commands + rate_commands(tag, hosts, rate, "add")
+
+
+def launch_command(namespace: str, host_name: str, command: Sequence[str]) -> list[str]:
+    """The argv that runs ``command`` on a host, under a host name of its own; it is killed when its starter dies."""
+    rename = 'echo "$0" > /proc/sys/kernel/hostname && exec "$@"'
+    inside = ["unshare", "--uts", "setpriv", "--pdeathsig", "KILL", "sh", "-c", rename, host_name]
+    return ["ip", "netns", "exec", namespace, *inside, *command]
+
+
+def worker_environment(rank: int, hosts: int, per_host: int) -> dict[str, str]:
+    """What torch.distributed's env:// and Gloo need to know of worker ``rank``, as torchrun would set it."""
+    return {
+        "RANK": str(rank),
+        "WORLD_SIZE": str(hosts * per_host),
+        "LOCAL_RANK": str(rank % per_host),
+        "LOCAL_WORLD_SIZE": str(per_host),
+        "GROUP_RANK": str(rank // per_host),
+        "MASTER_ADDR": address_of(0),
+        "MASTER_PORT": str(MASTER_PORT),
+        "GLOO_SOCKET_IFNAME": DEVICE,
+    }
+
+
+def run(command: Sequence[str]) -> str:
+    """Standard output of ``command``; LabError with its own words where it fails."""
+    # a session of its own, so that Ctrl-C does not reach it and a step of cleaning up is done or not
+    done = subprocess.run(command, capture_output=True, text=True, check=False, start_new_session=True)
+    if done.returncode != 0:
+        words = " ".join((done.stderr or done.stdout).split()) or f"exit code {done.returncode}"
+        raise LabError(f"{' '.join(command)}: {words}")
+    return done.stdout
+
+
+def _remove(namespace: str) -> None:
+    """End what runs in a namespace and delete it."""
+    for pid in run(["ip", "netns", "pids", namespace]).split():
+        try:
+            os.kill(int(pid), signal.SIGKILL)
+        except ProcessLookupError:
+            continue
+    run(["ip", "netns", "delete", namespace])
+
+
+def remove_stale() -> list[str]:
+    """Remove the namespaces of labs whose process is gone, with what runs in them; gives their names."""
+    names = sorted(path.name for path in _NAMESPACES.glob(f"{PREFIX}*")) if _NAMESPACES.is_dir() else []
+    stale = [name for name in names if is_stale(name)]
+    for name in stale:
+        _remove(name)
+    return stale
+
+
+class Lab:
+    """A running lab; leaving its context removes it, with every process in it, however the context is left."""
+
+    def __init__(self, hosts: int, rate: int, per_host: int = 1) -> None:
+        if not 1 <= hosts <= MAX_HOSTS:
+            raise ValueError(f"hosts: expected 1 to {MAX_HOSTS}, got {hosts}")
+        if per_host < 1:
+            raise ValueError(f"per_host: expected at least 1, got {per_host}")
+        self.hosts, self.per_host, self.rate = hosts, per_host, rate
+        tag = owner_tag(os.getpid())
+        assert tag is not None
+        self._tag = tag
+        self._processes: list[subprocess.Popen[Any]] = []
+
+    def __enter__(self) -> Lab:
+        require_abilities()
+        remove_stale()
+        try:
+            for command in build_commands(self._tag, self.hosts, self.rate):
+                run(command)
+        except BaseException:
+            self._close()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._close()
+
+    @property
+    def workers(self) -> int:
+        """Hosts times workers per host."""
+        return self.hosts * self.per_host
+
+    def namespace(self, host: int) -> str:
+        """The name of a host's network namespace."""
+        return f"{PREFIX}{self._tag}-h{host}"
+
+    def set_rate(self, rate: int) -> None:
+        """Change the rate of all links, in bits per second, while connections stay up."""
+        for command in rate_commands(self._tag, self.hosts, rate, "change"):
+            run(command)
+        self.rate = rate
+
+    def counters(self, host: int) -> Counters:
+        """What has passed a host's link so far."""
+        folder = f"/sys/class/net/{DEVICE}/statistics"
+        names = [f"{folder}/{name}" for name in ("tx_bytes", "rx_bytes", "tx_packets", "rx_packets")]
+        return Counters(*map(int, run(["ip", "netns", "exec", self.namespace(host), "cat", *names]).split()))
+
+    def start(
+        self, host: int, command: Sequence[str], environment: Mapping[str, str] | None = None, **options: Any
+    ) -> subprocess.Popen[Any]:
+        """Start ``command`` on a host, in a session of its own; it ends with the lab at the latest."""
+        argv = launch_command(self.namespace(host), f"host{host}", command)
+        process = subprocess.Popen(argv, env={**os.environ, **(environment or {})}, start_new_session=True, **options)
+        self._processes.append(process)
+        return process
+
+    def start_worker(self, rank: int, command: Sequence[str], **options: Any) -> subprocess.Popen[Any]:
+        """Start ``command`` as worker ``rank``, on its host."""
+        environment = worker_environment(rank, self.hosts, self.per_host)
+        return self.start(rank // self.per_host, command, environment, **options)
+
+    def _close(self) -> None:
+        with undisturbed():
+            for process in self._processes:
+                if process.poll() is None:
+                    process.kill()
+            for process in self._processes:
+                process.wait()
+            self._processes.clear()
+            own = sorted(path.name for path in _NAMESPACES.glob(f"{PREFIX}{self._tag}-*"))
+            for name in own:
+                _remove(name)

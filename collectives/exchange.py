@@ -1,0 +1,132 @@
+"""What every way of voting has in common: it moves in phases and ends in a tally.
+
+`advance` waits for the phase under way and starts the next, so that many exchanges can be in flight at once, in an
+order that the caller keeps the same on all workers.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from lioncub.collectives.cost import RESULT_HEADER_BYTES, chunk_bytes
+from lioncub.collectives.errors import WorkersDisagreeError, by_value
+from lioncub.collectives.handshake import WIRE_VERSION
+from lioncub.collectives.header import combined_status
+from lioncub.collectives.routes import Routes
+from lioncub.collectives.transport import LATER, AtOnce
+
+
+@dataclass(frozen=True)
+class Tally:
+    """A finished vote: the packed majority uint8[B], every worker's header uint8[N, H], and int64[2] counts.
+
+    Counts are (ties, unanimous) among the 8*B codes, pad codes of the message included as unanimous.
+    """
+
+    packed: Tensor
+    headers: Tensor
+    counts: Tensor
+
+
+@dataclass(frozen=True)
+class Terms:
+    """How an exchange is to be made: parity of ties, groups, kernels, the tag of its messages.
+
+    ``inbox`` has receives that are posted already, for messages that travel while processors compute.
+    """
+
+    parity: int
+    routes: Routes
+    impl: str = "auto"
+    tag: int = 0
+    approximate: bool = False
+    inbox: Inbox | None = None
+
+
+class Inbox:
+    """Posted receives of both legs of one reduce-scatter vote, and where they put what arrives."""
+
+    def __init__(self, routes: Routes, n_bytes: int, header_bytes: int, tag: int) -> None:
+        chunk = chunk_bytes(n_bytes, routes.workers)
+        self.received = torch.empty(routes.workers, header_bytes + chunk, dtype=torch.uint8)
+        self.replies = torch.empty(routes.workers, RESULT_HEADER_BYTES + chunk, dtype=torch.uint8)
+        self.there = AtOnce(self.received, routes.group, tag)
+        self.back = AtOnce(self.replies, routes.group, tag + LATER)
+
+
+class Exchange(Protocol):
+    """A vote under way; ``seconds`` is the time that the host spent starting and awaiting its collectives."""
+
+    seconds: float
+
+    def advance(self) -> bool:
+        """Wait for the phase under way and start the next; in the last phase do nothing and return False."""
+
+    def result(self) -> Tally:
+        """Run all remaining phases and give the result."""
+
+
+class Phase:
+    """The collectives under way, and the host's time for starting and awaiting them."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self._works: list[Any] = []
+
+    def start(self, *starters: Callable[[], Any]) -> None:
+        """Start the collectives of the next phase."""
+        began = time.perf_counter()
+        self._works = [start() for start in starters]
+        self.seconds += time.perf_counter() - began
+
+    def wait(self) -> None:
+        """Wait for all of them."""
+        began = time.perf_counter()
+        for work in self._works:
+            work.wait()
+        self._works = []
+        self.seconds += time.perf_counter() - began
+
+
+def fill_rows(packed: Tensor, rows: Tensor) -> None:
+    """Fill ``rows`` [N, C] with the bytes of ``packed``, row by row; what is left over stays as it is."""
+    width = rows.shape[1]
+    if width == 0:
+        return
+    whole = packed.numel() // width
+    rows[:whole] = packed[: whole * width].view(whole, width)
+    rest = packed[whole * width :]
+    if rest.numel():
+        rows[whole, : rest.numel()] = rest
+
+
+def new_reply(headers: Tensor, chunk: int) -> tuple[Tensor, Tensor, Tensor]:
+    """An answer to ``headers`` uint8[N, H]: the whole message, its voted chunk, and its int64[2] counts, as views."""
+    reply = torch.empty(RESULT_HEADER_BYTES + chunk, dtype=torch.uint8, device=headers.device)
+    words = reply[:RESULT_HEADER_BYTES].view(torch.int64)
+    words[0] = WIRE_VERSION
+    words[1] = combined_status(headers)
+    words[2:] = 0
+    return reply, reply[RESULT_HEADER_BYTES:], words[2:]
+
+
+def join_replies(replies: Tensor, n_bytes: int) -> tuple[Tensor, Tensor]:
+    """The voted message and the counts from everyone's answer uint8[N, 32 + C], in the order of the chunks.
+
+    Every worker must have seen the same headers; otherwise the network or a kernel is broken.
+    """
+    words = replies[:, :RESULT_HEADER_BYTES].contiguous().view(torch.int64)
+    said: Sequence[list[int]] = words[:, :2].tolist()
+    if any(status != said[0] for status in said):
+        raise WorkersDisagreeError(f"workers disagree on the wire version and status of a vote: {by_value(said)}")
+    voted = replies[:, RESULT_HEADER_BYTES:]
+    counts = words[:, 2:].sum(dim=0)
+    # chunks are padded: those codes, 0 on every worker, were counted as unanimous
+    counts[1] -= 8 * (voted.numel() - n_bytes)
+    return voted.reshape(-1)[:n_bytes], counts

@@ -1,0 +1,98 @@
+"""The two-level vote: fast messages inside a node, counts as bit planes between nodes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from lioncub.collectives.cost import chunk_bytes
+from lioncub.collectives.exchange import Phase, Tally, Terms, fill_rows, join_replies, new_reply
+from lioncub.collectives.transport import all_gather, all_to_all
+from lioncub.kernels import count_votes, counter_planes, majority_of_counts, majority_vote
+
+
+class HierarchicalVote:
+    """A vote of M nodes of L workers, exactly that of all M*L.
+
+    1. Inside the node, all-to-all: the worker at place k receives the k-th of L chunks from all L.
+    2. It counts the votes in its chunk into ceil(log2(L + 1)) bit planes; nothing is ever unpacked.
+    3. Between nodes, all-to-all among the workers at place k: node m's receives the m-th of M parts of the planes.
+    4. It adds the M counts bit-sliced and votes on its part.
+    5. All-gather of the voted parts between nodes; 6. all-gather of the voted chunks inside the node.
+
+    With ``terms.approximate`` each node votes first and one plane travels: a majority of majorities.
+    """
+
+    def __init__(self, packed: Tensor, header: Tensor, terms: Terms) -> None:
+        topology = terms.routes.topology
+        self._terms, self._n_bytes, self._header_bytes = terms, packed.numel(), header.numel()
+        self._nodes, self._local = topology.n_nodes, topology.local_size
+        self._part = chunk_bytes(self._n_bytes, topology.workers)
+        self._planes = 1 if terms.approximate else counter_planes(self._local)
+        message = packed.new_zeros(self._local, self._header_bytes + self._nodes * self._part)
+        message[:, : self._header_bytes] = header
+        fill_rows(packed, message[:, self._header_bytes :])
+        self._received = torch.empty_like(message)
+        self._steps: list[Callable[[], None]] = [self._send_counts, self._send_voted_part, self._send_voted_chunk]
+        self._phase = Phase()
+        self._phase.start(lambda: all_to_all(self._received, message, terms.routes.intra, tag=terms.tag))
+
+    @property
+    def seconds(self) -> float:
+        """See `Exchange`."""
+        return self._phase.seconds
+
+    def advance(self) -> bool:
+        """Wait for the leg under way and start the next."""
+        if not self._steps:
+            return False
+        self._phase.wait()
+        self._steps.pop(0)()
+        return True
+
+    def result(self) -> Tally:
+        """Run the remaining legs and put the voted chunks together."""
+        while self.advance():
+            pass
+        self._phase.wait()
+        voted, counts = join_replies(self._replies.view(self._nodes * self._local, -1), self._n_bytes)
+        return Tally(voted, self._headers, counts)
+
+    def _send_counts(self) -> None:
+        """Count the chunk; row m of the message is (headers of this node, part m of every plane)."""
+        ballots = self._received[:, self._header_bytes :]
+        if self._terms.approximate:
+            counted = majority_vote(ballots, parity=self._terms.parity, impl=self._terms.impl)[None]
+        else:
+            counted = count_votes(ballots, impl=self._terms.impl)
+        heads = self._received[:, : self._header_bytes].reshape(-1)
+        message = heads.new_empty(self._nodes, heads.numel() + self._planes * self._part)
+        message[:, : heads.numel()] = heads
+        rows = message[:, heads.numel() :].view(self._nodes, self._planes, self._part)
+        rows.copy_(counted.view(self._planes, self._nodes, self._part).transpose(0, 1))
+        self._counted = torch.empty_like(message)
+        self._phase.start(lambda: all_to_all(self._counted, message, self._terms.routes.inter, tag=self._terms.tag))
+
+    def _send_voted_part(self) -> None:
+        """Add up the counts of all nodes and vote on this worker's part."""
+        heads = self._local * self._header_bytes
+        by_place = self._counted[:, :heads].reshape(self._nodes * self._local, self._header_bytes)
+        self._headers = torch.empty_like(by_place)
+        # nodes need not hold consecutive ranks
+        self._headers[[rank for node in self._terms.routes.topology.nodes for rank in node]] = by_place
+        planes = self._counted[:, heads:].view(self._nodes, self._planes, self._part)
+        reply, voted, counts = new_reply(self._headers, self._part)
+        voters = self._nodes if self._terms.approximate else self._nodes * self._local
+        majority_of_counts(
+            planes, voters=voters, parity=self._terms.parity, out=voted, counts=counts, impl=self._terms.impl
+        )
+        self._parts = reply.new_empty(self._nodes, reply.numel())
+        self._phase.start(lambda: all_gather(self._parts.view(-1), reply, self._terms.routes.inter))
+
+    def _send_voted_chunk(self) -> None:
+        """Gather the voted chunks, each as its parts and their counts."""
+        self._replies = self._parts.new_empty(self._local, self._parts.numel())
+        parts = self._parts.view(-1)
+        self._phase.start(lambda: all_gather(self._replies.view(-1), parts, self._terms.routes.intra))

@@ -1,0 +1,98 @@
+"""The process groups on which votes travel: all workers, those of one node, and their counterparts on other nodes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+from lioncub.collectives.topology import Topology, find_topology
+from lioncub.collectives.transport import Group, world_size_of
+
+
+@dataclass(frozen=True)
+class Routes:
+    """Process groups of one arrangement of workers.
+
+    ``group`` holds all workers in rank order. Where the topology has two levels, ``intra`` holds the workers of this
+    one's node and ``inter`` those with its place on every node, in the order of ``topology``; else both are None.
+    """
+
+    group: Group
+    topology: Topology
+    intra: Group = None
+    inter: Group = None
+
+    @property
+    def workers(self) -> int:
+        """Number of workers in ``group``."""
+        return self.topology.workers
+
+    @classmethod
+    def flat(cls, group: Group = None) -> Routes:
+        """Routes that know no nodes; communicates nothing."""
+        return cls(group, Topology.flat(world_size_of(group)))
+
+    @classmethod
+    def build(cls, group: Group, topology: Topology) -> Routes:
+        """Make the groups of a topology; a collective call of all workers of ``group``.
+
+        Raises ValueError where the topology has another number of workers than the group.
+        """
+        size = world_size_of(group)
+        if topology.workers != size:
+            raise ValueError(f"topology: expected one of the group's {size} workers, got {topology.workers}")
+        if not topology.is_two_level:
+            return cls(group, topology)
+        node, place = topology.place_of(dist.get_rank(group))
+        intra = subgroup(group, topology.nodes[node])
+        inter = subgroup(group, [ranks[place] for ranks in topology.nodes])
+        return cls(group, topology, intra, inter)
+
+    @classmethod
+    def find(cls, group: Group = None) -> Routes:
+        """Routes by the nodes that host names and LOCAL_WORLD_SIZE tell; a collective call."""
+        return cls.build(group, find_topology(group))
+
+    @classmethod
+    def of_mesh(cls, mesh: DeviceMesh, group: Group = None) -> Routes:
+        """Routes along a mesh of shape [nodes, workers per node], whose groups are used; a collective call.
+
+        Raises ValueError unless the mesh has two dimensions and holds exactly the workers of ``group``.
+        """
+        if mesh.ndim != 2:
+            raise ValueError(f"mesh: expected dimensions (nodes, workers per node), got shape {tuple(mesh.mesh.shape)}")
+        ranks = dist.get_process_group_ranks(group or dist.group.WORLD)
+        rows = [[int(rank) for rank in row] for row in mesh.mesh.tolist()]
+        if sorted(rank for row in rows for rank in row) != sorted(ranks):
+            raise ValueError(f"mesh: expected the ranks {sorted(ranks)} of the group, got {rows}")
+        places = {rank: place for place, rank in enumerate(ranks)}
+        topology = Topology(tuple(sorted(tuple(sorted(places[rank] for rank in row)) for row in rows)))
+        if not topology.is_two_level:
+            return cls(group, topology)
+        if [[places[rank] for rank in row] for row in rows] != [list(node) for node in topology.nodes]:
+            # the mesh's own order of ranks is not the group's, so its groups would deliver chunks to other places
+            return cls.build(group, topology)
+        return cls(group, topology, mesh.get_group(1), mesh.get_group(0))
+
+
+def subgroup(group: Group, ranks: list[int] | tuple[int, ...]) -> dist.ProcessGroup:
+    """A new process group of some of ``group``'s ranks, with its backend and timeout; all of these ranks call it."""
+    everyone = dist.get_process_group_ranks(group or dist.group.WORLD)
+    made = dist.new_group(
+        [everyone[rank] for rank in ranks],
+        timeout=_timeout_of(group),
+        backend=dist.get_backend_config(group),
+        use_local_synchronization=True,
+    )
+    assert isinstance(made, dist.ProcessGroup)
+    return made
+
+
+def _timeout_of(group: Group) -> timedelta:
+    whole = group or dist.group.WORLD
+    assert whole is not None
+    timeout: timedelta = whole._get_backend(whole._device_types[0]).options._timeout
+    return timeout

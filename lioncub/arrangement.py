@@ -1,0 +1,96 @@
+"""The buckets of an optimizer and what carries each: laid out once, extended by new groups, arranged anew."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from lioncub.arguments import parameter_names
+from lioncub.buckets import Bucket, build_buckets, packed_sizes
+from lioncub.collectives import Voter
+from lioncub.collectives.handshake import digest
+from lioncub.explaining import Explanation, Message, explain
+from lioncub.stats import BucketStats
+from lioncub.wiring import Wiring
+
+# one worker sends nothing; its buckets only bound the work of one call
+_ALONE_BYTES = 2**20
+
+
+class Arrangement:
+    """Buckets, their voters (none for one worker) and the hash of their layout.
+
+    ``state`` is the optimizer's: each parameter's ``exp_avg`` there is kept a view into its bucket's momentum.
+    """
+
+    def __init__(self, wiring: Wiring, bucket_bytes: int | None, state: Mapping[Tensor, dict[str, Any]]) -> None:
+        self._wiring, self._state = wiring, state
+        # None: chosen by the model when the first groups are known
+        self.bucket_bytes = bucket_bytes
+        self.buckets: list[Bucket] = []
+        self.voters: list[Voter] = []
+        self.layout = digest([])
+
+    def append(self, param_groups: Sequence[dict[str, Any]], groups: range) -> list[Tensor]:
+        """Lay out new groups behind those there are; their parameters. Where it raises, nothing has changed."""
+        params = [param for i in groups for param in param_groups[i]["params"]]
+        # gradients come in about the reverse of the order of use
+        self._use(self.buckets + self._lay_out(param_groups, groups, {param: -i for i, param in enumerate(params)}))
+        return params
+
+    def reorder(self, param_groups: Sequence[dict[str, Any]], ready: Mapping[Tensor, int]) -> None:
+        """Lay out all groups anew, in the order in which gradients get ready; momentum moves along."""
+        self._use(self._lay_out(param_groups, range(len(param_groups)), ready))
+
+    def check_state(self) -> None:
+        """Raise RuntimeError where a parameter's momentum is no longer the one in its bucket."""
+        for bucket in self.buckets:
+            for slot, view in zip(bucket.slots, bucket.views, strict=True):
+                if self._state[slot.param].get("exp_avg") is not view:
+                    raise RuntimeError(
+                        f"state of parameter {slot.name}: expected the exp_avg made at construction, got another "
+                        "object; change momentum in place or through load_state_dict"
+                    )
+
+    def stats(self, seconds: Sequence[float]) -> tuple[BucketStats, ...]:
+        """What each bucket's last exchange cost; 0 seconds for buckets that have not travelled yet."""
+        took = [*seconds, *[0.0] * (len(self.buckets) - len(seconds))]
+        ways = [(voter.algorithm, voter.bytes_sent) for voter in self.voters] or [("none", 0)] * len(self.buckets)
+        return tuple(
+            BucketStats(bucket.elements, algorithm, sent, spent)
+            for bucket, (algorithm, sent), spent in zip(self.buckets, ways, took, strict=True)
+        )
+
+    def explain(self) -> Explanation:
+        """See `LionCub.explain`."""
+        if not self.voters:
+            return explain([Message(bucket.elements, bucket.n_bytes, 0, None) for bucket in self.buckets], None)
+        messages = [
+            Message(bucket.elements, voter.n_bytes, voter.header_bytes, voter.algorithm)
+            for bucket, voter in zip(self.buckets, self.voters, strict=True)
+        ]
+        return explain(messages, self._wiring.costs, approximate=self._wiring.approximate)
+
+    def _lay_out(
+        self, param_groups: Sequence[dict[str, Any]], groups: range, ready: Mapping[Tensor, int]
+    ) -> list[Bucket]:
+        members = {
+            i: list(zip(parameter_names(param_groups[i], i), param_groups[i]["params"], strict=True)) for i in groups
+        }
+        if self.bucket_bytes is None:
+            alone = self._wiring.workers == 1
+            self.bucket_bytes = _ALONE_BYTES if alone else self._wiring.bucket_bytes(packed_sizes(members))
+        return build_buckets(members, self.bucket_bytes, ready if self._wiring.overlap else None)
+
+    def _use(self, buckets: list[Bucket]) -> None:
+        voters = self._wiring.voters(buckets) if self._wiring.workers > 1 else []
+        for bucket in buckets:
+            for slot, view in zip(bucket.slots, bucket.views, strict=True):
+                before = self._state[slot.param].get("exp_avg") if slot.param in self._state else None
+                if before is not None and before is not view:
+                    view.copy_(before)
+                self._state[slot.param]["exp_avg"] = view
+        self.buckets, self.voters = buckets, voters
+        self.layout = digest([bucket.layout() for bucket in buckets])

@@ -1,0 +1,1 @@
+"""What ``lioncub probe`` does: measure a group, store its profile, show it."""

@@ -1,0 +1,100 @@
+"""How an optimizer's buckets travel: the process groups, what a vote costs on them, which way each bucket takes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from os import PathLike
+
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+from lioncub.buckets import Bucket
+from lioncub.collectives import ALGORITHMS, Costs, Profile, Routes, Voter, find_topology
+from lioncub.collectives.cost import best_bucket_bytes, default_costs
+from lioncub.collectives.handshake import digest
+from lioncub.collectives.routes import subgroup
+from lioncub.collectives.transport import backend_of, world_size_of
+
+PathOrProfile = str | PathLike[str] | Profile
+
+
+class Wiring:
+    """The arguments of `LionCub` that say how votes travel, and what follows from them once the group is known.
+
+    Construction checks the arguments and communicates nothing. ``connect`` is a collective call.
+    """
+
+    def __init__(
+        self,
+        group: dist.ProcessGroup | None,
+        algorithm: str,
+        approximate: bool,
+        mesh: DeviceMesh | None,
+        profile: PathOrProfile | None,
+        overlap: bool,
+        impl: str,
+    ) -> None:
+        if algorithm not in ("auto", *ALGORITHMS):
+            raise ValueError(f"algorithm: expected one of {('auto', *ALGORITHMS)}, got {algorithm!r}")
+        if approximate and algorithm != "hierarchical":
+            raise ValueError(f"approximate: expected it with algorithm='hierarchical' only, got {algorithm!r}")
+        if mesh is not None and not isinstance(mesh, DeviceMesh):
+            raise TypeError(f"mesh: expected a DeviceMesh, got {type(mesh).__name__}")
+        self.group, self.algorithm, self.approximate, self.mesh = group, algorithm, approximate, mesh
+        self.overlap, self._impl = overlap, impl
+        self.profile = profile if profile is None or isinstance(profile, Profile) else Profile.load(profile)
+        self.workers = world_size_of(group) if group or dist.is_initialized() else 1
+
+    def facts(self) -> dict[str, object]:
+        """What workers must have in common, by the names that an error gives it."""
+        return {
+            "algorithm": self.algorithm,
+            "approximate": self.approximate,
+            "mesh": None if self.mesh is None else self.mesh.mesh.tolist(),
+            "overlap": self.overlap,
+            "profile": None if self.profile is None else f"of {self.profile.date}, hash {digest(self.profile)}",
+        }
+
+    def connect(self) -> None:
+        """Find the nodes, make the process groups, load the costs. A collective call.
+
+        Raises ValueError where a profile was measured on another group, or "hierarchical" is asked for on nodes that
+        do not allow it.
+        """
+        # votes that travel during backward must not come between a user's own collectives
+        group = subgroup(self.group, tuple(range(self.workers))) if self.overlap else self.group
+        if self.mesh is not None:
+            self.routes = Routes.of_mesh(self.mesh, self.group)
+            if self.overlap:
+                self.routes = Routes.build(group, self.routes.topology)
+        elif self.algorithm in ("auto", "hierarchical") or self.profile is not None:
+            self.routes = Routes.build(group, find_topology(self.group))
+        else:
+            self.routes = Routes.flat(group)
+        backend = backend_of(group)
+        self.costs: Costs
+        if self.profile is not None:
+            self.costs = self.profile.costs(self.routes.topology, backend)
+        else:
+            self.costs = default_costs(self.routes.topology, backend, approximate=self.approximate)
+
+    def bucket_bytes(self, group_bytes: Sequence[int]) -> int:
+        """Bytes of a bucket chosen by the model, for packed bytes of each set of parameters that may share buckets."""
+        return best_bucket_bytes(group_bytes, self.algorithm, self.costs, overlap=self.overlap)
+
+    def voters(self, buckets: Sequence[Bucket]) -> list[Voter]:
+        """What carries each bucket, in their order."""
+        return [self._voter(bucket, tag) for tag, bucket in enumerate(buckets)]
+
+    def _voter(self, bucket: Bucket, tag: int) -> Voter:
+        return Voter(
+            bucket.n_bytes,
+            n_tensors=len(bucket.slots),
+            routes=self.routes,
+            algorithm=self.algorithm,
+            approximate=self.approximate,
+            costs=self.costs,
+            impl=self._impl,
+            tag=tag,
+            while_busy=self.overlap,
+        )
