@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from lioncub.training import launch
 from lioncub.training.config import TrainConfig, UserError, config_from_json, resumed_config
 from lioncub.training.gpt import GPT, parameter_count
 from lioncub.training.log import LogWriter, StepRecord, read_log
@@ -265,3 +266,11 @@ def test_gpt_sees_the_past_only_and_starts_near_a_uniform_guess() -> None:
         (gradient,) = torch.autograd.grad(output[:, 5].sum(), embedded)
         assert gradient[:, :6].abs().sum() > 0
         assert gradient[:, 6:].abs().sum() == 0
+
+
+def test_a_launcher_whose_workers_have_all_ended_waits_for_nothing() -> None:
+    workers = launch._Workers.__new__(launch._Workers)
+    workers.processes, workers.channels, workers.failures = [], [], []
+    reported: list[object] = []
+    workers._receive(reported.append, timeout=None)
+    assert reported == []

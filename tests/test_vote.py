@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 
 import pytest
@@ -73,11 +74,14 @@ def votes_like_all_reduce(rank: int, world_size: int, algorithm: str, nodes: tup
     return answers
 
 
-@pytest.mark.parametrize("algorithm", [*FLAT, "auto"])
+def votes_by_every_algorithm(rank: int, world_size: int) -> list[list[bytes]]:
+    return [votes_like_all_reduce(rank, world_size, algorithm) for algorithm in (*FLAT, "auto")]
+
+
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4, 5])
-def test_vote_is_the_majority_of_unpacked_votes(world_size: int, algorithm: str) -> None:
-    answers = results_of(votes_like_all_reduce, world_size, algorithm)
-    assert all(answer == answers[0] for answer in answers)
+def test_vote_is_the_majority_of_unpacked_votes(world_size: int) -> None:
+    answers = results_of(votes_by_every_algorithm, world_size)
+    assert all(by_algorithm == answers[0][0] for answer in answers for by_algorithm in answer)
 
 
 # the last but one interleaves the nodes' ranks
@@ -172,8 +176,8 @@ def test_impossible_nodes_are_refused(nodes: tuple[tuple[int, ...], ...]) -> Non
         Topology(nodes)
 
 
-def sums_like_all_reduce(rank: int, world_size: int, bits: int) -> None:
-    for n in SIZES:
+def sums_like_all_reduce(rank: int, world_size: int) -> None:
+    for bits, n in itertools.product((1, 2, 4, 8), SIZES):
         values = _values(rank, n)
         if bits == 1:
             packed, mine = pack_signs(values), unpack_signs(pack_signs(values), n).to(torch.int32)
@@ -185,13 +189,12 @@ def sums_like_all_reduce(rank: int, world_size: int, bits: int) -> None:
         dist.all_reduce(total)
         got = sum_codes(packed, n, bits=bits)
         assert got.dtype == torch.int32
-        assert torch.equal(got, total), f"n={n}"
+        assert torch.equal(got, total), f"bits={bits}, n={n}"
 
 
-@pytest.mark.parametrize("bits", [1, 2, 4, 8])
 @pytest.mark.parametrize("world_size", [1, 2, 3, 5])
-def test_native_sums_are_those_of_unpacked_codes(world_size: int, bits: int) -> None:
-    assert results_of(sums_like_all_reduce, world_size, bits) == [None] * world_size
+def test_native_sums_are_those_of_unpacked_codes(world_size: int) -> None:
+    assert results_of(sums_like_all_reduce, world_size) == [None] * world_size
 
 
 def sum_in_narrow_fields(rank: int, world_size: int) -> str:
@@ -231,11 +234,14 @@ def count_bytes(
     return [counting.sent[id(routes.intra)], counting.sent[id(routes.inter)]]
 
 
-@pytest.mark.parametrize("algorithm", FLAT)
+def count_bytes_of_every_algorithm(rank: int, world_size: int, n: int) -> list[list[int]]:
+    return [count_bytes(rank, world_size, algorithm, n, None, False) for algorithm in FLAT]
+
+
 @pytest.mark.parametrize(("world_size", "n"), [(1, 100), (2, 1009), (3, 70001), (4, 64), (5, 1009)])
-def test_bytes_sent_are_those_predicted(algorithm: str, world_size: int, n: int) -> None:
-    predicted = bytes_sent(algorithm, packed_bytes(n), world_size, header_bytes(0))
-    assert results_of(count_bytes, world_size, algorithm, n, None, False) == [[predicted]] * world_size
+def test_bytes_sent_are_those_predicted(world_size: int, n: int) -> None:
+    predicted = [[bytes_sent(name, packed_bytes(n), world_size, header_bytes(0))] for name in FLAT]
+    assert results_of(count_bytes_of_every_algorithm, world_size, n) == [predicted] * world_size
 
 
 @pytest.mark.parametrize("approximate", [False, True])

@@ -1,6 +1,5 @@
 """One worker process: joins the group, does its part of the job, and tells its parent how it went."""
 
-import contextlib
 import dataclasses
 import gc
 import os
@@ -8,7 +7,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing import parent_process
 from multiprocessing.connection import Connection
@@ -60,9 +59,8 @@ def describe(error: Exception, rank: int) -> Failure:
     return Failure(rank, f"{type(error).__name__}: {error}", traceback.format_exc(), time.time())
 
 
-@contextlib.contextmanager
-def group(job: Job, *, local_workers: int, init_method: str, rank: int) -> Iterator[None]:
-    """Membership in the default Gloo group; the processor's threads are shared out among `local_workers`."""
+def join_group(job: Job, *, local_workers: int, init_method: str, rank: int) -> None:
+    """Enter the default Gloo group; the processor's threads are shared out among `local_workers`."""
     torch.set_num_threads(max(1, torch.get_num_threads() // local_workers))
     dist.init_process_group(
         "gloo",
@@ -71,11 +69,13 @@ def group(job: Job, *, local_workers: int, init_method: str, rank: int) -> Itera
         world_size=job.workers,
         timeout=timedelta(seconds=job.timeout),
     )
-    yield
+
+
+def leave_group() -> None:
+    """Leave the default group; after an error the peers may be gone, and the process ends anyway."""
     # a DDP model that is garbage would be the group's last holder, and freeing the group from there joins threads that
     # may be waiting for the interpreter's lock
     gc.collect()
-    # not in a finally: after an error the peers may be gone, and the process ends anyway
     dist.destroy_process_group()
 
 
@@ -89,14 +89,14 @@ def run_local(rank: int, job: Job, rendezvous: str, channel: Connection) -> None
         # all workers are on this machine; a host name that does not resolve must not matter
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     try:
-        with group(job, local_workers=job.workers, init_method=f"file://{rendezvous}", rank=rank):
-            job.run(channel.send)
+        join_group(job, local_workers=job.workers, init_method=f"file://{rendezvous}", rank=rank)
+        job.run(channel.send)
     except Exception as error:
         channel.send(describe(error, rank))
         # sys.exit would wait for threads of a group whose peers may hang
         os._exit(1)
     channel.close()
-    # all is written and sent; ending the interpreter could only meet a thread of the group that is still at work
+    # all is written and sent; leaving the group would join threads, which may be waiting for the interpreter's lock
     os._exit(0)
 
 
@@ -109,8 +109,9 @@ def run_joined(job: Job, on_report: Callable[[Any], None]) -> None:
     """
     rank, local_workers = int(os.environ["RANK"]), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     try:
-        with group(job, local_workers=local_workers, init_method="env://", rank=rank):
-            job.run(on_report)
+        join_group(job, local_workers=local_workers, init_method="env://", rank=rank)
+        job.run(on_report)
+        leave_group()
     except UserError:
         raise
     except Exception as error:
