@@ -73,7 +73,7 @@ class _Workers:
 
     def _receive(self, on_report: Callable[[Any], None], timeout: float | None) -> None:
         """Handle all that has come; wait for a message or the end of a worker where nothing has."""
-        awaited = [*self.channels, *(process.sentinel for process in self._running())]
+        awaited: list[Connection | int] = [*self.channels, *(process.sentinel for process in self._running())]
         # the last worker may have ended since the caller looked, and to wait for nothing would never end
         ready = wait(awaited, timeout) if awaited else []
         for channel in [channel for channel in self.channels if channel in ready]:
