@@ -54,8 +54,8 @@ class Inbox:
 
     def __init__(self, routes: Routes, n_bytes: int, header_bytes: int, tag: int) -> None:
         chunk = chunk_bytes(n_bytes, routes.workers)
-        self.received = torch.empty(routes.workers, header_bytes + chunk, dtype=torch.uint8)
-        self.replies = torch.empty(routes.workers, RESULT_HEADER_BYTES + chunk, dtype=torch.uint8)
+        self.received = torch.empty(routes.workers, header_bytes + chunk, dtype=torch.uint8, device="cpu")
+        self.replies = torch.empty(routes.workers, RESULT_HEADER_BYTES + chunk, dtype=torch.uint8, device="cpu")
         self.there = AtOnce(self.received, routes.group, tag)
         self.back = AtOnce(self.replies, routes.group, tag + LATER)
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
@@ -47,8 +49,8 @@ class Routes:
         if not topology.is_two_level:
             return cls(group, topology)
         node, place = topology.place_of(dist.get_rank(group))
-        intra = subgroup(group, topology.nodes[node])
-        inter = subgroup(group, [ranks[place] for ranks in topology.nodes])
+        intra = subgroups(group, topology.nodes)[node]
+        inter = subgroups(group, tuple(zip(*topology.nodes, strict=True)))[place]
         return cls(group, topology, intra, inter)
 
     @classmethod
@@ -78,16 +80,23 @@ class Routes:
         return cls(group, topology, mesh.get_group(1), mesh.get_group(0))
 
 
-def subgroup(group: Group, ranks: list[int] | tuple[int, ...]) -> dist.ProcessGroup:
-    """A new process group of some of ``group``'s ranks, with its backend and timeout; all of these ranks call it."""
+def subgroups(group: Group, partition: Sequence[Sequence[int]]) -> list[Group]:
+    """New process groups of ``group``'s ranks, with its backend and timeout; None for those without this worker.
+
+    A collective call of all workers of ``group``, with the same sets of ranks on all.
+    """
     everyone = dist.get_process_group_ranks(group or dist.group.WORLD)
-    made = dist.new_group(
-        [everyone[rank] for rank in ranks],
-        timeout=_timeout_of(group),
-        backend=dist.get_backend_config(group),
-        use_local_synchronization=True,
-    )
-    assert isinstance(made, dist.ProcessGroup)
+    options: dict[str, Any] = {"timeout": _timeout_of(group), "backend": dist.get_backend_config(group)}
+    me = dist.get_rank(group)
+    # the names of groups that only their members make depend on what other groups each member is in, so where all
+    # processes are here, all of them make all groups
+    local = len(everyone) != dist.get_world_size()
+    made: list[Group] = []
+    for ranks in partition:
+        new = None
+        if me in ranks or not local:
+            new = dist.new_group([everyone[rank] for rank in ranks], use_local_synchronization=local, **options)
+        made.append(new if me in ranks else None)
     return made
 
 

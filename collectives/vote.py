@@ -19,7 +19,7 @@ from lioncub.collectives.routes import Routes
 from lioncub.collectives.transport import Group, backend_of, has_point_to_point
 
 # votes of one group that are in flight at once need messages of different tags; keyed by the group's name
-_TAGS: defaultdict[str, Iterator[int]] = defaultdict(itertools.count)
+_TAGS: defaultdict[str, Iterator[int]] = defaultdict(lambda: itertools.cycle(range(2048, 4096)))
 
 
 class Voter:

@@ -85,7 +85,9 @@ class Arrangement:
         return build_buckets(members, self.bucket_bytes, ready if self._wiring.overlap else None)
 
     def _use(self, buckets: list[Bucket]) -> None:
-        voters = self._wiring.voters(buckets) if self._wiring.workers > 1 else []
+        # a voter that stays may have posted receives already
+        kept = self.voters if buckets[: len(self.buckets)] == self.buckets else []
+        voters = [*kept, *self._wiring.voters(buckets[len(kept) :], len(kept))] if self._wiring.workers > 1 else []
         for bucket in buckets:
             for slot, view in zip(bucket.slots, bucket.views, strict=True):
                 before = self._state[slot.param].get("exp_avg") if slot.param in self._state else None

@@ -67,6 +67,8 @@ def _move(exchange: Exchange) -> Exchange:
 def _work(jobs: queue.SimpleQueue[Callable[[], None] | None]) -> None:
     while (job := jobs.get()) is not None:
         job()
+        # else the message, and its gradients, would live on until the next one comes
+        del job
 
 
 def _fulfil(future: Future[Exchange], job: Callable[[], Exchange]) -> None:

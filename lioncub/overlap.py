@@ -83,7 +83,8 @@ class Overlap:
         self._waiting = [len(bucket.slots) for bucket in buckets]
 
     def end(self) -> None:
-        """Send nothing early any more, until `begin`; what is under way stays so."""
+        """Send nothing early any more, until `begin`; what is under way no longer holds."""
+        self._stale |= bool(self._sent)
         self._buckets, self._voters, self._bucket_of, self._waiting = [], [], {}, []
 
     def agreed_order(self, params: Sequence[Tensor], group: Group) -> dict[Tensor, int] | None:
@@ -120,7 +121,9 @@ class Overlap:
 
     def restart(self) -> None:
         """Gradients are being cleared: what backward did before an exception no longer counts."""
-        if not self._sent:
+        if self._sent:
+            self._stale = True
+        else:
             self.reset()
 
     def _collect(

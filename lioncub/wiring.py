@@ -12,7 +12,7 @@ from lioncub.buckets import Bucket
 from lioncub.collectives import ALGORITHMS, Costs, Profile, Routes, Voter, find_topology
 from lioncub.collectives.cost import best_bucket_bytes, default_costs
 from lioncub.collectives.handshake import digest
-from lioncub.collectives.routes import subgroup
+from lioncub.collectives.routes import subgroups
 from lioncub.collectives.transport import backend_of, world_size_of
 
 PathOrProfile = str | PathLike[str] | Profile
@@ -62,7 +62,7 @@ class Wiring:
         do not allow it.
         """
         # votes that travel during backward must not come between a user's own collectives
-        group = subgroup(self.group, tuple(range(self.workers))) if self.overlap else self.group
+        group = subgroups(self.group, [range(self.workers)])[0] if self.overlap else self.group
         if self.mesh is not None:
             self.routes = Routes.of_mesh(self.mesh, self.group)
             if self.overlap:
@@ -82,9 +82,9 @@ class Wiring:
         """Bytes of a bucket chosen by the model, for packed bytes of each set of parameters that may share buckets."""
         return best_bucket_bytes(group_bytes, self.algorithm, self.costs, overlap=self.overlap)
 
-    def voters(self, buckets: Sequence[Bucket]) -> list[Voter]:
-        """What carries each bucket, in their order."""
-        return [self._voter(bucket, tag) for tag, bucket in enumerate(buckets)]
+    def voters(self, buckets: Sequence[Bucket], first: int = 0) -> list[Voter]:
+        """What carries each bucket, in their order, from number ``first`` on."""
+        return [self._voter(bucket, tag) for tag, bucket in enumerate(buckets, start=first)]
 
     def _voter(self, bucket: Bucket, tag: int) -> Voter:
         return Voter(
