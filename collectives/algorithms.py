@@ -2,36 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from lioncub.collectives.cost import chunk_bytes
-from lioncub.collectives.exchange import Phase, Tally, Terms, fill_rows, join_replies, new_reply
+from lioncub.collectives.exchange import Exchange, Tally, Terms, headed_rows, join_replies, new_reply
 from lioncub.collectives.hierarchical import HierarchicalVote
 from lioncub.collectives.transport import all_gather, all_reduce, all_to_all
 from lioncub.kernels import field_bits, majority_of_fields, majority_vote, spread_codes
 
 
-class AllGatherVote:
+class AllGatherVote(Exchange):
     """1. every worker gathers everyone's message; 2. every worker votes on all of it."""
 
     def __init__(self, packed: Tensor, header: Tensor, terms: Terms) -> None:
-        self._terms, self._header_bytes = terms, header.numel()
+        super().__init__(terms)
+        self._header_bytes = header.numel()
         message = torch.cat([header, packed])
         self._received = packed.new_empty(terms.routes.workers, message.numel())
-        self._phase = Phase()
         self._phase.start(lambda: all_gather(self._received.view(-1), message, terms.routes.group))
-
-    @property
-    def seconds(self) -> float:
-        """See `Exchange`."""
-        return self._phase.seconds
-
-    def advance(self) -> bool:
-        """There is no second phase to start."""
-        return False
 
     def result(self) -> Tally:
         """Wait, vote."""
@@ -42,20 +33,17 @@ class AllGatherVote:
         return Tally(voted, headers, counts)
 
 
-class ReduceScatterVote:
+class ReduceScatterVote(Exchange):
     """1. all-to-all: worker k receives everyone's k-th chunk; 2. it votes on it; 3. all-gather of the voted chunks."""
 
     def __init__(self, packed: Tensor, header: Tensor, terms: Terms) -> None:
-        self._terms, self._n_bytes, self._header_bytes = terms, packed.numel(), header.numel()
+        super().__init__(terms)
+        self._n_bytes, self._header_bytes = packed.numel(), header.numel()
         workers = terms.routes.workers
-        chunk = chunk_bytes(self._n_bytes, workers)
-        message = packed.new_zeros(workers, self._header_bytes + chunk)
-        message[:, : self._header_bytes] = header
-        fill_rows(packed, message[:, self._header_bytes :])
+        message = headed_rows(packed, header, workers, chunk_bytes(self._n_bytes, workers))
         inbox = terms.inbox
         self._received = torch.empty_like(message) if inbox is None else inbox.received
         self._replies: Tensor | None = None
-        self._phase = Phase()
         self._phase.start(
             lambda: (
                 all_to_all(self._received, message, terms.routes.group, tag=terms.tag)
@@ -63,11 +51,6 @@ class ReduceScatterVote:
                 else inbox.there.send(message)
             )
         )
-
-    @property
-    def seconds(self) -> float:
-        """See `Exchange`."""
-        return self._phase.seconds
 
     def advance(self) -> bool:
         """Wait for the chunks, vote on them, start gathering the voted ones."""
@@ -98,31 +81,21 @@ class ReduceScatterVote:
         return Tally(voted, self._received[:, : self._header_bytes], counts)
 
 
-class AllReduceVote:
+class AllReduceVote(Exchange):
     """1. codes are spread into fields wide enough for their sum; 2. one native all-reduce adds them up, while headers
     are gathered; 3. every worker compares every field with half the number of workers."""
 
     def __init__(self, packed: Tensor, header: Tensor, terms: Terms) -> None:
-        self._terms = terms
+        super().__init__(terms)
         self._field_bits = field_bits(1, terms.routes.workers)
         self._fields = spread_codes(packed, bits=1, field_bits=self._field_bits, impl=terms.impl)
         self._headers = header.new_empty(terms.routes.workers, header.numel())
         # fields never carry into one another, so wider integers give the same sums
         summands = self._fields.view(torch.int32) if self._field_bits == 16 else self._fields
         group = terms.routes.group
-        self._phase = Phase()
         self._phase.start(
             lambda: all_gather(self._headers.view(-1), header, group), lambda: all_reduce(summands, group)
         )
-
-    @property
-    def seconds(self) -> float:
-        """See `Exchange`."""
-        return self._phase.seconds
-
-    def advance(self) -> bool:
-        """There is no second phase to start."""
-        return False
 
     def result(self) -> Tally:
         """Wait, compare."""
@@ -139,7 +112,7 @@ class AllReduceVote:
         return Tally(voted, self._headers, counts)
 
 
-EXCHANGES: dict[str, Any] = {
+EXCHANGES: dict[str, Callable[[Tensor, Tensor, Terms], Exchange]] = {
     "all_gather": AllGatherVote,
     "reduce_scatter": ReduceScatterVote,
     "hierarchical": HierarchicalVote,

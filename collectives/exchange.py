@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -60,18 +60,6 @@ class Inbox:
         self.back = AtOnce(self.replies, routes.group, tag + LATER)
 
 
-class Exchange(Protocol):
-    """A vote under way; ``seconds`` is the time that the host spent starting and awaiting its collectives."""
-
-    seconds: float
-
-    def advance(self) -> bool:
-        """Wait for the phase under way and start the next; in the last phase do nothing and return False."""
-
-    def result(self) -> Tally:
-        """Run all remaining phases and give the result."""
-
-
 class Phase:
     """The collectives under way, and the host's time for starting and awaiting them."""
 
@@ -94,7 +82,36 @@ class Phase:
         self.seconds += time.perf_counter() - began
 
 
-def fill_rows(packed: Tensor, rows: Tensor) -> None:
+class Exchange:
+    """A vote under way, of one phase unless `advance` says otherwise; a subclass starts the first on construction."""
+
+    def __init__(self, terms: Terms) -> None:
+        self._terms = terms
+        self._phase = Phase()
+
+    @property
+    def seconds(self) -> float:
+        """Time that the host spent starting and awaiting collectives."""
+        return self._phase.seconds
+
+    def advance(self) -> bool:
+        """Wait for the phase under way and start the next; in the last phase do nothing and return False."""
+        return False
+
+    def result(self) -> Tally:
+        """Run all remaining phases and give the result."""
+        raise NotImplementedError
+
+
+def headed_rows(packed: Tensor, header: Tensor, n_rows: int, width: int) -> Tensor:
+    """uint8[n_rows, H + width]: the header, then the bytes of ``packed`` row by row, zeros where they end."""
+    message = packed.new_zeros(n_rows, header.numel() + width)
+    message[:, : header.numel()] = header
+    _fill_rows(packed, message[:, header.numel() :])
+    return message
+
+
+def _fill_rows(packed: Tensor, rows: Tensor) -> None:
     """Fill ``rows`` [N, C] with the bytes of ``packed``, row by row; what is left over stays as it is."""
     width = rows.shape[1]
     if width == 0:

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from lioncub.collectives.cost import chunk_bytes
-from lioncub.collectives.exchange import Phase, Tally, Terms, fill_rows, join_replies, new_reply
+from lioncub.collectives.exchange import Exchange, Tally, Terms, headed_rows, join_replies, new_reply
 from lioncub.collectives.transport import all_gather, all_to_all
 from lioncub.kernels import count_votes, counter_planes, majority_of_counts, majority_vote
 
 
-class HierarchicalVote:
+class HierarchicalVote(Exchange):
     """A vote of M nodes of L workers, exactly that of all M*L.
 
     1. Inside the node, all-to-all: the worker at place k receives the k-th of L chunks from all L.
@@ -27,22 +27,15 @@ class HierarchicalVote:
 
     def __init__(self, packed: Tensor, header: Tensor, terms: Terms) -> None:
         topology = terms.routes.topology
-        self._terms, self._n_bytes, self._header_bytes = terms, packed.numel(), header.numel()
+        super().__init__(terms)
+        self._n_bytes, self._header_bytes = packed.numel(), header.numel()
         self._nodes, self._local = topology.n_nodes, topology.local_size
         self._part = chunk_bytes(self._n_bytes, topology.workers)
         self._planes = 1 if terms.approximate else counter_planes(self._local)
-        message = packed.new_zeros(self._local, self._header_bytes + self._nodes * self._part)
-        message[:, : self._header_bytes] = header
-        fill_rows(packed, message[:, self._header_bytes :])
+        message = headed_rows(packed, header, self._local, self._nodes * self._part)
         self._received = torch.empty_like(message)
         self._steps: list[Callable[[], None]] = [self._send_counts, self._send_voted_part, self._send_voted_chunk]
-        self._phase = Phase()
         self._phase.start(lambda: all_to_all(self._received, message, terms.routes.intra, tag=terms.tag))
-
-    @property
-    def seconds(self) -> float:
-        """See `Exchange`."""
-        return self._phase.seconds
 
     def advance(self) -> bool:
         """Wait for the leg under way and start the next."""

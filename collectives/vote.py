@@ -70,8 +70,7 @@ class Voter:
         self.expect(packed.device)
         inbox, self._inbox = self._inbox, None
         terms = Terms(header.step, self.routes, self._impl, self._tag, self._approximate, inbox)
-        exchange: Exchange = EXCHANGES[self.algorithm](packed, encoded, terms)
-        return exchange
+        return EXCHANGES[self.algorithm](packed, encoded, terms)
 
 
 class PendingVote:

@@ -54,6 +54,29 @@ def check_packed(name: str, packed: Tensor, n_bytes: int) -> None:
         )
 
 
+def check_counts(counts: Tensor | None, peer_name: str, peer: Tensor) -> None:
+    """Raise ValueError unless ``counts`` is None or a contiguous int64[2] on ``peer``'s device."""
+    if counts is None:
+        return
+    if counts.dtype != torch.int64 or counts.shape != (2,) or not counts.is_contiguous():
+        raise ValueError(
+            f"counts: expected a contiguous int64[2], got {counts.dtype} of shape {tuple(counts.shape)} "
+            f"with strides {counts.stride()}"
+        )
+    check_device("counts", counts, peer_name, peer)
+
+
+def check_rows(name: str, tensor: Tensor, axes: str) -> None:
+    """Raise unless ``tensor`` is uint8 with these axes, of which only the last may be 0, and its bytes adjacent."""
+    if not isinstance(tensor, Tensor) or tensor.dtype != torch.uint8:
+        raise TypeError(f"{name}: expected a uint8 tensor, got {_kind(tensor)}")
+    if tensor.dim() != len(axes.split(", ")) or 0 in tensor.shape[:-1]:
+        leading = axes[: axes.rindex(",")]
+        raise ValueError(f"{name}: expected shape [{axes}] with {leading} >= 1, got {tuple(tensor.shape)}")
+    if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+        raise ValueError(f"{name}: expected rows of adjacent bytes, got strides {tensor.stride()}")
+
+
 def check_status(status: Tensor | None, peer: Tensor, n_tensors: int = 1) -> None:
     """Raise unless ``status`` is None or a contiguous int32 tensor with one element per tensor."""
     if status is None:

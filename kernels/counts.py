@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lioncub.kernels.backends import backend
-from lioncub.kernels.checks import check_device, check_packed
+from lioncub.kernels.checks import check_counts, check_device, check_packed, check_rows
 from lioncub.kernels.layout import counter_planes
 from lioncub.kernels.registry import mark_written, register
 from lioncub.kernels.scalars import count_scalar
@@ -25,11 +25,11 @@ def count_votes(packed: Tensor, *, out: Tensor | None = None, impl: str = "auto"
     Returns:
         ``out``: row k holds bit k of the counts, at the places of the codes.
     """
-    _check_bytes("packed", packed, "N, B")
+    check_rows("packed", packed, "N, B")
     planes, n_bytes = counter_planes(packed.shape[0]), packed.shape[1]
     if out is None:
         out = torch.empty(planes, n_bytes, dtype=torch.uint8, device=packed.device)
-    _check_bytes("out", out, "P, B")
+    check_rows("out", out, "P, B")
     if out.shape != (planes, n_bytes):
         raise ValueError(f"out: expected shape {(planes, n_bytes)}, got {tuple(out.shape)}")
     if planes > 1 and out.stride(0) < n_bytes:
@@ -64,7 +64,7 @@ def majority_of_counts(
     Returns:
         ``out``: bit 1 where the sum of the counts is more than half of the voters.
     """
-    _check_bytes("planes", planes, "G, P, B")
+    check_rows("planes", planes, "G, P, B")
     largest = planes.shape[0] * (2 ** planes.shape[1] - 1)
     # the sum is held in 32 bits, whatever the planes contain
     if largest >= 2**31:
@@ -79,29 +79,6 @@ def majority_of_counts(
     check_counts(counts, "planes", planes)
     _SUM(planes, voters, count_scalar("parity", parity), out, counts, impl)
     return out
-
-
-def check_counts(counts: Tensor | None, peer_name: str, peer: Tensor) -> None:
-    """Raise ValueError unless ``counts`` is None or a contiguous int64[2] on ``peer``'s device."""
-    if counts is None:
-        return
-    if counts.dtype != torch.int64 or counts.shape != (2,) or not counts.is_contiguous():
-        raise ValueError(
-            f"counts: expected a contiguous int64[2], got {counts.dtype} of shape {tuple(counts.shape)} "
-            f"with strides {counts.stride()}"
-        )
-    check_device("counts", counts, peer_name, peer)
-
-
-def _check_bytes(name: str, tensor: Tensor, axes: str) -> None:
-    """Raise unless ``tensor`` is uint8 with these axes, of which only the last may be 0, and its bytes adjacent."""
-    if not isinstance(tensor, Tensor) or tensor.dtype != torch.uint8:
-        raise TypeError(f"{name}: expected a uint8 tensor, got {getattr(tensor, 'dtype', type(tensor).__name__)}")
-    if tensor.dim() != len(axes.split(", ")) or 0 in tensor.shape[:-1]:
-        leading = axes[: axes.rindex(",")]
-        raise ValueError(f"{name}: expected shape [{axes}] with {leading} >= 1, got {tuple(tensor.shape)}")
-    if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
-        raise ValueError(f"{name}: expected rows of adjacent bytes, got strides {tensor.stride()}")
 
 
 def _count(packed: Tensor, out: Tensor, impl: str) -> None:

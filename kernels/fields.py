@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from lioncub.kernels.backends import backend
-from lioncub.kernels.checks import check_device, check_packed
-from lioncub.kernels.counts import check_counts
+from lioncub.kernels.checks import check_counts, check_device, check_packed
 from lioncub.kernels.layout import CODE_BITS, FIELD_BITS, WORD_BYTES
 from lioncub.kernels.registry import mark_written, register
 from lioncub.kernels.scalars import count_scalar

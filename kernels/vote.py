@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lioncub.kernels.backends import backend
-from lioncub.kernels.checks import check_device, check_packed
+from lioncub.kernels.checks import check_counts, check_device, check_packed, check_rows
 from lioncub.kernels.registry import mark_written, register
 from lioncub.kernels.scalars import count_scalar
 
@@ -31,24 +31,13 @@ def majority_vote(
     Returns:
         ``out``: bit 1 where more voters have 1 than 0. Pad codes, 0 everywhere, stay 0 and count as unanimous.
     """
-    if not isinstance(packed, Tensor) or packed.dtype != torch.uint8:
-        raise TypeError(f"packed: expected a uint8 tensor, got {getattr(packed, 'dtype', type(packed).__name__)}")
-    if packed.dim() != 2 or packed.shape[0] < 1:
-        raise ValueError(f"packed: expected shape [N, B] with N >= 1, got {tuple(packed.shape)}")
-    if packed.shape[1] > 1 and packed.stride(1) != 1:
-        raise ValueError(f"packed: expected rows of adjacent bytes, got strides {packed.stride()}")
+    check_rows("packed", packed, "N, B")
     n_bytes = packed.shape[1]
     if out is None:
         out = torch.empty(n_bytes, dtype=torch.uint8, device=packed.device)
     check_packed("out", out, n_bytes)
     check_device("out", out, "packed", packed)
-    if counts is not None:
-        if counts.dtype != torch.int64 or counts.shape != (2,) or not counts.is_contiguous():
-            raise ValueError(
-                f"counts: expected a contiguous int64[2], got {counts.dtype} of shape {tuple(counts.shape)} "
-                f"with strides {counts.stride()}"
-            )
-        check_device("counts", counts, "packed", packed)
+    check_counts(counts, "packed", packed)
     _VOTE(packed, count_scalar("parity", parity), out, counts, impl)
     return out
 

@@ -320,7 +320,7 @@ class LionCub(MomentumOptimizer):
         finally:
             if self._overlap is not None:
                 self._overlap.reset(learn=True)
-                if self._order_known and not self._unverified:
+                if self._order_known and not self._unverified and not self._overlap.has_begun:
                     self._overlap.begin(self._buckets, self._voters)
 
     def _apply(self, votes: Sequence[BucketVote], verdict: Verdict, draft: Draft) -> None:

@@ -82,6 +82,11 @@ class Overlap:
         self._bucket_of = {slot.param: i for i, bucket in enumerate(buckets) for slot in bucket.slots}
         self._waiting = [len(bucket.slots) for bucket in buckets]
 
+    @property
+    def has_begun(self) -> bool:
+        """Whether buckets are sent early."""
+        return bool(self._buckets)
+
     def end(self) -> None:
         """Send nothing early any more, until `begin`; what is under way no longer holds."""
         self._stale |= bool(self._sent)

@@ -527,7 +527,7 @@ def bf16_gradients(rank: int, world_size: int) -> tuple[list[float], float, floa
     ddp(values).sum().backward()
     assert model.weight.grad is not None
     assert model.weight.grad.dtype == torch.float32
-    return model.weight.grad[0].tolist(), clock.busy, clock.exposed
+    return model.weight.grad[0].tolist(), clock.busy_seconds(), clock.exposed_seconds()
 
 
 def test_the_bf16_hook_averages_on_gloo() -> None:

@@ -35,6 +35,17 @@ class Method(Protocol):
         ...
 
 
+def timed(model: nn.Module, update: Callable[[], Any], windows: Tensor) -> tuple[float, float, float]:
+    """Seconds of forward, of backward and of ``update``, one after the other."""
+    begin = perf_counter()
+    loss = model(windows)
+    forward = perf_counter()
+    loss.backward()
+    backward = perf_counter()
+    update()
+    return forward - begin, backward - forward, perf_counter() - backward
+
+
 class Plain:
     """No communication: the time that remains when it costs nothing."""
 
@@ -44,14 +55,8 @@ class Plain:
     def step(self, windows: Tensor) -> StepTimes:
         """See `Method`."""
         self._optimizer.zero_grad()
-        begin = perf_counter()
-        loss = self._model(windows)
-        forward = perf_counter()
-        loss.backward()
-        backward = perf_counter()
-        self._optimizer.step()
-        end = perf_counter()
-        return StepTimes(end - begin, forward - begin, backward - forward, 0.0, end - backward, 0.0)
+        forward, backward, update = timed(self._model, self._optimizer.step, windows)
+        return StepTimes(forward + backward + update, forward, backward, 0.0, update, 0.0)
 
 
 class UnderDDP:
@@ -64,15 +69,9 @@ class UnderDDP:
         """See `Method`."""
         self._clock.reset()
         self._optimizer.zero_grad()
-        begin = perf_counter()
-        loss = self._ddp(windows)
-        forward = perf_counter()
-        loss.backward()
-        backward = perf_counter()
-        self._optimizer.step()
-        end = perf_counter()
-        exposed, busy = self._clock.exposed, self._clock.busy
-        return StepTimes(end - begin, forward - begin, backward - forward - exposed, exposed, end - backward, busy)
+        forward, backward, update = timed(self._ddp, self._optimizer.step, windows)
+        exposed, busy = self._clock.exposed_seconds(), self._clock.busy_seconds()
+        return StepTimes(forward + backward + update, forward, backward - exposed, exposed, update, busy)
 
 
 class Int8Vote:
@@ -105,14 +104,10 @@ class Int8Vote:
     def step(self, windows: Tensor) -> StepTimes:
         """See `Method`."""
         self._model.zero_grad()
-        begin = perf_counter()
-        loss = self._model(windows)
-        forward = perf_counter()
-        loss.backward()
-        backward = perf_counter()
-        sent = self.vote()
-        end = perf_counter()
-        return StepTimes(end - begin, forward - begin, backward - forward, sent, end - backward - sent, sent)
+        seconds: list[float] = []
+        forward, backward, update = timed(self._model, lambda: seconds.append(self.vote()), windows)
+        (sent,) = seconds
+        return StepTimes(forward + backward + update, forward, backward, sent, update - sent, sent)
 
 
 class Voting:
@@ -139,23 +134,10 @@ class Voting:
     def step(self, windows: Tensor) -> StepTimes:
         """See `Method`."""
         self._optimizer.zero_grad()
-        begin = perf_counter()
-        loss = self._model(windows)
-        forward = perf_counter()
-        loss.backward()
-        backward = perf_counter()
-        self._optimizer.step()
-        end = perf_counter()
+        forward, backward, update = timed(self._model, self._optimizer.step, windows)
         stats = self._optimizer.stats()
-        exposed = stats.exposed_seconds
-        return StepTimes(
-            end - begin,
-            forward - begin,
-            backward - forward,
-            exposed,
-            end - backward - exposed,
-            stats.communication_seconds,
-        )
+        exposed, busy = stats.exposed_seconds, stats.communication_seconds
+        return StepTimes(forward + backward + update, forward, backward, exposed, update - exposed, busy)
 
     def step_alone(self) -> float:
         """Step once more, with the last gradients; seconds of communication."""

@@ -73,6 +73,10 @@ class AllReduceClock:
         self.started.clear()
         self.finished.clear()
 
+    def exposed_seconds(self) -> float:
+        """Time from the last bucket's start: all gradients are there, and the backward pass only waits."""
+        return max(self.finished) - max(self.started)
+
     def busy_seconds(self) -> float:
         """Time with at least one all-reduce under way, since the last reset."""
         return covered_seconds(self.started, self.finished)
@@ -118,8 +122,7 @@ class LionUnderDDP:
         backward_end = perf_counter()
         self.optimizer.step()
         end = perf_counter()
-        # the last bucket is ready when all gradients are: from there on the backward pass only waits
-        exposed = max(self.clock.finished) - max(self.clock.started)
+        exposed = self.clock.exposed_seconds()
         return StepCost(
             loss=loss.item(),
             forward_seconds=forward_end - begin,
