@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lioncub.collectives.transport import Group, all_gather, all_to_all, world_size_of
+from lioncub.collectives.transport import AVERAGES, Group, all_gather, all_to_all, world_size_of
 
 
 def average_(values: Tensor, *, group: Group = None) -> None:
@@ -23,7 +23,7 @@ def average_(values: Tensor, *, group: Group = None) -> None:
     sent = values.new_zeros(workers, chunk)
     sent.view(-1)[:n] = values
     received = torch.empty_like(sent)
-    all_to_all(received, sent, group).wait()
+    all_to_all(received, sent, group, tag=AVERAGES).wait()
     total = received[0].clone()
     for row in received[1:]:
         total += row

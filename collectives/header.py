@@ -56,14 +56,23 @@ def encode_header(header: Header, device: torch.device, status: Tensor | None = 
     for start in range(0, len(header.has_gradient), 64):
         bits = sum(1 << i for i, present in enumerate(header.has_gradient[start : start + 64]) if present)
         words.append(bits - (1 << 64) if bits >> 63 else bits)
+    on_device = status is not None and status.device.type != "cpu" and status.numel() > 0
+    if status is not None and not on_device:
+        # there is no device to wait for, and one call is cheaper than many
+        words[_NONFINITE_WORD] = next((i for i, bad in enumerate(status.tolist(), start=1) if bad), 0)
     encoded = torch.tensor(words, dtype=torch.int64, device=device)
-    if status is not None and status.numel():
-        bad = status != 0
-        # argmax finds the first of equal maxima only for integers on some devices, hence the descending weights
-        order = torch.arange(status.numel(), 0, -1, device=device)
-        first = status.numel() - (bad * order).max()
-        encoded[_NONFINITE_WORD] = torch.where(bad.any(), first + 1, 0)
+    if on_device:
+        encoded[_NONFINITE_WORD] = first_nonfinite(status)
     return encoded.view(torch.uint8)
+
+
+def first_nonfinite(status: Tensor) -> Tensor:
+    """1 + the index of the first non-zero of int32[n], n > 0, or 0; int64 scalar, computed without waiting."""
+    bad = status != 0
+    # argmax finds the first of equal maxima only for integers on some devices, hence the descending weights
+    order = torch.arange(status.numel(), 0, -1, device=status.device)
+    first = status.numel() - (bad * order).max()
+    return torch.where(bad.any(), first + 1, 0)
 
 
 def decode_headers(raw: Tensor, n_tensors: int) -> list[Header]:
@@ -71,9 +80,20 @@ def decode_headers(raw: Tensor, n_tensors: int) -> list[Header]:
     return [_decode(words, n_tensors) for words in raw.contiguous().view(torch.int64).tolist()]
 
 
-def combined_status(raw: Tensor) -> Tensor:
-    """int64 scalar on the headers' device: STATUS_OK, STATUS_NONFINITE or STATUS_DISAGREE of uint8[N, H]."""
+def combined_status(raw: Tensor) -> Tensor | int:
+    """STATUS_OK, STATUS_NONFINITE or STATUS_DISAGREE of uint8[N, H]; on a device int64, computed without waiting."""
     words = raw.contiguous().view(torch.int64)
+    if words.device.type != "cpu":
+        return status_on_device(words)
+    # one call is cheaper than many
+    rows = words[:, : _NONFINITE_WORD + 1].tolist()
+    if any(row[: len(_AGREED)] != rows[0][: len(_AGREED)] for row in rows):
+        return STATUS_DISAGREE
+    return STATUS_NONFINITE if any(row[_NONFINITE_WORD] for row in rows) else STATUS_OK
+
+
+def status_on_device(words: Tensor) -> Tensor:
+    """`combined_status` of int64[N, H / 8], for any device; int64 scalar."""
     agreed = (words[:, : len(_AGREED)] == words[0, : len(_AGREED)]).all()
     finite = (words[:, _NONFINITE_WORD] == 0).all()
     return torch.where(agreed, torch.where(finite, STATUS_OK, STATUS_NONFINITE), STATUS_DISAGREE)

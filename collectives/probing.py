@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.distributed as dist
 
+from lioncub.collectives.cost import rounds_pay
 from lioncub.collectives.header import Header
 from lioncub.collectives.profile import Point, Profile, fit_line
 from lioncub.collectives.routes import Routes
@@ -42,6 +43,11 @@ class _Ladder:
     voters: dict[int, Voter] = field(default_factory=dict)
     times: dict[int, list[float]] = field(default_factory=dict)
     is_finished: bool = False
+
+    def expected_seconds(self, n_bytes: int) -> float:
+        """Time of a vote by that of the size below it, the same on all workers; 0 for the smallest."""
+        smaller = max((size for size in self.times if size < n_bytes), default=None)
+        return 0.0 if smaller is None else statistics.median(self.times[smaller]) * n_bytes / smaller
 
 
 def probe(
@@ -135,7 +141,13 @@ class _Run:
         fraction = min(0.99, self.elapsed / self.budget) if self.budget > 0 else 0.99
         self.on_progress(fraction, f"{ladder.level} {ladder.algorithm} {n_bytes} bytes")
         if n_bytes not in ladder.voters:
-            ladder.voters[n_bytes] = Voter(n_bytes, routes=ladder.routes, algorithm=ladder.algorithm, impl=self.impl)
+            ladder.voters[n_bytes] = Voter(
+                n_bytes,
+                routes=ladder.routes,
+                algorithm=ladder.algorithm,
+                impl=self.impl,
+                at_once=not rounds_pay(ladder.expected_seconds(n_bytes), ladder.routes.workers),
+            )
         voter, packed = ladder.voters[n_bytes], self.noise[:n_bytes]
         self._agree(0.0)
         began = time.perf_counter()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,10 +17,10 @@ Group = dist.ProcessGroup | None
 
 # torch 2.13 renamed all_gather_into_tensor, whose old name warns there
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-# a window of tags of our own, so that messages in flight at once cannot be taken for one another
-_FIRST_TAG, _TAGS = 0x4C430000, 8192
-# added to an exchange's tag for the messages of its later phases
-LATER = 4096
+# a window of tags of our own, so that messages in flight at once cannot be taken for one another: first those of voters,
+# numbered by their owners, then single votes, averages, and as many again for the messages of later phases
+_FIRST_TAG = 0x4C000000
+SINGLE_VOTES, AVERAGES, LATER = 1 << 20, 1 << 21, 1 << 22
 
 
 def all_gather(output: Tensor, message: Tensor, group: Group) -> Any:
@@ -52,18 +53,22 @@ class _PointToPoint:
     """An all-to-all of single messages: the receives are posted on construction."""
 
     def __init__(self, output: Tensor, group: Group, tag: int) -> None:
-        self._output, self._group, self._tag = output, group, _FIRST_TAG + tag % _TAGS
-        self._rank, self._size = dist.get_rank(group), world_size_of(group)
+        whole = group or dist.group.WORLD
+        assert whole is not None
+        # asked directly: the checks of dist.isend and dist.irecv cost as much as the sending of a short message
+        self._group, self._tag = whole, _FIRST_TAG + tag
+        self._rank, self._size = whole.rank(), whole.size()
+        self._rows = output.unbind()
         distances = range(1, self._size) if output.shape[1] else range(0)
         self._received = [self._receive(d) for d in distances]
 
     def _receive(self, distance: int) -> Any:
         source = (self._rank - distance) % self._size
-        return dist.irecv(self._output[source], group=self._group, group_src=source, tag=self._tag)
+        return self._group.recv([self._rows[source]], source, self._tag)
 
-    def _send(self, messages: Tensor, distance: int) -> Any:
+    def _send(self, rows: Sequence[Tensor], distance: int) -> Any:
         target = (self._rank + distance) % self._size
-        return dist.isend(messages[target], group=self._group, group_dst=target, tag=self._tag)
+        return self._group.send([rows[target]], target, self._tag)
 
 
 class Rounds(_PointToPoint):
@@ -75,9 +80,9 @@ class Rounds(_PointToPoint):
 
     def __init__(self, output: Tensor, messages: Tensor, group: Group, tag: int) -> None:
         super().__init__(output, group, tag)
-        output[self._rank] = messages[self._rank]
-        self._messages = messages
-        self._sent = [self._send(messages, 1)] if self._received else []
+        self._messages = messages.unbind()
+        self._rows[self._rank].copy_(self._messages[self._rank])
+        self._sent = [self._send(self._messages, 1)] if self._received else []
 
     def wait(self) -> None:
         """Run the remaining rounds."""
@@ -89,7 +94,7 @@ class Rounds(_PointToPoint):
 
 
 class AtOnce(_PointToPoint):
-    """An all-to-all whose messages are all in flight together, for while processors are busy.
+    """An all-to-all whose messages are all in flight together: for short ones, and while processors are busy.
 
     Receives can be posted long before `send`, so that data need not wait until a thread has woken up to ask for it;
     nor does any between messages. Of an idle machine's links it reaches 0.8, of a busy one's twice what `Rounds` do.
@@ -97,8 +102,8 @@ class AtOnce(_PointToPoint):
 
     def send(self, messages: Tensor) -> AtOnce:
         """Send row r of ``messages`` [N, M] to rank r; one message [M] goes to all."""
-        rows = messages if messages.dim() == 2 else messages.expand(self._size, -1)
-        self._output[self._rank] = rows[self._rank]
+        rows = messages.unbind() if messages.dim() == 2 else [messages] * self._size
+        self._rows[self._rank].copy_(rows[self._rank])
         self._sent = [self._send(rows, d) for d in range(1, 1 + len(self._received))]
         return self
 

@@ -11,15 +11,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lioncub.collectives.algorithms import EXCHANGES
-from lioncub.collectives.cost import Costs, bytes_sent, choose, default_costs
+from lioncub.collectives.cost import Costs, bytes_sent, choose, default_costs, rounds_pay
 from lioncub.collectives.exchange import Exchange, Inbox, Tally, Terms
 from lioncub.collectives.handshake import handshake
 from lioncub.collectives.header import Header, check_agreement, decode_headers, encode_header, header_bytes
 from lioncub.collectives.routes import Routes
-from lioncub.collectives.transport import Group, backend_of, has_point_to_point
+from lioncub.collectives.transport import AVERAGES, SINGLE_VOTES, Group, backend_of, has_point_to_point
 
 # votes of one group that are in flight at once need messages of different tags; keyed by the group's name
-_TAGS: defaultdict[str, Iterator[int]] = defaultdict(lambda: itertools.cycle(range(2048, 4096)))
+_TAGS: defaultdict[str, Iterator[int]] = defaultdict(lambda: itertools.cycle(range(SINGLE_VOTES, AVERAGES)))
 
 
 class Voter:
@@ -27,8 +27,9 @@ class Voter:
 
     The caller has made sure, by `handshake`, that all workers' voters are alike. ``algorithm`` is the one that runs,
     ``bytes_sent`` the bytes that each worker sends per vote, headers included. Voters whose votes are in flight at
-    once on the same routes need different ``tag`` numbers. With ``while_busy`` messages travel in the way that suits
-    processors that compute meanwhile, where the backend leaves a choice.
+    once on the same routes need different ``tag`` numbers, below `SINGLE_VOTES`. ``at_once`` says whether messages
+    between single workers are sent all at once or in rounds; unless given, rounds are taken where they are long
+    (`rounds_pay`).
     """
 
     def __init__(
@@ -42,7 +43,7 @@ class Voter:
         costs: Costs | None = None,
         impl: str = "auto",
         tag: int = 0,
-        while_busy: bool = False,
+        at_once: bool | None = None,
     ) -> None:
         if n_bytes % 8:
             raise ValueError(f"n_bytes: expected a multiple of 8 (a padded message), got {n_bytes}")
@@ -52,12 +53,15 @@ class Voter:
         self.algorithm = choose(algorithm, n_bytes, costs, self.header_bytes)
         self.bytes_sent = bytes_sent(self.algorithm, n_bytes, routes.topology, self.header_bytes, approximate)
         self._impl, self._tag, self._approximate = impl, tag, approximate
-        self._while_busy = while_busy and self.algorithm == "reduce_scatter"
+        if at_once is None:
+            seconds = costs.seconds(self.algorithm, n_bytes, self.header_bytes)
+            at_once = not rounds_pay(seconds, routes.workers)
+        self._at_once = at_once and self.algorithm == "reduce_scatter"
         self._inbox: Inbox | None = None
 
     def expect(self, device: torch.device) -> None:
         """Post the receives of the next vote, if that is of use; all workers will start it."""
-        if self._while_busy and self._inbox is None and has_point_to_point(self.routes.group, device):
+        if self._at_once and self._inbox is None and has_point_to_point(self.routes.group, device):
             self._inbox = Inbox(self.routes, self.n_bytes, self.header_bytes, self._tag)
 
     def start(self, packed: Tensor, header: Header, status: Tensor | None = None) -> Exchange:

@@ -156,6 +156,9 @@ def exchange(buckets: Sequence[Bucket], voters: Sequence[Voter], draft: Draft) -
     """
     mails: list[Mail] = []
     exchanges: list[Exchange] = []
+    # what the others send can then arrive while this worker encodes
+    for bucket, voter in zip(buckets, voters, strict=True):
+        voter.expect(bucket.device)
     for bucket, voter in zip(buckets, voters, strict=True):
         mails.append(prepare(bucket, draft))
         exchanges.append(voter.start(mails[-1].packed, mails[-1].header, mails[-1].status))

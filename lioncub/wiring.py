@@ -96,5 +96,5 @@ class Wiring:
             costs=self.costs,
             impl=self._impl,
             tag=tag,
-            while_busy=self.overlap,
+            at_once=True if self.overlap else None,
         )

@@ -2,7 +2,8 @@
 
 The bridge has a namespace of its own, so nothing of the machine's own network is touched. A host's link is a veth
 pair; `tc` tbf shapes what leaves the host at its end and what comes to it at the bridge's. Several workers on one host
-talk over its loopback, which is not shaped. Namespaces are named after the process that made them, so that labs can
+talk over its loopback, which is not shaped. Each worker keeps to one core, and all have a like share of one: where the
+kernel may move them, three share a core for a tenth of a second and the exchange waits for them. Namespaces are named after the process that made them, so that labs can
 stand side by side, and what a killed one left behind is known.
 """
 
@@ -25,7 +26,7 @@ PREFIX = "lioncub-"
 DEVICE = "eth0"
 MASTER_PORT = 29500
 MAX_HOSTS = 200
-_TOOLS = {"ip": "iproute2", "tc": "iproute2", "iperf3": "iperf3", "unshare": "util-linux", "setpriv": "util-linux"}
+_TOOLS = {"ip": "iproute2", "tc": "iproute2", "iperf3": "iperf3", "unshare": "util-linux", "setpriv": "util-linux", "taskset": "util-linux"}
 _NAMESPACES = Path("/run/netns")
 
 
@@ -128,6 +129,11 @@ def launch_command(namespace: str, host_name: str, command: Sequence[str]) -> li
     rename = 'echo "$0" > /proc/sys/kernel/hostname && exec "$@"'
     inside = ["unshare", "--uts", "setpriv", "--pdeathsig", "KILL", "sh", "-c", rename, host_name]
     return ["ip", "netns", "exec", namespace, *inside, *command]
+
+
+def pinning_command(rank: int, cores: Sequence[int]) -> list[str]:
+    """What in front of an argv keeps worker ``rank`` to its core; workers take the cores by turns."""
+    return ["taskset", "--cpu-list", str(cores[rank % len(cores)])]
 
 
 def worker_environment(rank: int, hosts: int, per_host: int) -> dict[str, str]:
@@ -236,7 +242,8 @@ class Lab:
     def start_worker(self, rank: int, command: Sequence[str], **options: Any) -> subprocess.Popen[Any]:
         """Start ``command`` as worker ``rank``, on its host."""
         environment = worker_environment(rank, self.hosts, self.per_host)
-        return self.start(rank // self.per_host, command, environment, **options)
+        pinned = [*pinning_command(rank, sorted(os.sched_getaffinity(0))), *command]
+        return self.start(rank // self.per_host, pinned, environment, **options)
 
     def _close(self) -> None:
         with undisturbed():

@@ -27,7 +27,6 @@ from netlab.clocks import StepTimes
 from netlab.lab import DEVICE
 from netlab.matrix import CONTEXT, MODELS, VOCABULARY
 from netlab.methods import Voting, Workbench
-from netlab.names import ALGORITHM_OF
 
 SEED = 1
 MAX_PHASES = 4
@@ -74,8 +73,7 @@ class Worker:
     def measure(self, method: str, untimed: int, steps: int, alone: int, profile: str | None) -> dict[str, Any]:
         """Times of ``steps`` steps, bytes of the interface per step, and of ``alone`` exchanges by themselves."""
         self._bench.restore()
-        automatic = ALGORITHM_OF.get(method) == "auto"
-        runner = self._bench.method(method, profile if automatic else None)
+        runner = self._bench.method(method, profile)
         for _ in range(untimed):
             runner.step(self._windows)
         dist.barrier()
@@ -104,19 +102,20 @@ class Worker:
         for _ in range(alone):
             dist.barrier()
             in_steps.append(runner.step_alone())
+        costs = None if profile is None else Profile.load(profile).costs(self._routes.topology, "gloo")
         voters = [
-            Voter(bucket.elements // 8, routes=self._routes, algorithm=bucket.algorithm, tag=tag)
+            Voter(bucket.elements // 8, routes=self._routes, algorithm=bucket.algorithm, costs=costs, tag=tag)
             for tag, bucket in enumerate(stats.buckets)
         ]
         predicted = None
-        if profile is not None and alone:
-            costs = Profile.load(profile).costs(self._routes.topology, "gloo")
+        if costs is not None and alone:
             predicted = sum(costs.seconds(voter.algorithm, voter.n_bytes, voter.header_bytes) for voter in voters)
         return {
             "bytes_sent": stats.bytes_sent_per_step,
             "routes": [bucket.algorithm for bucket in stats.buckets],
             "alone_in_step": in_steps,
-            "alone": [_exchange(voters) for _ in range(alone)],
+            # the first one pays for memory that training, which repeats its sizes, has
+            "alone": [_exchange(voters) for _ in range(alone + 1)][1:],
             "alone_bytes": sum(voter.bytes_sent for voter in voters),
             "predicted": predicted,
         }

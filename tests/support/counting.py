@@ -15,11 +15,18 @@ class Counting:
 
     def __init__(self) -> None:
         self.sent: dict[int, int] = {}
-        self._all_gather, self._all_reduce, self._isend = transport._all_gather, dist.all_reduce, dist.isend
-        transport._all_gather, dist.all_reduce, dist.isend = self.all_gather, self.all_reduce, self.isend
+        self._all_gather, self._all_reduce = transport._all_gather, dist.all_reduce
+        transport._all_gather, dist.all_reduce = self.all_gather, self.all_reduce
+        send = dist.ProcessGroup.send
+
+        def counted(group: dist.ProcessGroup, messages: list[torch.Tensor], target: int, tag: int) -> Any:
+            self._add(group, sum(message.numel() * message.element_size() for message in messages))
+            return send(group, messages, target, tag)
+
+        dist.ProcessGroup.send = counted
 
     def _add(self, group: Any, n_bytes: int) -> None:
-        key = -1 if group is None else id(group)
+        key = -1 if group in (None, dist.group.WORLD) else id(group)
         self.sent[key] = self.sent.get(key, 0) + n_bytes
 
     def all_gather(self, output: torch.Tensor, message: torch.Tensor, group: Any = None, **options: Any) -> Any:
@@ -30,7 +37,3 @@ class Counting:
         size = dist.get_world_size(group)
         self._add(group, -(-2 * (size - 1) * values.numel() * values.element_size() // size))
         return self._all_reduce(values, group=group, **options)
-
-    def isend(self, message: torch.Tensor, group: Any = None, **options: Any) -> Any:
-        self._add(group, message.numel())
-        return self._isend(message, group=group, **options)
