@@ -56,12 +56,12 @@ def encode_header(header: Header, device: torch.device, status: Tensor | None = 
     for start in range(0, len(header.has_gradient), 64):
         bits = sum(1 << i for i, present in enumerate(header.has_gradient[start : start + 64]) if present)
         words.append(bits - (1 << 64) if bits >> 63 else bits)
-    on_device = status is not None and status.device.type != "cpu" and status.numel() > 0
-    if status is not None and not on_device:
+    if status is not None and status.device.type == "cpu":
         # there is no device to wait for, and one call is cheaper than many
         words[_NONFINITE_WORD] = next((i for i, bad in enumerate(status.tolist(), start=1) if bad), 0)
+        status = None
     encoded = torch.tensor(words, dtype=torch.int64, device=device)
-    if on_device:
+    if status is not None and status.numel():
         encoded[_NONFINITE_WORD] = first_nonfinite(status)
     return encoded.view(torch.uint8)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from lioncub.collectives.cost import chunk_bytes
@@ -70,11 +71,13 @@ class HierarchicalVote(Exchange):
 
     def _send_voted_part(self) -> None:
         """Add up the counts of all nodes and vote on this worker's part."""
-        heads = self._local * self._header_bytes
+        topology, heads = self._terms.routes.topology, self._local * self._header_bytes
         by_place = self._counted[:, :heads].reshape(self._nodes * self._local, self._header_bytes)
         self._headers = torch.empty_like(by_place)
-        # nodes need not hold consecutive ranks
-        self._headers[[rank for node in self._terms.routes.topology.nodes for rank in node]] = by_place
+        # nodes need not hold consecutive ranks, and a process group has its members in the order of their ranks
+        place = topology.place_of(dist.get_rank(self._terms.routes.group))[1]
+        nodes = sorted(topology.nodes, key=lambda node: node[place])
+        self._headers[[rank for node in nodes for rank in node]] = by_place
         planes = self._counted[:, heads:].view(self._nodes, self._planes, self._part)
         reply, voted, counts = new_reply(self._headers, self._part)
         voters = self._nodes if self._terms.approximate else self._nodes * self._local

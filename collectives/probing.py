@@ -149,6 +149,8 @@ class _Run:
                 at_once=not rounds_pay(ladder.expected_seconds(n_bytes), ladder.routes.workers),
             )
         voter, packed = ladder.voters[n_bytes], self.noise[:n_bytes]
+        # as an optimizer does before it encodes
+        voter.expect(self.device)
         self._agree(0.0)
         began = time.perf_counter()
         voter.start(packed, Header()).result()
@@ -179,7 +181,7 @@ class _Run:
             world_size=topology.workers,
             hosts=tuple(stated[ranks[0]][0] for ranks in topology.nodes),
             nodes=topology.nodes,
-            backend=backend_of(self.routes.group),
+            backend=backend_of(self.routes.group, self.device.type),
             date=stated[0][1],
             versions={**versions, "python": platform.python_version()},
             fits=tuple(fits),

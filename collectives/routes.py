@@ -7,9 +7,12 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
+import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 from torch.distributed.device_mesh import DeviceMesh
 
+from lioncub.collectives.handshake import handshake
 from lioncub.collectives.topology import Topology, find_topology
 from lioncub.collectives.transport import Group, world_size_of
 
@@ -83,14 +86,19 @@ class Routes:
 def subgroups(group: Group, partition: Sequence[Sequence[int]]) -> list[Group]:
     """New process groups of ``group``'s ranks, with its backend and timeout; None for those without this worker.
 
-    A collective call of all workers of ``group``, with the same sets of ranks on all.
+    A collective call of all workers of ``group``, with the same sets of ranks on all. Raises WorkersDisagreeError on
+    all workers where ``group`` is a part of the world and they are in different numbers of groups.
     """
     everyone = dist.get_process_group_ranks(group or dist.group.WORLD)
     options: dict[str, Any] = {"timeout": _timeout_of(group), "backend": dist.get_backend_config(group)}
     me = dist.get_rank(group)
-    # the names of groups that only their members make depend on what other groups each member is in, so where all
-    # processes are here, all of them make all groups
+    # where all processes are here, all of them make all groups
     local = len(everyone) != dist.get_world_size()
+    if local:
+        # the name of a group that only its members make is hashed from their ranks and from how many groups each is in
+        known = len(distributed_c10d._world.pg_names)
+        facts = {"the number of process groups that this process is in": known}
+        handshake(facts, group=group, device=_device_of(_whole(group)))
     made: list[Group] = []
     for ranks in partition:
         new = None
@@ -101,7 +109,18 @@ def subgroups(group: Group, partition: Sequence[Sequence[int]]) -> list[Group]:
 
 
 def _timeout_of(group: Group) -> timedelta:
+    whole = _whole(group)
+    timeout: timedelta = whole._get_backend(_device_of(whole)).options._timeout
+    return timeout
+
+
+def _whole(group: Group) -> dist.ProcessGroup:
     whole = group or dist.group.WORLD
     assert whole is not None
-    timeout: timedelta = whole._get_backend(whole._device_types[0]).options._timeout
-    return timeout
+    return whole
+
+
+def _device_of(group: dist.ProcessGroup) -> torch.device:
+    """A device whose messages the group carries, the CPU where it is one."""
+    devices: list[torch.device] = group._device_types
+    return next((device for device in devices if device.type == "cpu"), devices[0])

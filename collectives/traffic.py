@@ -149,6 +149,12 @@ def check_possible(algorithm: str, topology: Topology) -> None:
         )
 
 
+def check_approximate(approximate: bool, algorithm: str) -> None:
+    """Raise ValueError where an approximate vote is asked for and ``algorithm`` gives none."""
+    if approximate and algorithm != "hierarchical":
+        raise ValueError(f"approximate: expected it with algorithm='hierarchical' only, got {algorithm!r}")
+
+
 def describe(topology: Topology) -> str:
     """Nodes and their sizes in words, e.g. ``2 nodes of 4 workers``."""
     nodes = f"{topology.n_nodes} node{'s' * (topology.n_nodes != 1)}"

@@ -17,8 +17,8 @@ Group = dist.ProcessGroup | None
 
 # torch 2.13 renamed all_gather_into_tensor, whose old name warns there
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-# a window of tags of our own, so that messages in flight at once cannot be taken for one another: first those of voters,
-# numbered by their owners, then single votes, averages, and as many again for the messages of later phases
+# a window of tags of our own, so that messages in flight at once cannot be taken for one another: voters', which their
+# owners number, then those of single votes and averages, and as many again for the messages of later phases
 _FIRST_TAG = 0x4C000000
 SINGLE_VOTES, AVERAGES, LATER = 1 << 20, 1 << 21, 1 << 22
 
@@ -46,7 +46,7 @@ def all_to_all(output: Tensor, messages: Tensor, group: Group, *, tag: int = 0) 
 
 def has_point_to_point(group: Group, device: torch.device) -> bool:
     """Whether messages of a device are better sent one by one than by the backend's own all-to-all."""
-    return device.type == "cpu" and backend_of(group) == "gloo"
+    return device.type == "cpu" and backend_of(group, device.type) == "gloo"
 
 
 class _PointToPoint:
@@ -113,7 +113,7 @@ class AtOnce(_PointToPoint):
             work.wait()
 
 
-def backend_of(group: Group, device_type: str = "cpu") -> str:
+def backend_of(group: Group, device_type: str) -> str:
     """Name of the backend that carries the group's messages of a device, e.g. "gloo" or "nccl"."""
     # one name, or one for each type of device, as in "cpu:gloo,cuda:nccl"
     pairs = [part.rpartition(":") for part in dist.get_backend_config(group).split(",")]

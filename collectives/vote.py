@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lioncub.collectives.algorithms import EXCHANGES
-from lioncub.collectives.cost import Costs, bytes_sent, choose, default_costs, rounds_pay
+from lioncub.collectives.cost import Costs, bytes_sent, check_approximate, choose, default_costs, rounds_pay
 from lioncub.collectives.exchange import Exchange, Inbox, Tally, Terms
 from lioncub.collectives.handshake import handshake
 from lioncub.collectives.header import Header, check_agreement, decode_headers, encode_header, header_bytes
@@ -29,7 +29,7 @@ class Voter:
     ``bytes_sent`` the bytes that each worker sends per vote, headers included. Voters whose votes are in flight at
     once on the same routes need different ``tag`` numbers, below `SINGLE_VOTES`. ``at_once`` says whether messages
     between single workers are sent all at once or in rounds; unless given, rounds are taken where they are long
-    (`rounds_pay`).
+    (`rounds_pay`). ``device_type`` says where messages are, for default costs.
     """
 
     def __init__(
@@ -44,12 +44,13 @@ class Voter:
         impl: str = "auto",
         tag: int = 0,
         at_once: bool | None = None,
+        device_type: str = "cpu",
     ) -> None:
         if n_bytes % 8:
             raise ValueError(f"n_bytes: expected a multiple of 8 (a padded message), got {n_bytes}")
         self.n_bytes, self.n_tensors, self.routes = n_bytes, n_tensors, routes
         self.header_bytes = header_bytes(n_tensors)
-        costs = costs or default_costs(routes.topology, backend_of(routes.group))
+        costs = costs or default_costs(routes.topology, backend_of(routes.group, device_type))
         self.algorithm = choose(algorithm, n_bytes, costs, self.header_bytes)
         self.bytes_sent = bytes_sent(self.algorithm, n_bytes, routes.topology, self.header_bytes, approximate)
         self._impl, self._tag, self._approximate = impl, tag, approximate
@@ -111,6 +112,7 @@ def vote_async(
             f"packed: expected a contiguous tensor of shape (B,), B a multiple of 8, got shape {tuple(packed.shape)} "
             f"with strides {packed.stride()}"
         )
+    check_approximate(approximate, algorithm)
     if group is not None and routes is not None and routes.group is not group:
         raise ValueError("group: expected none, or that of routes, got another")
     routes = routes or Routes.flat(group)
@@ -125,7 +127,15 @@ def vote_async(
     whole = routes.group or dist.group.WORLD
     assert whole is not None
     tag = next(_TAGS[whole.group_name])
-    voter = Voter(packed.numel(), routes=routes, algorithm=algorithm, approximate=approximate, impl=impl, tag=tag)
+    voter = Voter(
+        packed.numel(),
+        routes=routes,
+        algorithm=algorithm,
+        approximate=approximate,
+        impl=impl,
+        tag=tag,
+        device_type=packed.device.type,
+    )
     return PendingVote(voter.start(packed, Header(step=parity & 1)))
 
 

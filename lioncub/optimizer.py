@@ -105,10 +105,13 @@ class LionCub(MomentumOptimizer):
         super().__init__(params, lr, betas, weight_decay, maximize, impl, step=0)
         if not self._named_parameters():
             raise ValueError("params: expected at least one parameter, got none")
+        devices = sorted({str(param.device) for _, param in self._named_parameters()})
+        if overlap and (len(devices) > 1 or self._named_parameters()[0][1].device.type not in ("cpu", "cuda")):
+            raise ValueError(f"overlap: expected all parameters on the CPU or on one CUDA device, got {devices}")
         if self._workers > 1:
             device = self._named_parameters()[0][1].device
             handshake(self._facts(bucket_mb), group=process_group, device=device)
-            self._wiring.connect()
+            self._wiring.connect(device)
             if overlap:
                 courier = Courier(device)
                 weakref.finalize(self, courier.close)
@@ -175,10 +178,14 @@ class LionCub(MomentumOptimizer):
 
         Raises ValueError or TypeError, with nothing changed, where groups, shapes or dtypes do not fit.
         """
-        super().load_state_dict(state_dict)
-        self._unverified, self._interrupted = True, False
-        if self._overlap is not None:
-            self._overlap.end()
+        try:
+            super().load_state_dict(state_dict)
+            self._interrupted = False
+        finally:
+            # a user's hook can raise when the state has been loaded
+            self._unverified = True
+            if self._overlap is not None:
+                self._overlap.end()
 
     def stats(self) -> Stats:
         """What the last step cost and how its votes fell; see `Stats`."""

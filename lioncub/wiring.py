@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from os import PathLike
 
+import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from lioncub.buckets import Bucket
 from lioncub.collectives import ALGORITHMS, Costs, Profile, Routes, Voter, find_topology
-from lioncub.collectives.cost import best_bucket_bytes, default_costs
+from lioncub.collectives.cost import best_bucket_bytes, check_approximate, default_costs
 from lioncub.collectives.handshake import digest
 from lioncub.collectives.routes import subgroups
 from lioncub.collectives.transport import backend_of, world_size_of
@@ -36,8 +37,7 @@ class Wiring:
     ) -> None:
         if algorithm not in ("auto", *ALGORITHMS):
             raise ValueError(f"algorithm: expected one of {('auto', *ALGORITHMS)}, got {algorithm!r}")
-        if approximate and algorithm != "hierarchical":
-            raise ValueError(f"approximate: expected it with algorithm='hierarchical' only, got {algorithm!r}")
+        check_approximate(approximate, algorithm)
         if mesh is not None and not isinstance(mesh, DeviceMesh):
             raise TypeError(f"mesh: expected a DeviceMesh, got {type(mesh).__name__}")
         self.group, self.algorithm, self.approximate, self.mesh = group, algorithm, approximate, mesh
@@ -55,8 +55,8 @@ class Wiring:
             "profile": None if self.profile is None else f"of {self.profile.date}, hash {digest(self.profile)}",
         }
 
-    def connect(self) -> None:
-        """Find the nodes, make the process groups, load the costs. A collective call.
+    def connect(self, device: torch.device) -> None:
+        """Find the nodes, make the process groups, load the costs for messages on ``device``. A collective call.
 
         Raises ValueError where a profile was measured on another group, or "hierarchical" is asked for on nodes that
         do not allow it.
@@ -71,7 +71,7 @@ class Wiring:
             self.routes = Routes.build(group, find_topology(self.group))
         else:
             self.routes = Routes.flat(group)
-        backend = backend_of(group)
+        backend = backend_of(group, device.type)
         self.costs: Costs
         if self.profile is not None:
             self.costs = self.profile.costs(self.routes.topology, backend)

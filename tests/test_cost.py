@@ -20,6 +20,7 @@ from lioncub.collectives.cost import (
     chunk_bytes,
     default_costs,
     ring_all_reduce_bytes,
+    rounds_pay,
     traffic,
 )
 from lioncub.collectives.topology import Topology
@@ -290,3 +291,10 @@ def test_explanation_without_a_hint() -> None:
     shape = Topology.even(2, 4)
     approximate = explain([Message(64, 800, 0, "hierarchical")], default_costs(shape, "gloo"), approximate=True)
     assert approximate.bytes_sent == bytes_sent("hierarchical", 800, shape, 0, approximate=True)
+
+
+def test_rounds_pay_where_they_are_long() -> None:
+    # 4 workers: 6 rounds of 10 ms
+    assert not rounds_pay(0.06, 4)
+    assert rounds_pay(0.061, 4)
+    assert not rounds_pay(0.061, 8)

@@ -33,6 +33,7 @@ from netlab.lab import (
     is_stale,
     launch_command,
     owner_tag,
+    pinning_command,
     rate_commands,
     require_abilities,
     worker_environment,
@@ -57,7 +58,7 @@ from netlab.progress import Pace, clock_text
 from netlab.rates import parse_rate, rate_name, shape_of
 from netlab.records import Journal, read_journal
 from netlab.report import write_report
-from netlab.summary import log_interval, paired_ratio, repetition_of, spread_of, table_of
+from netlab.summary import headline, log_interval, paired_ratio, repetition_of, spread_of, table_of
 from netlab.targets import targets_of
 
 from lioncub.collectives import ALGORITHMS
@@ -126,6 +127,11 @@ def test_a_command_runs_under_its_own_host_name_and_dies_with_its_starter() -> N
     assert command[:4] == ["ip", "netns", "exec", "lioncub-7.99-h1"]
     assert command[4:9] == ["unshare", "--uts", "setpriv", "--pdeathsig", "KILL"]
     assert command[-3:] == ["host1", "python", "a b.py"]
+
+
+def test_workers_take_the_cores_by_turns() -> None:
+    assert [pinning_command(rank, [3, 5])[-1] for rank in range(5)] == ["3", "5", "3", "5", "3"]
+    assert pinning_command(0, [3])[:2] == ["taskset", "--cpu-list"]
 
 
 def test_workers_find_their_place() -> None:
@@ -418,6 +424,13 @@ def _findings() -> Iterator[dict[str, Any]]:
         yield turn
         yield {"kind": "digest", "hosts": 2, "per_host": 4, "model": "10M", "method": name, "digests": ["abc"] * 8}
     yield {"kind": "memory", "hosts": 4, "per_host": 1, "model": "10M", "peak_bytes": [2**30] * 4}
+
+
+def test_the_headline_is_the_faster_of_the_automatic_ones() -> None:
+    for without, name in ((0.32, "lioncub_auto_overlap"), (0.2, "lioncub_auto")):
+        turns = [_turn("lioncub_auto", 0, without), _turn("lioncub_auto_overlap", 0, 0.25)]
+        (methods,) = table_of([*turns, _turn("lioncub_reduce_scatter", 0, 0.1)]).values()
+        assert headline(methods) == name
 
 
 def test_targets_are_judged_from_findings() -> None:

@@ -347,3 +347,9 @@ def test_one_worker_has_nothing_to_overlap() -> None:
             opt.step()
     with optimizers[0].no_sync():
         assert bits_of(nets[0]) == bits_of(nets[1])
+
+
+def test_devices_that_cannot_overlap_are_refused() -> None:
+    params = [torch.nn.Parameter(torch.zeros(3)), torch.nn.Parameter(torch.zeros(3, device="meta"))]
+    with pytest.raises(ValueError, match=r"overlap: expected all .* on one CUDA device, got \['cpu', 'meta'\]"):
+        LionCub(params, overlap=True)

@@ -18,6 +18,7 @@ from lioncub.collectives import (
     HANDSHAKE_BYTES,
     Routes,
     Topology,
+    Voter,
     WorkersDisagreeError,
     bytes_sent,
     exchange,
@@ -36,8 +37,11 @@ from lioncub.collectives.header import (
     combined_status,
     decode_headers,
     encode_header,
+    first_nonfinite,
     header_bytes,
+    status_on_device,
 )
+from lioncub.collectives.routes import subgroups
 from lioncub.kernels import majority_vote, pack_signs, packed_bytes, quantize, unpack_signs
 from lioncub.kernels.layout import largest_level
 
@@ -84,6 +88,27 @@ def test_vote_is_the_majority_of_unpacked_votes(world_size: int) -> None:
     assert all(by_algorithm == answers[0][0] for answer in answers for by_algorithm in answer)
 
 
+def votes_at_once_and_in_rounds(rank: int, world_size: int) -> list[str]:
+    ways = []
+    for n, at_once in itertools.product(SIZES, (True, False)):
+        packed = pack_signs(_values(rank, n))
+        voter = Voter(len(packed), routes=Routes.flat(), algorithm="reduce_scatter", at_once=at_once)
+        for _ in range(2):
+            got = voter.start(packed, Header()).result().packed
+            assert torch.equal(got, vote(packed, algorithm="all_gather")), f"n={n}, at once: {at_once}"
+        voter.expect(packed.device)
+        ways.append("at once" if voter._inbox else "in rounds")
+        # what is expected has to come
+        voter.start(packed, Header()).result()
+    return ways
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 4])
+def test_messages_travel_at_once_or_in_rounds(world_size: int) -> None:
+    ways = ["at once", "in rounds"] * len(SIZES)
+    assert results_of(votes_at_once_and_in_rounds, world_size) == [ways] * world_size
+
+
 # the last but one interleaves the nodes' ranks
 TWO_LEVELS = [
     ((0, 1), (2, 3)),
@@ -111,6 +136,35 @@ def votes_by_node(rank: int, world_size: int, nodes: tuple) -> None:
         expected = majority_vote(by_node, parity=parity)
         got = vote(packed, algorithm="hierarchical", approximate=True, parity=parity, routes=routes)
         assert torch.equal(got, expected), f"n={n}"
+
+
+def headers_by_rank(rank: int, world_size: int, nodes: tuple) -> list[int]:
+    routes = Routes.build(None, Topology(nodes))
+    voter = Voter(64, routes=routes, algorithm="hierarchical")
+    tally = voter.start(torch.zeros(64, dtype=torch.uint8), Header(layout=rank)).result()
+    return [header.layout for header in decode_headers(tally.headers, 0)]
+
+
+@pytest.mark.parametrize("nodes", [((0, 1), (2, 3)), ((0, 3), (1, 2)), ((0, 5), (1, 3), (2, 4))])
+def test_headers_come_in_the_order_of_the_ranks(nodes: tuple[tuple[int, ...], ...]) -> None:
+    ranks = list(range(sum(map(len, nodes))))
+    assert results_of(headers_by_rank, len(ranks), nodes) == [ranks] * len(ranks)
+
+
+def in_different_numbers_of_groups(rank: int, world_size: int) -> str:
+    part = dist.new_group([0, 1], use_local_synchronization=True) if rank < 2 else None
+    if rank == 0:
+        dist.new_group([0], use_local_synchronization=True)
+    if part is None:
+        return ""
+    with pytest.raises(WorkersDisagreeError) as caught:
+        subgroups(part, [[0, 1]])
+    return str(caught.value)
+
+
+def test_groups_whose_names_would_differ_are_refused() -> None:
+    said = "workers disagree on the number of process groups that this process is in: rank 0: 3; rank 1: 2"
+    assert results_of(in_different_numbers_of_groups, 3) == [said, said, ""]
 
 
 @pytest.mark.parametrize("nodes", TWO_LEVELS[:2])
@@ -300,6 +354,12 @@ def test_disagreement_is_the_same_error_on_all_workers(per_rank: list[dict], mes
         (torch.zeros(8), {}, TypeError, "packed: expected a uint8 tensor, got torch.float32"),
         (torch.zeros(7, dtype=torch.uint8), {}, ValueError, "B a multiple of 8, got shape"),
         (torch.zeros(16, dtype=torch.uint8)[::2], {}, ValueError, "expected a contiguous tensor"),
+        (
+            torch.zeros(8, dtype=torch.uint8),
+            {"approximate": True},
+            ValueError,
+            "approximate: expected it with algorithm",
+        ),
     ],
 )
 def test_bad_messages_are_refused(packed: torch.Tensor, options: dict, error: type[Exception], message: str) -> None:
@@ -333,7 +393,18 @@ def test_replies_that_differ_are_noticed_by_all() -> None:
 )
 def test_combined_status(headers: list[Header], status: int) -> None:
     raw = torch.stack([encode_header(header, torch.device("cpu")) for header in headers])
-    assert int(combined_status(raw)) == status
+    assert combined_status(raw) == status
+    assert int(status_on_device(raw.view(torch.int64))) == status
+
+
+@pytest.mark.parametrize(
+    ("status", "first"), [([0], 0), ([1], 1), ([0, 0, 3, 1], 3), ([0] * 70 + [2], 71), ([-1, 5], 1)]
+)
+def test_first_nonfinite(status: list[int], first: int) -> None:
+    values = torch.tensor(status, dtype=torch.int32)
+    assert int(first_nonfinite(values)) == first
+    (header,) = decode_headers(encode_header(Header(), values.device, values)[None], 0)
+    assert header.nonfinite == first
 
 
 def test_headers_come_back_as_they_were() -> None:

@@ -2,9 +2,9 @@
 
 The bridge has a namespace of its own, so nothing of the machine's own network is touched. A host's link is a veth
 pair; `tc` tbf shapes what leaves the host at its end and what comes to it at the bridge's. Several workers on one host
-talk over its loopback, which is not shaped. Each worker keeps to one core, and all have a like share of one: where the
-kernel may move them, three share a core for a tenth of a second and the exchange waits for them. Namespaces are named after the process that made them, so that labs can
-stand side by side, and what a killed one left behind is known.
+talk over its loopback, which is not shaped. Each worker keeps to one core: where the kernel may move them, three share
+one for a tenth of a second while another has its own, and every exchange waits for the last. Namespaces are named
+after the process that made them, so that labs can stand side by side, and what a killed one left behind is known.
 """
 
 from __future__ import annotations
@@ -26,7 +26,14 @@ PREFIX = "lioncub-"
 DEVICE = "eth0"
 MASTER_PORT = 29500
 MAX_HOSTS = 200
-_TOOLS = {"ip": "iproute2", "tc": "iproute2", "iperf3": "iperf3", "unshare": "util-linux", "setpriv": "util-linux", "taskset": "util-linux"}
+_TOOLS = {
+    "ip": "iproute2",
+    "tc": "iproute2",
+    "iperf3": "iperf3",
+    "unshare": "util-linux",
+    "setpriv": "util-linux",
+    "taskset": "util-linux",
+}
 _NAMESPACES = Path("/run/netns")
 
 

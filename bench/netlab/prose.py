@@ -8,15 +8,16 @@ from netlab.summary import Table
 SPEED = [
     "## Speedup over DDP fp32 + lion-pytorch",
     "",
-    'Medians of the ratios of paired repetitions. LionCub is `algorithm="auto"` with a profile and overlap;',
-    "the floor is forward, backward and our Lion's step without a group.",
+    'Medians of the ratios of paired repetitions. LionCub is `algorithm="auto"` with a profile, with or without',
+    "overlap, whichever has the lesser median; the best is that of all algorithms. The floor is forward, backward and",
+    "our Lion's step without a group.",
     "",
 ]
 STEPS = [
     "## Step times",
     "",
-    "Median (least-greatest) over repetitions of the slowest worker's step time, in ms. All workers share the",
-    "machine's cores, so computation takes longer the more of them there are, for every method alike.",
+    "Median (least-greatest) over repetitions of the slowest worker's step time, in ms. Workers share the machine's",
+    "cores, each keeping to one, so computation takes longer the more of them there are, for every method alike.",
     "",
     "- bf16: gradients are cast, divided by the number of workers and summed by Gloo, which rounds to bf16 after each",
     "  addition. The stock hook refuses Gloo by its name; it runs here under another one.",

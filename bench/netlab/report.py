@@ -107,7 +107,8 @@ def speed_table(table: Table) -> Rows:
         row = [f"{cell.workers}", cell.model, rate_name(cell.rate)]
         for method in ("ddp_fp32", name, best, FLOOR):
             ratio = paired_ratio(methods[BASELINE], methods[method]).median if method in methods else None
-            row.append("" if ratio is None else f"{ratio:.2f}x")
+            overlap = ", overlap" if method == name and name.endswith(OVERLAP) else ""
+            row.append("" if ratio is None else f"{ratio:.2f}x{overlap}")
         share = f"{paired_ratio(methods[FLOOR], methods[name]).median:.0%}" if FLOOR in methods else ""
         rows.append([*row, TITLES[best], share])
     header = (

@@ -156,8 +156,8 @@ def fastest(methods: dict[str, list[Repetition]], names: Sequence[str]) -> str |
 
 
 def headline(methods: dict[str, list[Repetition]]) -> str | None:
-    """The LionCub that someone gets who asks for nothing special."""
-    return next((name for name in HEADLINES if name in methods), None)
+    """The automatic LionCub, with or without overlap, whichever takes less time here."""
+    return fastest(methods, HEADLINES)
 
 
 def fixed_rivals(auto: str) -> list[str]:

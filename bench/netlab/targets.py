@@ -85,8 +85,8 @@ def wire_targets(cell: Cell, methods: dict[str, list[Repetition]], where: str) -
     share = alone_share(cell, methods.get(alone, []))
     if cell.rate in ALONE_SHARES and share is not None:
         yield Target(f"exchange alone against the wire limit ({where})", ALONE_SHARES[cell.rate], share.median)
-    overlapped = headline(methods)
-    if cell.rate == OVERLAP_RATE and overlapped is not None and overlapped.endswith(OVERLAP):
+    overlapped = alone + OVERLAP
+    if cell.rate == OVERLAP_RATE and overlapped in methods:
         factor = overlap_factor(cell, methods, overlapped)
         if factor is not None:
             yield Target(

@@ -155,6 +155,9 @@ def _interface_bytes() -> tuple[int, int]:
 def _exchange(voters: list[Voter]) -> float:
     """Seconds of a vote on messages like an optimizer's, all in flight at once, with nothing to encode or to apply."""
     packed = [torch.zeros(voter.n_bytes, dtype=torch.uint8) for voter in voters]
+    # as an optimizer does before it encodes
+    for voter, message in zip(voters, packed, strict=True):
+        voter.expect(message.device)
     dist.barrier()
     begin = perf_counter()
     pending = [voter.start(message, Header()) for voter, message in zip(voters, packed, strict=True)]
