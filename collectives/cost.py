@@ -173,22 +173,25 @@ def best_bucket_bytes(
         algorithm: how votes travel, or "auto".
         costs: the model.
         overlap: whether votes travel while gradients are being computed. Then what is waited for is about the last
-            bucket's vote, while each further bucket costs a latency; else the step waits for all votes.
+            bucket's vote, while each further bucket costs a latency; else the step waits for all votes, of which as few
+            as possible share the link best, whatever single votes were measured to take.
         largest: upper limit in bytes.
     """
     limit, total = max(largest // 8 * 8, 8), sum(group_bytes)
     sizes = dict.fromkeys(min(limit, max(8, -(-total // (8 * count)) * 8)) for count in BUCKET_COUNTS)
-    return min(sizes, key=lambda size: _seconds_of_step(group_bytes, size, algorithm, costs, overlap))
+    if algorithm != "auto":
+        check_possible(algorithm, costs.topology)
+    if not overlap:
+        return max(sizes)
+    return min(sizes, key=lambda size: _seconds_of_step(group_bytes, size, algorithm, costs))
 
 
-def _seconds_of_step(group_bytes: Sequence[int], size: int, algorithm: str, costs: Costs, overlap: bool) -> float:
+def _seconds_of_step(group_bytes: Sequence[int], size: int, algorithm: str, costs: Costs) -> float:
     whole = sum(n_bytes // size for n_bytes in group_bytes)
     rests = [n_bytes % size for n_bytes in group_bytes if n_bytes % size]
     messages = [(size, whole)] * (whole > 0) + [(rest, 1) for rest in rests]
     if not messages:
         return 0.0
-    if not overlap:
-        return sum(count * _seconds(n_bytes, algorithm, costs) for n_bytes, count in messages)
     latency = sum(count * costs.seconds(choose(algorithm, n_bytes, costs), 0) for n_bytes, count in messages)
     return latency + _seconds(max(n_bytes for n_bytes, _ in messages), algorithm, costs)
 

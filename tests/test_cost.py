@@ -232,6 +232,8 @@ def test_buckets_are_as_large_as_possible_without_overlap() -> None:
     assert best(Line(1e-3, 1e-9), 1 << 26, overlap=False) == 1 << 24
     assert best(Line(1e-3, 1e-9), 1 << 26, overlap=False, largest=1003) == 1000
     assert best(Line(1e-3, 1e-9), 0, overlap=False) == 8
+    # an idle shaped link lets short votes through faster than any rate, one at a time
+    assert best(Line(-1e-3, 1e-9), 1_000_000, overlap=False) == 1_000_000
 
 
 def test_buckets_balance_latency_and_the_last_vote_with_overlap() -> None:
