@@ -56,7 +56,7 @@ from netlab.methods import BETAS, LR, WEIGHT_DECAY, Int8Vote, bf16_hook
 from netlab.names import ALGORITHM_OF, BASELINE, COMPARED, FLOOR, TWO_LEVEL
 from netlab.progress import Pace, clock_text
 from netlab.rates import parse_rate, rate_name, shape_of
-from netlab.records import Journal, read_journal
+from netlab.records import Journal, merged, read_journal
 from netlab.report import write_report
 from netlab.summary import headline, log_interval, paired_ratio, repetition_of, spread_of, table_of
 from netlab.targets import targets_of
@@ -431,6 +431,18 @@ def test_the_headline_is_the_faster_of_the_automatic_ones() -> None:
         turns = [_turn("lioncub_auto", 0, without), _turn("lioncub_auto_overlap", 0, 0.25)]
         (methods,) = table_of([*turns, _turn("lioncub_reduce_scatter", 0, 0.1)]).values()
         assert headline(methods) == name
+
+
+def test_a_later_run_replaces_the_cells_that_it_measured() -> None:
+    place = {"hosts": 2, "per_host": 1}
+    first = [_turn(FLOOR, i, 0.2) for i in range(3)] + [_turn(FLOOR, 0, 0.3, place=place), {"kind": "end"}]
+    second = [_turn(FLOOR, 0, 0.1), {"kind": "end"}]
+    table = table_of(merged([first, second]))
+    assert {cell.hosts: len(methods[FLOOR]) for cell, methods in table.items()} == {2: 1, 4: 1}
+    (again,) = next(methods for cell, methods in table.items() if cell.hosts == 4)[FLOOR]
+    assert again.step == repetition_of(second[0]).step != repetition_of(first[0]).step
+    assert [record["kind"] for record in merged([first, second])].count("end") == 2
+    assert not [record for record in merged([first, second[:1]]) if record["kind"] == "end"]
 
 
 def test_targets_are_judged_from_findings() -> None:

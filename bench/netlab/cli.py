@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from netlab.interrupts import Interrupted, interruptible
 from netlab.lab import Lab, LabError, remove_stale, require_abilities
 from netlab.rates import parse_rate
-from netlab.records import read_journal
+from netlab.records import merged, read_journal
 
 if TYPE_CHECKING:
     from netlab.matrix import Choice
@@ -67,6 +67,7 @@ def _add_matrix(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     add("--quick", action="store_true", help="2 workers, 10M, 1gbit, 2 repetitions, unless said otherwise")
     add("--runs", type=Path, default=ROOT / "runs" / "netlab", help="folder of the findings; default: runs/netlab")
     add("--out", type=Path, default=ROOT / "docs", help="folder of the report; default: docs")
+    add("--earlier", nargs="+", type=Path, default=[], metavar="FOLDER", help="runs whose other cells the report keeps")
     add("--report", action="store_true", help="measure nothing, write the report from the findings so far")
     matrix.set_defaults(run=_run_matrix)
 
@@ -106,7 +107,8 @@ def _run_matrix(options: argparse.Namespace) -> int:
         except WorkerFailedError as error:
             raise LabError(str(error)) from error
     options.out.mkdir(parents=True, exist_ok=True)
-    targets = write_report(read_journal(options.runs / JOURNAL_NAME), options.out)
+    runs = [read_journal(folder / JOURNAL_NAME) for folder in (*options.earlier, options.runs)]
+    targets = write_report(merged(runs), options.out)
     for target in targets:
         limit = f"{'<=' if target.at_most else '>='} {target.limit:g}"
         print(f"{'met   ' if target.met else 'MISSED'}  {target.got:8.3g} ({limit})  {target.name}")

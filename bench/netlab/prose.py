@@ -88,6 +88,9 @@ def introduction(records: list[Record], table: Table) -> list[str]:
     sizes = ", ".join(f"{name} = {count:,} parameters" for name, count in models.items())
     counts = sorted({len(r) for methods in table.values() for r in methods.values()})
     repeated = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+    dates = [environment["date"][:16].replace("T", " ") for environment in of_kind(records, "environment")]
+    again = f"Runs began at {', '.join(dates)} UTC; what a later one measured of a cell replaces the earlier figures."
+    several = [again, ""] if len(dates) > 1 else []
     unfinished = [] if of_kind(records, "end") else ["**The run was interrupted: these are its findings so far.**", ""]
     return [
         "# Training on links of known speed",
@@ -96,6 +99,7 @@ def introduction(records: list[Record], table: Table) -> list[str]:
         f"Linux {about['kernel']}, Python {about['python']}, {packages}, iperf3 {about['iperf3']}; "
         f"{about['date'][:10]}.",
         "",
+        *several,
         *unfinished,
         f"Byte-level GPTs ({sizes}), batch 1, sequence 64, one thread per worker, Gloo. Every worker process",
         "holds one model, on which all methods take turns, repetition by repetition, each of which starts with another",

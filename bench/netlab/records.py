@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,22 @@ def read_journal(path: Path) -> list[Record]:
             if number < len(lines):
                 raise ValueError(f"{path}: expected JSON in line {number}, got {line[:80]!r}") from error
     return records
+
+
+def merged(runs: Sequence[Sequence[Record]]) -> list[Record]:
+    """The findings of several runs, earlier ones first; of a cell, those of the last that measured it."""
+    measured = [{_cell(turn) for turn in of_kind(run, "turn")} for run in runs]
+    records = []
+    for i, run in enumerate(runs):
+        replaced = set[tuple[object, ...]]().union(*measured[i + 1 :])
+        records += [record for record in run if record["kind"] != "turn" or _cell(record) not in replaced]
+    if not all(of_kind(run, "end") for run in runs):
+        records = [record for record in records if record["kind"] != "end"]
+    return records
+
+
+def _cell(turn: Record) -> tuple[object, ...]:
+    return turn["hosts"], turn["per_host"], turn["rate"], turn["model"]
 
 
 def of_kind(records: Iterable[Record], kind: str) -> list[Record]:
