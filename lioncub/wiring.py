@@ -69,6 +69,9 @@ class Wiring:
                 self.routes = Routes.build(group, self.routes.topology)
         elif self.algorithm in ("auto", "hierarchical") or self.profile is not None:
             self.routes = Routes.build(group, find_topology(self.group))
+        elif self.algorithm == "reduce_scatter":
+            # which way its messages take depends on the nodes; groups of theirs are not needed
+            self.routes = Routes(group, find_topology(self.group))
         else:
             self.routes = Routes.flat(group)
         backend = backend_of(group, device.type)

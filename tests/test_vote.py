@@ -109,6 +109,20 @@ def test_messages_travel_at_once_or_in_rounds(world_size: int) -> None:
     assert results_of(votes_at_once_and_in_rounds, world_size) == [ways] * world_size
 
 
+def way_on_nodes(rank: int, world_size: int, nodes: tuple) -> bool:
+    voter = Voter(64, routes=Routes(None, Topology(nodes)), algorithm="reduce_scatter", at_once=True)
+    voter.expect(torch.device("cpu"))
+    voter.start(torch.zeros(64, dtype=torch.uint8), Header()).result()
+    return voter._at_once
+
+
+@pytest.mark.parametrize(
+    ("nodes", "at_once"), [(((0, 1, 2, 3),), True), (((0,), (1,), (2,), (3,)), True), (((0, 1), (2, 3)), False)]
+)
+def test_messages_to_nodes_of_several_workers_travel_in_rounds(nodes: tuple, at_once: bool) -> None:
+    assert results_of(way_on_nodes, 4, nodes) == [at_once] * 4
+
+
 # the last but one interleaves the nodes' ranks
 TWO_LEVELS = [
     ((0, 1), (2, 3)),
