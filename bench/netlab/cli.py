@@ -62,7 +62,7 @@ def _add_matrix(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     add("--workers", nargs="+", type=int, metavar="N", help="default: 4 2 8")
     add("--models", nargs="+", metavar="NAME", help="default: 10M 25M")
     add("--methods", nargs="+", metavar="NAME", help="default: all; a name that does not exist lists them")
-    add("--repetitions", type=int, help="default: 5 with 4 workers, else 3")
+    add("--repetitions", type=int, help="default: 5 with 4 workers, else 2")
     add("--two-level", action=argparse.BooleanOptionalAction, default=None, help="default: unless a part is chosen")
     add("--quick", action="store_true", help="2 workers, 10M, 1gbit, 2 repetitions, unless said otherwise")
     add("--runs", type=Path, default=ROOT / "runs" / "netlab", help="folder of the findings; default: runs/netlab")

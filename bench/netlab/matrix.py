@@ -13,7 +13,7 @@ from netlab.names import ALGORITHM_OF, COMPARED, FLOOR, OVERLAP, TWO_LEVEL
 CONTEXT = 64
 VOCABULARY = 256
 # repetitions of the cells that decide, those of 4 workers, and of the others
-DECIDING_WORKERS, DECIDING_REPETITIONS, OTHER_REPETITIONS, TWO_LEVEL_REPETITIONS = 4, 5, 3, 2
+DECIDING_WORKERS, DECIDING_REPETITIONS, OTHER_REPETITIONS, TWO_LEVEL_REPETITIONS = 4, 5, 2, 2
 # a repetition takes steps for about this long, and this many at most
 REPETITION_SECONDS, MAX_STEPS = 1.0, 4
 # exchanges with nothing else going on, per repetition
