@@ -29,7 +29,7 @@ class Voter:
     ``bytes_sent`` the bytes that each worker sends per vote, headers included. Voters whose votes are in flight at
     once on the same routes need different ``tag`` numbers, below `SINGLE_VOTES`. ``at_once`` says whether messages
     between single workers are sent all at once or in rounds: unless given, rounds are taken where they are long
-    (`rounds_pay`), and always where several nodes have several workers each. ``device_type`` says where messages are,
+    (`rounds_pay`), and where one of several nodes has several workers. ``device_type`` says where messages are,
     for default costs.
     """
 
@@ -57,10 +57,10 @@ class Voter:
         self._impl, self._tag, self._approximate = impl, tag, approximate
         if at_once is None:
             seconds = costs.seconds(self.algorithm, n_bytes, self.header_bytes)
-            at_once = not rounds_pay(seconds, routes.workers)
-        # single messages would cross the link of a node with several workers once for each of them, a ring once
-        one_level = routes.topology.n_nodes in (1, routes.workers)
-        self._at_once = at_once and one_level and self.algorithm == "reduce_scatter"
+            # single messages would cross the link of a node with several workers once for each of them, a ring once
+            one_level = routes.topology.n_nodes in (1, routes.workers)
+            at_once = one_level and not rounds_pay(seconds, routes.workers)
+        self._at_once = at_once and self.algorithm == "reduce_scatter"
         self._inbox: Inbox | None = None
 
     def expect(self, device: torch.device) -> None:

@@ -110,7 +110,7 @@ def test_messages_travel_at_once_or_in_rounds(world_size: int) -> None:
 
 
 def way_on_nodes(rank: int, world_size: int, nodes: tuple) -> bool:
-    voter = Voter(64, routes=Routes(None, Topology(nodes)), algorithm="reduce_scatter", at_once=True)
+    voter = Voter(64, routes=Routes(None, Topology(nodes)), algorithm="reduce_scatter")
     voter.expect(torch.device("cpu"))
     voter.start(torch.zeros(64, dtype=torch.uint8), Header()).result()
     return voter._at_once
