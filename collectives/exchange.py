@@ -17,7 +17,7 @@ from torch import Tensor
 from lioncub.collectives.cost import RESULT_HEADER_BYTES, chunk_bytes
 from lioncub.collectives.errors import WorkersDisagreeError, by_value
 from lioncub.collectives.handshake import WIRE_VERSION
-from lioncub.collectives.header import STATUS_OK, combined_status
+from lioncub.collectives.header import combined_status
 from lioncub.collectives.routes import Routes
 from lioncub.collectives.transport import LATER, AtOnce
 
@@ -128,10 +128,9 @@ def new_reply(headers: Tensor, chunk: int) -> tuple[Tensor, Tensor, Tensor]:
     reply = torch.empty(RESULT_HEADER_BYTES + chunk, dtype=torch.uint8, device=headers.device)
     words = reply[:RESULT_HEADER_BYTES].view(torch.int64)
     status = combined_status(headers)
-    said = [WIRE_VERSION, status if isinstance(status, int) else STATUS_OK, 0, 0]
-    words.copy_(torch.tensor(said, dtype=torch.int64, device=headers.device))
-    if isinstance(status, Tensor):
-        words[1] = status
+    words[0] = WIRE_VERSION
+    words[1] = status
+    words[2:] = 0
     return reply, reply[RESULT_HEADER_BYTES:], words[2:]
 
 
