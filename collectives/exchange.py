@@ -38,7 +38,7 @@ class Tally:
 class Terms:
     """How an exchange is to be made: parity of ties, groups, kernels, the tag of its messages.
 
-    ``inbox`` has receives that are posted already, for messages that travel while processors compute.
+    ``inbox`` has receives that are posted already, for messages that are sent all at once.
     """
 
     parity: int
@@ -127,9 +127,8 @@ def new_reply(headers: Tensor, chunk: int) -> tuple[Tensor, Tensor, Tensor]:
     """An answer to ``headers`` uint8[N, H]: the whole message, its voted chunk, and its int64[2] counts, as views."""
     reply = torch.empty(RESULT_HEADER_BYTES + chunk, dtype=torch.uint8, device=headers.device)
     words = reply[:RESULT_HEADER_BYTES].view(torch.int64)
-    status = combined_status(headers)
     words[0] = WIRE_VERSION
-    words[1] = status
+    words[1] = combined_status(headers)
     words[2:] = 0
     return reply, reply[RESULT_HEADER_BYTES:], words[2:]
 

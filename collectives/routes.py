@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from lioncub.collectives.handshake import handshake
 from lioncub.collectives.topology import Topology, find_topology
-from lioncub.collectives.transport import Group, world_size_of
+from lioncub.collectives.transport import Group, whole, world_size_of
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ def subgroups(group: Group, partition: Sequence[Sequence[int]]) -> list[Group]:
         # the name of a group that only its members make is hashed from their ranks and from how many groups each is in
         known = len(distributed_c10d._world.pg_names)
         facts = {"the number of process groups that this process is in": known}
-        handshake(facts, group=group, device=_device_of(_whole(group)))
+        handshake(facts, group=group, device=_device_of(whole(group)))
     made: list[Group] = []
     for ranks in partition:
         new = None
@@ -109,15 +109,9 @@ def subgroups(group: Group, partition: Sequence[Sequence[int]]) -> list[Group]:
 
 
 def _timeout_of(group: Group) -> timedelta:
-    whole = _whole(group)
-    timeout: timedelta = whole._get_backend(_device_of(whole)).options._timeout
+    found = whole(group)
+    timeout: timedelta = found._get_backend(_device_of(found)).options._timeout
     return timeout
-
-
-def _whole(group: Group) -> dist.ProcessGroup:
-    whole = group or dist.group.WORLD
-    assert whole is not None
-    return whole
 
 
 def _device_of(group: dist.ProcessGroup) -> torch.device:

@@ -53,11 +53,9 @@ class _PointToPoint:
     """An all-to-all of single messages: the receives are posted on construction."""
 
     def __init__(self, output: Tensor, group: Group, tag: int) -> None:
-        whole = group or dist.group.WORLD
-        assert whole is not None
         # asked directly: the checks of dist.isend and dist.irecv cost as much as the sending of a short message
-        self._group, self._tag = whole, _FIRST_TAG + tag
-        self._rank, self._size = whole.rank(), whole.size()
+        self._group, self._tag = whole(group), _FIRST_TAG + tag
+        self._rank, self._size = self._group.rank(), self._group.size()
         self._rows = output.unbind()
         distances = range(1, self._size) if output.shape[1] else range(0)
         self._received = [self._receive(d) for d in distances]
@@ -111,6 +109,13 @@ class AtOnce(_PointToPoint):
         """Wait for everyone's message, and until one's own have left; once, after `send`."""
         for work in self._received + self._sent:
             work.wait()
+
+
+def whole(group: Group) -> dist.ProcessGroup:
+    """``group``, or the default group for None."""
+    found = group or dist.group.WORLD
+    assert found is not None
+    return found
 
 
 def backend_of(group: Group, device_type: str) -> str:

@@ -7,16 +7,16 @@ from collections import defaultdict
 from collections.abc import Iterator
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from lioncub.collectives.algorithms import EXCHANGES
-from lioncub.collectives.cost import Costs, bytes_sent, check_approximate, choose, default_costs, rounds_pay
+from lioncub.collectives.cost import Costs, bytes_sent, choose, default_costs, rounds_pay
 from lioncub.collectives.exchange import Exchange, Inbox, Tally, Terms
 from lioncub.collectives.handshake import handshake
 from lioncub.collectives.header import Header, check_agreement, decode_headers, encode_header, header_bytes
 from lioncub.collectives.routes import Routes
-from lioncub.collectives.transport import AVERAGES, SINGLE_VOTES, Group, backend_of, has_point_to_point
+from lioncub.collectives.traffic import check_approximate
+from lioncub.collectives.transport import AVERAGES, SINGLE_VOTES, Group, backend_of, has_point_to_point, whole
 
 # votes of one group that are in flight at once need messages of different tags; keyed by the group's name
 _TAGS: defaultdict[str, Iterator[int]] = defaultdict(lambda: itertools.cycle(range(SINGLE_VOTES, AVERAGES)))
@@ -127,9 +127,7 @@ def vote_async(
         "the parity": parity & 1,
     }
     handshake(facts, group=routes.group, device=packed.device)
-    whole = routes.group or dist.group.WORLD
-    assert whole is not None
-    tag = next(_TAGS[whole.group_name])
+    tag = next(_TAGS[whole(routes.group).group_name])
     voter = Voter(
         packed.numel(),
         routes=routes,

@@ -105,11 +105,11 @@ class LionCub(MomentumOptimizer):
         super().__init__(params, lr, betas, weight_decay, maximize, impl, step=0)
         if not self._named_parameters():
             raise ValueError("params: expected at least one parameter, got none")
+        device = self._named_parameters()[0][1].device
         devices = sorted({str(param.device) for _, param in self._named_parameters()})
-        if overlap and (len(devices) > 1 or self._named_parameters()[0][1].device.type not in ("cpu", "cuda")):
+        if overlap and (len(devices) > 1 or device.type not in ("cpu", "cuda")):
             raise ValueError(f"overlap: expected all parameters on the CPU or on one CUDA device, got {devices}")
         if self._workers > 1:
-            device = self._named_parameters()[0][1].device
             handshake(self._facts(bucket_mb), group=process_group, device=device)
             self._wiring.connect(device)
             if overlap:

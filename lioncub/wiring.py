@@ -11,9 +11,10 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from lioncub.buckets import Bucket
 from lioncub.collectives import ALGORITHMS, Costs, Profile, Routes, Voter, find_topology
-from lioncub.collectives.cost import best_bucket_bytes, check_approximate, default_costs
+from lioncub.collectives.cost import best_bucket_bytes, default_costs
 from lioncub.collectives.handshake import digest
 from lioncub.collectives.routes import subgroups
+from lioncub.collectives.traffic import check_approximate
 from lioncub.collectives.transport import backend_of, world_size_of
 
 PathOrProfile = str | PathLike[str] | Profile

@@ -97,6 +97,8 @@ def _run_matrix(options: argparse.Namespace) -> int:
     from netlab.report import write_report
     from netlab.run import JOURNAL_NAME, run_matrix
 
+    # read first, since what is measured may replace one of them
+    earlier = [read_journal(folder / JOURNAL_NAME) for folder in options.earlier]
     if not options.report:
         choice = choice_of(options)
         require_abilities()
@@ -107,8 +109,7 @@ def _run_matrix(options: argparse.Namespace) -> int:
         except WorkerFailedError as error:
             raise LabError(str(error)) from error
     options.out.mkdir(parents=True, exist_ok=True)
-    runs = [read_journal(folder / JOURNAL_NAME) for folder in (*options.earlier, options.runs)]
-    targets = write_report(merged(runs), options.out)
+    targets = write_report(merged([*earlier, read_journal(options.runs / JOURNAL_NAME)]), options.out)
     for target in targets:
         limit = f"{'<=' if target.at_most else '>='} {target.limit:g}"
         print(f"{'met   ' if target.met else 'MISSED'}  {target.got:8.3g} ({limit})  {target.name}")

@@ -115,7 +115,7 @@ class Worker:
             "routes": [bucket.algorithm for bucket in stats.buckets],
             "alone_in_step": in_steps,
             # the first one pays for memory that training, which repeats its sizes, has
-            "alone": [_exchange(voters) for _ in range(alone + 1)][1:],
+            "alone": [_exchange(voters) for _ in range(alone + 1)][1:] if alone else [],
             "alone_bytes": sum(voter.bytes_sent for voter in voters),
             "predicted": predicted,
         }
