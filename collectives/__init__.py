@@ -1,6 +1,7 @@
 """Collectives of packed votes on torch.distributed: how messages travel, and which way is cheapest."""
 
 from lioncub.collectives.average import average_
+from lioncub.collectives.codes import Codes
 from lioncub.collectives.cost import ALGORITHMS, Costs, Link, LinkCosts, bytes_sent, choose, default_costs
 from lioncub.collectives.errors import WorkersDisagreeError
 from lioncub.collectives.handshake import HANDSHAKE_BYTES, handshake
@@ -14,6 +15,7 @@ from lioncub.collectives.vote import PendingVote, Voter, vote, vote_async
 __all__ = [
     "ALGORITHMS",
     "HANDSHAKE_BYTES",
+    "Codes",
     "Costs",
     "Link",
     "LinkCosts",

@@ -11,7 +11,7 @@ from lioncub.collectives.cost import chunk_bytes
 from lioncub.collectives.exchange import Exchange, Tally, Terms, headed_rows, join_replies, new_reply
 from lioncub.collectives.hierarchical import HierarchicalVote
 from lioncub.collectives.transport import all_gather, all_reduce, all_to_all
-from lioncub.kernels import field_bits, majority_of_fields, majority_vote, spread_codes
+from lioncub.kernels import spread_codes
 
 
 class AllGatherVote(Exchange):
@@ -24,13 +24,16 @@ class AllGatherVote(Exchange):
         self._received = packed.new_empty(terms.routes.workers, message.numel())
         self._phase.start(lambda: all_gather(self._received.view(-1), message, terms.routes.group))
 
+    def headers(self) -> Tensor:
+        """See `Exchange.headers`."""
+        self._phase.wait()
+        return self._received[:, : self._header_bytes]
+
     def result(self) -> Tally:
         """Wait, vote."""
-        self._phase.wait()
-        headers, ballots = self._received[:, : self._header_bytes], self._received[:, self._header_bytes :]
+        headers, ballots = self.headers(), self._received[:, self._header_bytes :]
         counts = torch.zeros(2, dtype=torch.int64, device=headers.device)
-        voted = majority_vote(ballots, parity=self._terms.parity, counts=counts, impl=self._terms.impl)
-        return Tally(voted, headers, counts)
+        return Tally(self._terms.count.of_ballots(ballots, counts), headers, counts)
 
 
 class ReduceScatterVote(Exchange):
@@ -38,9 +41,10 @@ class ReduceScatterVote(Exchange):
 
     def __init__(self, packed: Tensor, header: Tensor, terms: Terms) -> None:
         super().__init__(terms)
-        self._n_bytes, self._header_bytes = packed.numel(), header.numel()
+        self._n_bytes, self._header_bytes = packed.numel() // terms.codes.bits, header.numel()
         workers = terms.routes.workers
-        message = headed_rows(packed, header, workers, chunk_bytes(self._n_bytes, workers))
+        self._chunk = chunk_bytes(self._n_bytes, workers)
+        message = headed_rows(packed, header, workers, self._chunk * terms.codes.bits)
         inbox = terms.inbox
         self._received = torch.empty_like(message) if inbox is None else inbox.received
         self._replies: Tensor | None = None
@@ -57,9 +61,9 @@ class ReduceScatterVote(Exchange):
         if self._replies is not None:
             return False
         self._phase.wait()
-        headers, ballots = self._received[:, : self._header_bytes], self._received[:, self._header_bytes :]
-        reply, voted, counts = new_reply(headers, ballots.shape[1])
-        majority_vote(ballots, parity=self._terms.parity, out=voted, counts=counts, impl=self._terms.impl)
+        headers, ballots = self.headers(), self._received[:, self._header_bytes :]
+        reply, voted, counts = new_reply(headers, self._chunk * self._terms.result_bits)
+        self._terms.count.of_ballots(ballots, counts, out=voted)
         inbox = self._terms.inbox
         replies = reply.new_empty(len(headers), reply.numel()) if inbox is None else inbox.replies
         self._phase.start(
@@ -77,39 +81,40 @@ class ReduceScatterVote(Exchange):
         self.advance()
         self._phase.wait()
         assert self._replies is not None
-        voted, counts = join_replies(self._replies, self._n_bytes)
-        return Tally(voted, self._received[:, : self._header_bytes], counts)
+        voted, counts = join_replies(self._replies, self._n_bytes, self._terms.result_bits)
+        return Tally(voted, self.headers(), counts)
+
+    def headers(self) -> Tensor:
+        """See `Exchange.headers`."""
+        return self._received[:, : self._header_bytes]
 
 
 class AllReduceVote(Exchange):
     """1. codes are spread into fields wide enough for their sum; 2. one native all-reduce adds them up, while headers
-    are gathered; 3. every worker compares every field with half the number of workers."""
+    are gathered; 3. every worker takes the result out of the fields."""
 
     def __init__(self, packed: Tensor, header: Tensor, terms: Terms) -> None:
         super().__init__(terms)
-        self._field_bits = field_bits(1, terms.routes.workers)
-        self._fields = spread_codes(packed, bits=1, field_bits=self._field_bits, impl=terms.impl)
+        width = terms.codes.field_bits(terms.routes.workers)
+        self._fields = spread_codes(packed, bits=terms.codes.bits, field_bits=width, impl=terms.impl)
         self._headers = header.new_empty(terms.routes.workers, header.numel())
         # fields never carry into one another, so wider integers give the same sums
-        summands = self._fields.view(torch.int32) if self._field_bits == 16 else self._fields
+        summands = self._fields.view(torch.int32) if width == 16 else self._fields
         group = terms.routes.group
         self._phase.start(
             lambda: all_gather(self._headers.view(-1), header, group), lambda: all_reduce(summands, group)
         )
 
+    def headers(self) -> Tensor:
+        """See `Exchange.headers`."""
+        self._phase.wait()
+        return self._headers
+
     def result(self) -> Tally:
-        """Wait, compare."""
+        """Wait, count."""
         self._phase.wait()
         counts = torch.zeros(2, dtype=torch.int64, device=self._headers.device)
-        voted = majority_of_fields(
-            self._fields,
-            field_bits=self._field_bits,
-            voters=self._terms.routes.workers,
-            parity=self._terms.parity,
-            counts=counts,
-            impl=self._terms.impl,
-        )
-        return Tally(voted, self._headers, counts)
+        return Tally(self._terms.count.of_fields(self._fields, counts), self._headers, counts)
 
 
 EXCHANGES: dict[str, Callable[[Tensor, Tensor, Terms], Exchange]] = {

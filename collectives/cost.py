@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from lioncub.collectives.codes import VOTES, Codes
 from lioncub.collectives.topology import Topology
 from lioncub.collectives.traffic import (
     ALGORITHMS,
@@ -84,8 +85,8 @@ class Costs(Protocol):
     def is_measured(self) -> bool:
         """Whether they are based on a probe of this group."""
 
-    def seconds(self, algorithm: str, n_bytes: int, header_bytes: int = 0) -> float:
-        """Time of one vote on ``n_bytes``. Raises ValueError for an unknown or impossible algorithm."""
+    def seconds(self, algorithm: str, n_bytes: int, header_bytes: int = 0, codes: Codes = VOTES) -> float:
+        """Time of one vote on ``8 * n_bytes`` codes. Raises ValueError for an unknown or impossible algorithm."""
 
 
 @dataclass(frozen=True)
@@ -103,9 +104,9 @@ class LinkCosts:
     approximate: bool = False
     is_measured: bool = False
 
-    def seconds(self, algorithm: str, n_bytes: int, header_bytes: int = 0) -> float:
+    def seconds(self, algorithm: str, n_bytes: int, header_bytes: int = 0, codes: Codes = VOTES) -> float:
         """See `Costs`."""
-        return self.seconds_of(legs(algorithm, n_bytes, self.topology, header_bytes, self.approximate))
+        return self.seconds_of(legs(algorithm, n_bytes, self.topology, header_bytes, self.approximate, codes))
 
     def dense_seconds(self, n_bytes: int) -> float:
         """Time of an all-reduce of ``n_bytes`` of floats: by a flat ring or in two levels, whichever is faster."""
@@ -145,15 +146,19 @@ def default_costs(topology: Topology, backend: str, *, approximate: bool = False
     return LinkCosts(topology, inter, intra, source, approximate)
 
 
-def choose(algorithm: str, n_bytes: int, costs: Costs, header_bytes: int = 0) -> str:
+def choose(algorithm: str, n_bytes: int, costs: Costs, header_bytes: int = 0, codes: Codes = VOTES) -> str:
     """``algorithm`` itself, or for "auto" the one predicted to be fastest (the first where they are equal).
 
-    Raises ValueError for an unknown algorithm, and for "hierarchical" where the nodes do not allow it.
+    Raises ValueError for an unknown algorithm, for "hierarchical" where the nodes do not allow it, and where no field
+    holds the sum of ``codes``.
     """
+    if codes.result != "majority":
+        codes.field_bits(costs.topology.workers)
     if algorithm != "auto":
         check_possible(algorithm, costs.topology)
         return algorithm
-    return min(candidates(costs.topology), key=lambda name: costs.seconds(name, n_bytes, header_bytes))
+    possible = candidates(costs.topology, codes)
+    return min(possible, key=lambda name: costs.seconds(name, n_bytes, header_bytes, codes))
 
 
 def rounds_pay(seconds: float, workers: int) -> bool:

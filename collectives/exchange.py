@@ -14,7 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lioncub.collectives.codes import VOTES, Codes
 from lioncub.collectives.cost import RESULT_HEADER_BYTES, chunk_bytes
+from lioncub.collectives.counting import Count
 from lioncub.collectives.errors import WorkersDisagreeError, by_value
 from lioncub.collectives.handshake import WIRE_VERSION
 from lioncub.collectives.header import combined_status
@@ -24,7 +26,7 @@ from lioncub.collectives.transport import LATER, AtOnce
 
 @dataclass(frozen=True)
 class Tally:
-    """A finished vote: the packed majority uint8[B], every worker's header uint8[N, H], and int64[2] counts.
+    """A finished vote: the packed result uint8[r*B], every worker's header uint8[N, H], and int64[2] counts.
 
     Counts are (ties, unanimous) among the 8*B codes, pad codes of the message included as unanimous.
     """
@@ -36,7 +38,7 @@ class Tally:
 
 @dataclass(frozen=True)
 class Terms:
-    """How an exchange is to be made: parity of ties, groups, kernels, the tag of its messages.
+    """How an exchange is to be made: parity of ties, groups, kernels, the tag of its messages, the format of codes.
 
     ``inbox`` has receives that are posted already, for messages that are sent all at once.
     """
@@ -47,15 +49,28 @@ class Terms:
     tag: int = 0
     approximate: bool = False
     inbox: Inbox | None = None
+    codes: Codes = VOTES
+
+    @property
+    def count(self) -> Count:
+        """How the codes of all workers are counted."""
+        return Count(self.codes, self.routes.workers, self.parity, self.impl)
+
+    @property
+    def result_bits(self) -> int:
+        """Bits of a code of the result."""
+        return self.codes.result_bits(self.routes.workers)
 
 
 class Inbox:
     """Posted receives of both legs of one reduce-scatter vote, and where they put what arrives."""
 
-    def __init__(self, routes: Routes, n_bytes: int, header_bytes: int, tag: int) -> None:
-        chunk = chunk_bytes(n_bytes, routes.workers)
-        self.received = torch.empty(routes.workers, header_bytes + chunk, dtype=torch.uint8, device="cpu")
-        self.replies = torch.empty(routes.workers, RESULT_HEADER_BYTES + chunk, dtype=torch.uint8, device="cpu")
+    def __init__(self, routes: Routes, n_bytes: int, header_bytes: int, tag: int, codes: Codes) -> None:
+        workers = routes.workers
+        chunk = chunk_bytes(n_bytes, workers)
+        there, back = header_bytes + chunk * codes.bits, RESULT_HEADER_BYTES + chunk * codes.result_bits(workers)
+        self.received = torch.empty(workers, there, dtype=torch.uint8, device="cpu")
+        self.replies = torch.empty(workers, back, dtype=torch.uint8, device="cpu")
         self.there = AtOnce(self.received, routes.group, tag)
         self.back = AtOnce(self.replies, routes.group, tag + LATER)
 
@@ -98,6 +113,10 @@ class Exchange:
         """Wait for the phase under way and start the next; in the last phase do nothing and return False."""
         return False
 
+    def headers(self) -> Tensor:
+        """Everyone's header uint8[N, H]; waits for them, and is there when `advance` has returned False."""
+        raise NotImplementedError
+
     def result(self) -> Tally:
         """Run all remaining phases and give the result."""
         raise NotImplementedError
@@ -133,9 +152,10 @@ def new_reply(headers: Tensor, chunk: int) -> tuple[Tensor, Tensor, Tensor]:
     return reply, reply[RESULT_HEADER_BYTES:], words[2:]
 
 
-def join_replies(replies: Tensor, n_bytes: int) -> tuple[Tensor, Tensor]:
-    """The voted message and the counts from everyone's answer uint8[N, 32 + C], in the order of the chunks.
+def join_replies(replies: Tensor, n_bytes: int, bits: int) -> tuple[Tensor, Tensor]:
+    """The result, 8*n_bytes codes of ``bits``, and the counts from everyone's answer uint8[N, 32 + bits*C].
 
+    Answers are in the order of the chunks.
     Every worker must have seen the same headers; otherwise the network or a kernel is broken.
     """
     words = replies[:, :RESULT_HEADER_BYTES].contiguous().view(torch.int64)
@@ -145,5 +165,5 @@ def join_replies(replies: Tensor, n_bytes: int) -> tuple[Tensor, Tensor]:
     voted = replies[:, RESULT_HEADER_BYTES:]
     counts = words[:, 2:].sum(dim=0)
     # chunks are padded: those codes, 0 on every worker, were counted as unanimous
-    counts[1] -= 8 * (voted.numel() - n_bytes)
-    return voted.reshape(-1)[:n_bytes], counts
+    counts[1] -= 8 * (voted.numel() // bits - n_bytes)
+    return voted.reshape(-1)[: n_bytes * bits], counts

@@ -6,10 +6,9 @@ import hashlib
 from collections.abc import Mapping
 
 import torch
-import torch.distributed as dist
 
 from lioncub.collectives.errors import WorkersDisagreeError, by_value
-from lioncub.collectives.transport import Group, all_gather, world_size_of
+from lioncub.collectives.transport import Group, all_gather, gather_objects, world_size_of
 
 WIRE_VERSION = 1
 HANDSHAKE_BYTES = 16
@@ -35,8 +34,7 @@ def handshake(facts: Mapping[str, object], *, group: Group, device: torch.device
     rows = everyone.view(size, 2).tolist()
     if all(row == rows[0] for row in rows):
         return
-    stated: list[dict[str, object]] = [{}] * size
-    dist.all_gather_object(stated, {"wire version": WIRE_VERSION, **facts}, group=group)
+    stated = gather_objects({"wire version": WIRE_VERSION, **facts}, group, device)
     for name in dict.fromkeys(key for facts_of_rank in stated for key in facts_of_rank):
         values = [facts_of_rank.get(name, "(not stated)") for facts_of_rank in stated]
         if any(value != values[0] for value in values):

@@ -77,7 +77,10 @@ def first_nonfinite(status: Tensor) -> Tensor:
 
 def decode_headers(raw: Tensor, n_tensors: int) -> list[Header]:
     """Headers of all workers from uint8[N, header_bytes(n_tensors)]; waits for the device."""
-    return [_decode(words, n_tensors) for words in raw.contiguous().view(torch.int64).tolist()]
+    rows = [tuple(words) for words in raw.contiguous().view(torch.int64).tolist()]
+    # workers mostly say the same
+    decoded = {words: _decode(words, n_tensors) for words in set(rows)}
+    return [decoded[words] for words in rows]
 
 
 def combined_status(raw: Tensor) -> Tensor | int:

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from lioncub.collectives.cost import chunk_bytes
 from lioncub.collectives.exchange import Exchange, Tally, Terms, headed_rows, join_replies, new_reply
-from lioncub.collectives.transport import all_gather, all_to_all
-from lioncub.kernels import count_votes, counter_planes, majority_of_counts, majority_vote
+from lioncub.collectives.traffic import count_bits
+from lioncub.collectives.transport import all_gather, all_to_all, rank_of
+from lioncub.kernels import add_codes, count_votes, majority_of_counts, majority_vote
 
 
 class HierarchicalVote(Exchange):
@@ -23,17 +23,18 @@ class HierarchicalVote(Exchange):
     4. It adds the M counts bit-sliced and votes on its part.
     5. All-gather of the voted parts between nodes; 6. all-gather of the voted chunks inside the node.
 
-    With ``terms.approximate`` each node votes first and one plane travels: a majority of majorities.
+    With ``terms.approximate`` each node votes first and one plane travels: a majority of majorities. Codes that do not
+    end in a majority are added up in fields instead, wide enough for L of them between nodes.
     """
 
     def __init__(self, packed: Tensor, header: Tensor, terms: Terms) -> None:
         topology = terms.routes.topology
         super().__init__(terms)
-        self._n_bytes, self._header_bytes = packed.numel(), header.numel()
+        self._n_bytes, self._header_bytes = packed.numel() // terms.codes.bits, header.numel()
         self._nodes, self._local = topology.n_nodes, topology.local_size
         self._part = chunk_bytes(self._n_bytes, topology.workers)
-        self._planes = 1 if terms.approximate else counter_planes(self._local)
-        message = headed_rows(packed, header, self._local, self._nodes * self._part)
+        self._count_bits = count_bits(self._local, terms.codes, terms.approximate)
+        message = headed_rows(packed, header, self._local, self._nodes * self._part * terms.codes.bits)
         self._received = torch.empty_like(message)
         self._steps: list[Callable[[], None]] = [self._send_counts, self._send_voted_part, self._send_voted_chunk]
         self._phase.start(lambda: all_to_all(self._received, message, terms.routes.intra, tag=terms.tag))
@@ -51,39 +52,52 @@ class HierarchicalVote(Exchange):
         while self.advance():
             pass
         self._phase.wait()
-        voted, counts = join_replies(self._replies.view(self._nodes * self._local, -1), self._n_bytes)
+        replies = self._replies.view(self._nodes * self._local, -1)
+        voted, counts = join_replies(replies, self._n_bytes, self._terms.result_bits)
         return Tally(voted, self._headers, counts)
 
+    def headers(self) -> Tensor:
+        """See `Exchange.headers`."""
+        return self._headers
+
     def _send_counts(self) -> None:
-        """Count the chunk; row m of the message is (headers of this node, part m of every plane)."""
-        ballots = self._received[:, self._header_bytes :]
-        if self._terms.approximate:
-            counted = majority_vote(ballots, parity=self._terms.parity, impl=self._terms.impl)[None]
+        """Count the chunk; row m of the message is (headers of this node, part m of every plane, or of the fields)."""
+        ballots, terms = self._received[:, self._header_bytes :], self._terms
+        if terms.codes.result != "majority":
+            fields = add_codes(ballots, bits=terms.codes.bits, field_bits=self._count_bits, impl=terms.impl)
+            counted = fields[None]
+        elif terms.approximate:
+            counted = majority_vote(ballots, parity=terms.parity, impl=terms.impl)[None]
         else:
-            counted = count_votes(ballots, impl=self._terms.impl)
+            counted = count_votes(ballots, impl=terms.impl)
         heads = self._received[:, : self._header_bytes].reshape(-1)
-        message = heads.new_empty(self._nodes, heads.numel() + self._planes * self._part)
+        message = heads.new_empty(self._nodes, heads.numel() + self._count_bits * self._part)
         message[:, : heads.numel()] = heads
-        rows = message[:, heads.numel() :].view(self._nodes, self._planes, self._part)
-        rows.copy_(counted.view(self._planes, self._nodes, self._part).transpose(0, 1))
+        rows = message[:, heads.numel() :].view(self._nodes, len(counted), -1)
+        rows.copy_(counted.view(len(counted), self._nodes, -1).transpose(0, 1))
         self._counted = torch.empty_like(message)
         self._phase.start(lambda: all_to_all(self._counted, message, self._terms.routes.inter, tag=self._terms.tag))
 
     def _send_voted_part(self) -> None:
         """Add up the counts of all nodes and vote on this worker's part."""
-        topology, heads = self._terms.routes.topology, self._local * self._header_bytes
+        terms, heads = self._terms, self._local * self._header_bytes
+        topology = terms.routes.topology
         by_place = self._counted[:, :heads].reshape(self._nodes * self._local, self._header_bytes)
         self._headers = torch.empty_like(by_place)
         # nodes need not hold consecutive ranks, and a process group has its members in the order of their ranks
-        place = topology.place_of(dist.get_rank(self._terms.routes.group))[1]
+        place = topology.place_of(rank_of(self._terms.routes.group))[1]
         nodes = sorted(topology.nodes, key=lambda node: node[place])
         self._headers[[rank for node in nodes for rank in node]] = by_place
-        planes = self._counted[:, heads:].view(self._nodes, self._planes, self._part)
-        reply, voted, counts = new_reply(self._headers, self._part)
-        voters = self._nodes if self._terms.approximate else self._nodes * self._local
-        majority_of_counts(
-            planes, voters=voters, parity=self._terms.parity, out=voted, counts=counts, impl=self._terms.impl
-        )
+        reply, voted, counts = new_reply(self._headers, self._part * terms.result_bits)
+        if terms.codes.result == "majority":
+            planes = self._counted[:, heads:].view(self._nodes, self._count_bits, self._part)
+            voters = self._nodes if terms.approximate else self._nodes * self._local
+            majority_of_counts(planes, voters=voters, parity=terms.parity, out=voted, counts=counts, impl=terms.impl)
+        else:
+            width = terms.codes.field_bits(topology.workers)
+            sums = add_codes(self._counted[:, heads:], bits=self._count_bits, field_bits=width, impl=terms.impl)
+            result = terms.count.of_fields(sums, counts)
+            voted.copy_(result)
         self._parts = reply.new_empty(self._nodes, reply.numel())
         self._phase.start(lambda: all_gather(self._parts.view(-1), reply, self._terms.routes.inter))
 

@@ -19,7 +19,7 @@ from lioncub.collectives.header import Header
 from lioncub.collectives.profile import Point, Profile, fit_line
 from lioncub.collectives.routes import Routes
 from lioncub.collectives.traffic import candidates
-from lioncub.collectives.transport import backend_of
+from lioncub.collectives.transport import backend_of, gather_objects, rank_of
 from lioncub.collectives.vote import Voter
 
 MESSAGE_BYTES = (512, 2048, 8192, 32768, 131072, 524288, 2097152, 4194304)
@@ -98,7 +98,7 @@ class _Run:
                 self.ladders += [_Ladder(level, name, alone) for name in candidates(alone.topology)]
         self.elapsed = 0.0
         # this worker's own noise, so that no two agree by construction
-        generator = torch.Generator().manual_seed(dist.get_rank())
+        generator = torch.Generator().manual_seed(rank_of(None))
         self.noise = torch.randint(256, (MESSAGE_BYTES[-1],), dtype=torch.uint8, generator=generator).to(self.device)
 
     def warm_up(self) -> None:
@@ -168,9 +168,8 @@ class _Run:
     def profile(self) -> Profile:
         """Medians, fitted; host names and the date are gathered."""
         topology = self.routes.topology
-        stated: list[tuple[str, str]] = [("", "")] * topology.workers
         now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
-        dist.all_gather_object(stated, (socket.gethostname(), now), group=self.routes.group)
+        stated = gather_objects((socket.gethostname(), now), self.routes.group, self.device)
         fits = []
         for ladder in self.ladders:
             medians = {n_bytes: statistics.median(times) for n_bytes, times in ladder.times.items()}

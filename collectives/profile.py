@@ -11,6 +11,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from lioncub.collectives.codes import VOTES, Codes
 from lioncub.collectives.cost import EFFICIENCY, Link
 from lioncub.collectives.topology import Topology
 from lioncub.collectives.traffic import ALGORITHMS, bytes_sent, candidates, describe
@@ -166,9 +167,9 @@ class ProfileCosts:
     fits: tuple[Fit, ...]
     is_measured: bool = True
 
-    def seconds(self, algorithm: str, n_bytes: int, header_bytes: int = 0) -> float:
+    def seconds(self, algorithm: str, n_bytes: int, header_bytes: int = 0, codes: Codes = VOTES) -> float:
         """See `lioncub.collectives.cost.Costs`."""
-        sent = bytes_sent(algorithm, n_bytes, self.topology, header_bytes)
+        sent = bytes_sent(algorithm, n_bytes, self.topology, header_bytes, codes=codes)
         fit = next(fit for fit in self.fits if fit.algorithm == algorithm)
         return predicted_seconds(fit, sent)
 

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 from torch.distributed.device_mesh import DeviceMesh
 
 from lioncub.collectives.handshake import handshake
 from lioncub.collectives.topology import Topology, find_topology
-from lioncub.collectives.transport import Group, whole, world_size_of
+from lioncub.collectives.transport import Group, device_of, rank_of, whole, world_size_of
+from lioncub.collectives.virtual import VirtualGroup
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Routes:
             raise ValueError(f"topology: expected one of the group's {size} workers, got {topology.workers}")
         if not topology.is_two_level:
             return cls(group, topology)
-        node, place = topology.place_of(dist.get_rank(group))
+        node, place = topology.place_of(rank_of(group))
         intra = subgroups(group, topology.nodes)[node]
         inter = subgroups(group, tuple(zip(*topology.nodes, strict=True)))[place]
         return cls(group, topology, intra, inter)
@@ -89,16 +89,18 @@ def subgroups(group: Group, partition: Sequence[Sequence[int]]) -> list[Group]:
     A collective call of all workers of ``group``, with the same sets of ranks on all. Raises WorkersDisagreeError on
     all workers where ``group`` is a part of the world and they are in different numbers of groups.
     """
+    me = rank_of(group)
+    if isinstance(group, VirtualGroup):
+        return [group.subgroup(ranks) if me in ranks else None for ranks in partition]
     everyone = dist.get_process_group_ranks(group or dist.group.WORLD)
     options: dict[str, Any] = {"timeout": _timeout_of(group), "backend": dist.get_backend_config(group)}
-    me = dist.get_rank(group)
     # where all processes are here, all of them make all groups
     local = len(everyone) != dist.get_world_size()
     if local:
         # the name of a group that only its members make is hashed from their ranks and from how many groups each is in
         known = len(distributed_c10d._world.pg_names)
         facts = {"the number of process groups that this process is in": known}
-        handshake(facts, group=group, device=_device_of(whole(group)))
+        handshake(facts, group=group, device=device_of(group))
     made: list[Group] = []
     for ranks in partition:
         new = None
@@ -109,12 +111,5 @@ def subgroups(group: Group, partition: Sequence[Sequence[int]]) -> list[Group]:
 
 
 def _timeout_of(group: Group) -> timedelta:
-    found = whole(group)
-    timeout: timedelta = found._get_backend(_device_of(found)).options._timeout
+    timeout: timedelta = whole(group)._get_backend(device_of(group)).options._timeout
     return timeout
-
-
-def _device_of(group: dist.ProcessGroup) -> torch.device:
-    """A device whose messages the group carries, the CPU where it is one."""
-    devices: list[torch.device] = group._device_types
-    return next((device for device in devices if device.type == "cpu"), devices[0])

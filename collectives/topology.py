@@ -7,9 +7,8 @@ import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch.distributed as dist
-
-from lioncub.collectives.transport import Group, world_size_of
+from lioncub.collectives.transport import Group, device_of, gather_objects
+from lioncub.collectives.virtual import VirtualGroup
 
 
 @dataclass(frozen=True)
@@ -73,12 +72,14 @@ def find_topology(group: Group = None) -> Topology:
     """Who shares a node, from host names and, where launchers set it, LOCAL_WORLD_SIZE; a collective call.
 
     Workers with the same host name share a node. Where LOCAL_WORLD_SIZE says that fewer do (several launchers on one
-    host), a host's workers are cut into that many at a time, in the order of their ranks.
+    host), a host's workers are cut into that many at a time, in the order of their ranks. Simulated workers
+    are on simulated hosts.
     """
-    stated: list[tuple[str, int]] = [("", 0)] * world_size_of(group)
-    mine = (socket.gethostname(), int(os.environ.get("LOCAL_WORLD_SIZE", "0") or 0))
-    dist.all_gather_object(stated, mine, group=group)
-    return group_by_host(stated)
+    if isinstance(group, VirtualGroup):
+        mine = (group.host, 0)
+    else:
+        mine = (socket.gethostname(), int(os.environ.get("LOCAL_WORLD_SIZE", "0") or 0))
+    return group_by_host(gather_objects(mine, group, device_of(group)))
 
 
 def group_by_host(stated: Sequence[tuple[str, int]]) -> Topology:

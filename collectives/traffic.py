@@ -1,21 +1,25 @@
 """What an algorithm sends: pure functions of message size and topology, shared by votes, cost model and tests.
 
-H bytes of header, B of message, N workers on M nodes of L, C = chunk_bytes(B, N). One worker sends, per vote:
+H bytes of header, b*B of message (B: one bit per code), N workers on M nodes of L, C = chunk_bytes(B, N), r bits of a
+code of the result. One worker sends, per vote:
 
-    all_gather      (N-1) * (H + B)
-    reduce_scatter  (N-1) * (H + C  +  32 + C)
-    hierarchical    inside a node (L-1) * (H + M*C)  +  (L-1) * M*(32 + C), between nodes (M-1) * (L*H + P*C  +  32 + C)
+    all_gather      (N-1) * (H + b*B)
+    reduce_scatter  (N-1) * (H + b*C  +  32 + r*C)
+    hierarchical    inside a node (L-1) * (H + M*b*C)  +  (L-1) * M*(32 + r*C),
+                    between nodes (M-1) * (L*H + P*C  +  32 + r*C)
     all_reduce      (N-1) * H  +  2*(N-1)/N * B*f, rounded up
 
-P is the planes of a count 0..L (1 if approximate), f the bits of a field that a sum of N fits into.
+P is the planes of a count 0..L of signs (1 if approximate), for other results the bits of a field that a sum of L codes
+fits into; f those for a sum of N.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from lioncub.collectives.codes import VOTES, Codes
 from lioncub.collectives.topology import Topology
-from lioncub.kernels.layout import counter_planes, field_bits, packed_bytes
+from lioncub.kernels.layout import counter_planes, packed_bytes
 
 ALGORITHMS = ("all_gather", "reduce_scatter", "hierarchical", "all_reduce")
 # words of 8 bytes in front of a chunk on its way back: wire version, status, ties, unanimous votes
@@ -45,23 +49,29 @@ def ring_all_reduce_bytes(elements: int, workers: int, bytes_per_element: int = 
     return -(-2 * (workers - 1) * elements * bytes_per_element // workers)
 
 
-def candidates(topology: Topology) -> tuple[str, ...]:
-    """The algorithms that are possible on ``topology``, in the order of `ALGORITHMS`."""
+def candidates(topology: Topology, codes: Codes = VOTES) -> tuple[str, ...]:
+    """The algorithms that can carry ``codes`` on ``topology``, in the order of `ALGORITHMS`."""
     possible = {"all_gather", "reduce_scatter"}
     if topology.is_two_level:
         possible.add("hierarchical")
     try:
-        field_bits(1, topology.workers)
+        codes.field_bits(topology.workers)
     except ValueError:
-        # no field is wide enough for the sum of so many votes
+        # no field is wide enough for the sum of so many codes; majorities are counted in bit planes
+        possible = possible if codes.result == "majority" else set()
         return tuple(name for name in ALGORITHMS if name in possible)
     return tuple(name for name in ALGORITHMS if name in possible | {"all_reduce"})
 
 
 def legs(
-    algorithm: str, n_bytes: int, topology: Topology, header_bytes: int = 0, approximate: bool = False
+    algorithm: str,
+    n_bytes: int,
+    topology: Topology,
+    header_bytes: int = 0,
+    approximate: bool = False,
+    codes: Codes = VOTES,
 ) -> tuple[Leg, ...]:
-    """The collectives of one vote on ``n_bytes``, in their order.
+    """The collectives of one vote on ``8 * n_bytes`` codes, in their order.
 
     Raises ValueError for an unknown algorithm, and for one that is impossible on ``topology``.
     """
@@ -69,24 +79,32 @@ def legs(
     workers, others = topology.workers, topology.workers - 1
     chunk = chunk_bytes(n_bytes, workers)
     if algorithm == "all_gather":
-        return (Leg("flat", "ring", others * (header_bytes + n_bytes)),)
+        return (Leg("flat", "ring", others * (header_bytes + n_bytes * codes.bits)),)
+    answer = RESULT_HEADER_BYTES + chunk * codes.result_bits(workers)
     if algorithm == "reduce_scatter":
-        there, back = others * (header_bytes + chunk), others * (RESULT_HEADER_BYTES + chunk)
-        return (Leg("flat", "exchange", there), Leg("flat", "ring", back))
+        there = others * (header_bytes + chunk * codes.bits)
+        return (Leg("flat", "exchange", there), Leg("flat", "ring", others * answer))
     if algorithm == "all_reduce":
-        fields = n_bytes * field_bits(1, workers)
+        fields = n_bytes * codes.field_bits(workers)
         return (
             Leg("flat", "ring", others * header_bytes),
             Leg("flat", "sum", ring_all_reduce_bytes(fields, workers, bytes_per_element=1)),
         )
     nodes, local = topology.n_nodes, topology.local_size
-    planes = 1 if approximate else counter_planes(local)
+    planes = count_bits(local, codes, approximate)
     return (
-        Leg("intra", "exchange", (local - 1) * (header_bytes + nodes * chunk)),
+        Leg("intra", "exchange", (local - 1) * (header_bytes + nodes * chunk * codes.bits)),
         Leg("inter", "exchange", (nodes - 1) * (local * header_bytes + planes * chunk)),
-        Leg("inter", "ring", (nodes - 1) * (RESULT_HEADER_BYTES + chunk)),
-        Leg("intra", "ring", (local - 1) * nodes * (RESULT_HEADER_BYTES + chunk)),
+        Leg("inter", "ring", (nodes - 1) * answer),
+        Leg("intra", "ring", (local - 1) * nodes * answer),
     )
+
+
+def count_bits(local_size: int, codes: Codes, approximate: bool) -> int:
+    """Bits per code that a node of ``local_size`` workers sends to others: of a count of signs, or of a sum."""
+    if codes.result == "majority":
+        return 1 if approximate else counter_planes(local_size)
+    return codes.field_bits(local_size)
 
 
 def dense_legs(n_bytes: int, topology: Topology) -> tuple[tuple[Leg, ...], ...]:
@@ -102,7 +120,12 @@ def dense_legs(n_bytes: int, topology: Topology) -> tuple[tuple[Leg, ...], ...]:
 
 
 def traffic(
-    algorithm: str, n_bytes: int, topology: Topology | int, header_bytes: int = 0, approximate: bool = False
+    algorithm: str,
+    n_bytes: int,
+    topology: Topology | int,
+    header_bytes: int = 0,
+    approximate: bool = False,
+    codes: Codes = VOTES,
 ) -> dict[str, int]:
     """Bytes that each worker sends per vote by level: "flat", or "intra" and "inter". A number of workers means flat.
 
@@ -110,16 +133,21 @@ def traffic(
     """
     levels: dict[str, int] = {}
     shape = Topology.flat(topology) if isinstance(topology, int) else topology
-    for leg in legs(algorithm, n_bytes, shape, header_bytes, approximate):
+    for leg in legs(algorithm, n_bytes, shape, header_bytes, approximate, codes):
         levels[leg.level] = levels.get(leg.level, 0) + leg.n_bytes
     return levels
 
 
 def bytes_sent(
-    algorithm: str, n_bytes: int, topology: Topology | int, header_bytes: int = 0, approximate: bool = False
+    algorithm: str,
+    n_bytes: int,
+    topology: Topology | int,
+    header_bytes: int = 0,
+    approximate: bool = False,
+    codes: Codes = VOTES,
 ) -> int:
-    """Bytes that each worker sends for a vote on ``n_bytes``, headers included: the sum of `traffic`."""
-    return sum(traffic(algorithm, n_bytes, topology, header_bytes, approximate).values())
+    """Bytes that each worker sends for a vote on ``8 * n_bytes`` codes, headers included: the sum of `traffic`."""
+    return sum(traffic(algorithm, n_bytes, topology, header_bytes, approximate, codes).values())
 
 
 def node_bytes(leg: Leg, topology: Topology) -> int:
@@ -149,10 +177,12 @@ def check_possible(algorithm: str, topology: Topology) -> None:
         )
 
 
-def check_approximate(approximate: bool, algorithm: str) -> None:
-    """Raise ValueError where an approximate vote is asked for and ``algorithm`` gives none."""
+def check_approximate(approximate: bool, algorithm: str, codes: Codes = VOTES) -> None:
+    """Raise ValueError where an approximate vote is asked for and ``algorithm`` or ``codes`` give none."""
     if approximate and algorithm != "hierarchical":
         raise ValueError(f"approximate: expected it with algorithm='hierarchical' only, got {algorithm!r}")
+    if approximate and codes.result != "majority":
+        raise ValueError(f"approximate: expected it with majority votes only, got a {codes.result} of codes")
 
 
 def describe(topology: Topology) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +13,8 @@ import torch.distributed as dist
 # outlive destroy_process_group, and one that still frees a message while the interpreter ends aborts the process
 import torch.distributed.nn
 from torch import Tensor
+
+from lioncub.collectives.virtual import VirtualGroup
 
 Group = dist.ProcessGroup | None
 
@@ -42,6 +45,24 @@ def all_to_all(output: Tensor, messages: Tensor, group: Group, *, tag: int = 0) 
     if has_point_to_point(group, messages.device):
         return Rounds(output, messages, group, tag)
     return dist.all_to_all_single(output, messages, group=group, async_op=True)
+
+
+def gather_objects(value: Any, group: Group, device: torch.device) -> list[Any]:
+    """Everyone's ``value``, pickled, in rank order; a collective call whose messages are on ``device``.
+
+    Pickles of other workers are trusted, as the workers of a process group are.
+    """
+    payload = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8).to(device)
+    size = world_size_of(group)
+    lengths = torch.empty(size, dtype=torch.int64, device=device)
+    all_gather(lengths, torch.tensor([payload.numel()], device=device), group).wait()
+    sizes = lengths.tolist()
+    padded = payload.new_zeros(max(sizes))
+    padded[: payload.numel()] = payload
+    everyone = padded.new_empty(size * len(padded))
+    all_gather(everyone, padded, group).wait()
+    rows = everyone.view(size, -1).tolist()
+    return [pickle.loads(bytes(row[:length])) for row, length in zip(rows, sizes, strict=True)]
 
 
 def has_point_to_point(group: Group, device: torch.device) -> bool:
@@ -118,8 +139,18 @@ def whole(group: Group) -> dist.ProcessGroup:
     return found
 
 
+def device_of(group: Group) -> torch.device:
+    """A device whose messages the group carries, the CPU where it is one."""
+    if isinstance(group, VirtualGroup):
+        return torch.device("cpu")
+    devices: list[torch.device] = whole(group)._device_types
+    return next((device for device in devices if device.type == "cpu"), devices[0])
+
+
 def backend_of(group: Group, device_type: str) -> str:
     """Name of the backend that carries the group's messages of a device, e.g. "gloo" or "nccl"."""
+    if isinstance(group, VirtualGroup):
+        return "virtual"
     # one name, or one for each type of device, as in "cpu:gloo,cuda:nccl"
     pairs = [part.rpartition(":") for part in dist.get_backend_config(group).split(",")]
     by_device = {device: name for device, _, name in pairs}
@@ -132,3 +163,8 @@ def world_size_of(group: Group) -> int:
     if size < 1:
         raise ValueError("group: expected a process group that this process belongs to, got one that it is not in")
     return size
+
+
+def rank_of(group: Group) -> int:
+    """This worker's rank in ``group``."""
+    return whole(group).rank()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lioncub.collectives.algorithms import EXCHANGES
+from lioncub.collectives.codes import VOTES, Codes
 from lioncub.collectives.cost import Costs, bytes_sent, choose, default_costs, rounds_pay
 from lioncub.collectives.exchange import Exchange, Inbox, Tally, Terms
 from lioncub.collectives.handshake import handshake
@@ -23,14 +24,14 @@ _TAGS: defaultdict[str, Iterator[int]] = defaultdict(lambda: itertools.cycle(ran
 
 
 class Voter:
-    """Carries votes on messages of ``n_bytes`` about ``n_tensors`` tensors, without a handshake of its own.
+    """Carries votes on ``8 * n_bytes`` codes about ``n_tensors`` tensors, without a handshake of its own.
 
-    The caller has made sure, by `handshake`, that all workers' voters are alike. ``algorithm`` is the one that runs,
-    ``bytes_sent`` the bytes that each worker sends per vote, headers included. Voters whose votes are in flight at
-    once on the same routes need different ``tag`` numbers, below `SINGLE_VOTES`. ``at_once`` says whether messages
-    between single workers are sent all at once or in rounds: unless given, rounds are taken where they are long
-    (`rounds_pay`), and where one of several nodes has several workers. ``device_type`` says where messages are,
-    for default costs.
+    ``codes`` is their format. The caller has made sure, by `handshake`, that all workers' voters are alike.
+    ``algorithm`` is the one that runs, ``bytes_sent`` the bytes that each worker sends per vote, with headers. Voters
+    whose votes are in flight at once on the same routes need different ``tag`` numbers, below `SINGLE_VOTES`.
+    ``at_once`` says whether messages between single workers are sent all at once or in rounds: unless given, rounds
+    are taken where they are long (`rounds_pay`), and where one of several nodes has several workers. ``device_type``
+    says where messages are, for default costs.
     """
 
     def __init__(
@@ -46,17 +47,19 @@ class Voter:
         tag: int = 0,
         at_once: bool | None = None,
         device_type: str = "cpu",
+        codes: Codes = VOTES,
     ) -> None:
         if n_bytes % 8:
             raise ValueError(f"n_bytes: expected a multiple of 8 (a padded message), got {n_bytes}")
         self.n_bytes, self.n_tensors, self.routes = n_bytes, n_tensors, routes
         self.header_bytes = header_bytes(n_tensors)
         costs = costs or default_costs(routes.topology, backend_of(routes.group, device_type))
-        self.algorithm = choose(algorithm, n_bytes, costs, self.header_bytes)
-        self.bytes_sent = bytes_sent(self.algorithm, n_bytes, routes.topology, self.header_bytes, approximate)
+        self.codes = codes
+        self.algorithm = choose(algorithm, n_bytes, costs, self.header_bytes, codes)
+        self.bytes_sent = bytes_sent(self.algorithm, n_bytes, routes.topology, self.header_bytes, approximate, codes)
         self._impl, self._tag, self._approximate = impl, tag, approximate
         if at_once is None:
-            seconds = costs.seconds(self.algorithm, n_bytes, self.header_bytes)
+            seconds = costs.seconds(self.algorithm, n_bytes, self.header_bytes, codes)
             # single messages would cross the link of a node with several workers once for each of them, a ring once
             one_level = routes.topology.n_nodes in (1, routes.workers)
             at_once = one_level and not rounds_pay(seconds, routes.workers)
@@ -66,18 +69,18 @@ class Voter:
     def expect(self, device: torch.device) -> None:
         """Post the receives of the next vote, if that is of use; all workers will start it."""
         if self._at_once and self._inbox is None and has_point_to_point(self.routes.group, device):
-            self._inbox = Inbox(self.routes, self.n_bytes, self.header_bytes, self._tag)
+            self._inbox = Inbox(self.routes, self.n_bytes, self.header_bytes, self._tag, self.codes)
 
     def start(self, packed: Tensor, header: Header, status: Tensor | None = None) -> Exchange:
-        """Send uint8[n_bytes] ``packed``; ties follow the parity of ``header.step``.
+        """Send ``packed``, uint8[n_bytes * codes.bits]; ties follow the parity of ``header.step``.
 
         ``status`` (int32[n_tensors], non-zero where a tensor is not finite) travels in the header.
         """
-        assert packed.numel() == self.n_bytes
+        assert packed.numel() == self.n_bytes * self.codes.bits
         encoded = encode_header(header, packed.device, status)
         self.expect(packed.device)
         inbox, self._inbox = self._inbox, None
-        terms = Terms(header.step, self.routes, self._impl, self._tag, self._approximate, inbox)
+        terms = Terms(header.step, self.routes, self._impl, self._tag, self._approximate, inbox, self.codes)
         return EXCHANGES[self.algorithm](packed, encoded, terms)
 
 
@@ -88,7 +91,7 @@ class PendingVote:
         self._exchange = exchange
 
     def wait(self) -> Tensor:
-        """The packed majority uint8[B]. Raises WorkersDisagreeError on all workers where they disagree."""
+        """The packed result, as of `vote`. Raises WorkersDisagreeError on all workers where they disagree."""
         tally: Tally = self._exchange.result()
         check_agreement(decode_headers(tally.headers, 0))
         return tally.packed
@@ -102,6 +105,7 @@ def vote_async(
     algorithm: str = "auto",
     approximate: bool = False,
     parity: int = 0,
+    codes: Codes = VOTES,
     impl: str = "auto",
 ) -> PendingVote:
     """Start `vote` and return a handle, whose ``wait()`` gives the result; the handshake is over on return.
@@ -110,12 +114,12 @@ def vote_async(
     """
     if not isinstance(packed, Tensor) or packed.dtype != torch.uint8:
         raise TypeError(f"packed: expected a uint8 tensor, got {getattr(packed, 'dtype', type(packed).__name__)}")
-    if packed.dim() != 1 or not packed.is_contiguous() or packed.numel() % 8:
+    if packed.dim() != 1 or not packed.is_contiguous() or packed.numel() % (8 * codes.bits):
         raise ValueError(
-            f"packed: expected a contiguous tensor of shape (B,), B a multiple of 8, got shape {tuple(packed.shape)} "
-            f"with strides {packed.stride()}"
+            f"packed: expected a contiguous tensor of shape (B,), B a multiple of {8 * codes.bits}, got shape "
+            f"{tuple(packed.shape)} with strides {packed.stride()}"
         )
-    check_approximate(approximate, algorithm)
+    check_approximate(approximate, algorithm, codes)
     if group is not None and routes is not None and routes.group is not group:
         raise ValueError("group: expected none, or that of routes, got another")
     routes = routes or Routes.flat(group)
@@ -125,17 +129,19 @@ def vote_async(
         "approximate": approximate,
         "the nodes": routes.topology.nodes,
         "the parity": parity & 1,
+        "the format of codes": codes,
     }
     handshake(facts, group=routes.group, device=packed.device)
     tag = next(_TAGS[whole(routes.group).group_name])
     voter = Voter(
-        packed.numel(),
+        packed.numel() // codes.bits,
         routes=routes,
         algorithm=algorithm,
         approximate=approximate,
         impl=impl,
         tag=tag,
         device_type=packed.device.type,
+        codes=codes,
     )
     return PendingVote(voter.start(packed, Header(step=parity & 1)))
 
@@ -148,6 +154,7 @@ def vote(
     algorithm: str = "auto",
     approximate: bool = False,
     parity: int = 0,
+    codes: Codes = VOTES,
     impl: str = "auto",
 ) -> Tensor:
     """The exact majority of all workers' packed one-bit codes (Lion Cub, arXiv 2411.16462, section 1).
@@ -157,7 +164,7 @@ def vote(
     instead of hanging; those who vote on one size over and over save it with `Voter`.
 
     Args:
-        packed: uint8[B] of packed codes, B a multiple of 8; not changed.
+        packed: uint8[B] of packed codes, B a multiple of 8 * ``codes.bits``; not changed.
         group: process group; the default group unless given.
         routes: the group with what is known of its nodes, made once by `Routes.find` or `Routes.of_mesh`.
         algorithm: "all_gather" (one phase, everyone votes on everything), "reduce_scatter" (all-to-all of chunks,
@@ -166,10 +173,12 @@ def vote(
         approximate: with "hierarchical", let each node vote first: one bit per code and node travels between nodes,
             and the result is a majority of majorities.
         parity: step counter t; a tie at code j gives bit (j + t) & 1.
+        codes: what ``packed`` holds and what is made of it: signs and their majority unless given.
         impl: implementation of the voting kernels.
 
     Returns:
-        uint8[B], the same bytes on every worker. Raises WorkersDisagreeError on all workers where they disagree.
+        uint8[B], for other ``codes`` uint8[B * codes.result_bits(N) // codes.bits]: the same on every worker. Raises
+        WorkersDisagreeError on all workers where they disagree.
     """
     pending = vote_async(
         packed,
@@ -178,6 +187,7 @@ def vote(
         algorithm=algorithm,
         approximate=approximate,
         parity=parity,
+        codes=codes,
         impl=impl,
     )
     return pending.wait()

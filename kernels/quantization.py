@@ -18,7 +18,7 @@ from lioncub.kernels.checks import (
 from lioncub.kernels.layout import packed_bytes
 from lioncub.kernels.random_bits import MAX_ELEMENTS, Stream
 from lioncub.kernels.registry import mark_written, register
-from lioncub.kernels.scalars import Scalar, beta_scalar, mix_of
+from lioncub.kernels.scalars import Scalar, beta_scalar, factor_scalar, mix_of
 
 FIELD_BITS = (2, 4, 8)
 # gain*K*x/scale is rounded; with 1/2 and K = 1 every "linf" code would be zero
@@ -84,9 +84,10 @@ def lion_quantize(
     tensor: int = 0,
     block: int | None = None,
     status: Tensor | None = None,
+    grad_scale: Scalar = 1.0,
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """`quantize` of Lion's update beta1*exp_avg + (1-beta1)*grad, which is never stored.
+    """`quantize` of Lion's update beta1*exp_avg + (1-beta1)*grad_scale*grad, which is never stored.
 
     One pass over exp_avg and grad, two where the scale is not given. Mutates only ``status``, int32[1], set to 1
     where any element of grad, exp_avg or the update is not finite.
@@ -97,14 +98,14 @@ def lion_quantize(
     check_status(status, grad)
     m, g = storage_order_view("exp_avg", exp_avg), storage_order_view("grad", grad)
     size = _check_fields(bits, norm, block, g.numel(), stochastic)
-    b1 = beta_scalar("beta1", beta1)
+    b1, multiplier = beta_scalar("beta1", beta1), factor_scalar("grad_scale", grad_scale)
     if scale is None:
         scale = _empty_scale(g, size)
-        _LION_SCALE(m, g, b1, scale, norm, size, impl)
+        _LION_SCALE(m, g, b1, multiplier, scale, norm, size, impl)
     _check_scale(scale, g, size)
     out = torch.empty(packed_bytes(g.numel(), bits), dtype=torch.uint8, device=grad.device)
     stream = _stream(seed, worker, step, tensor)
-    _LION_QUANTIZE(m, g, b1, scale, stream, out, status, bits, norm, size, stochastic, impl)
+    _LION_QUANTIZE(m, g, b1, multiplier, scale, stream, out, status, bits, norm, size, stochastic, impl)
     return out, scale
 
 
@@ -130,14 +131,19 @@ def dequantize(
     return out
 
 
-def _check_fields(bits: int, norm: str, block: int | None, n: int, stochastic: bool) -> int:
-    """Check what the fields are made of; the block size, 0 for one scale per tensor."""
+def check_format(bits: int, norm: str, block: int | None) -> None:
+    """Raise ValueError unless values can be quantized so."""
     if bits not in FIELD_BITS:
         raise ValueError(f"bits: expected one of {FIELD_BITS}, got {bits}")
     if norm not in GAINS:
         raise ValueError(f"norm: expected one of {tuple(GAINS)}, got {norm!r}")
     if block is not None and (not isinstance(block, int) or block < 1 or block & (block - 1)):
         raise ValueError(f"block: expected a power of two or None, got {block}")
+
+
+def _check_fields(bits: int, norm: str, block: int | None, n: int, stochastic: bool) -> int:
+    """Check what the fields are made of; the block size, 0 for one scale per tensor."""
+    check_format(bits, norm, block)
     if stochastic and n > MAX_ELEMENTS:
         raise ValueError(f"stochastic: expected at most 2^34 elements in a stream, got {n}")
     return block or 0
@@ -182,10 +188,12 @@ def _scale(x: Tensor, scale: Tensor, norm: str, block: int, impl: str) -> None:
     mark_written(scale)
 
 
-def _lion_scale(exp_avg: Tensor, grad: Tensor, beta1: Tensor, scale: Tensor, norm: str, block: int, impl: str) -> None:
+def _lion_scale(
+    exp_avg: Tensor, grad: Tensor, beta1: Tensor, grad_scale: Tensor, scale: Tensor, norm: str, block: int, impl: str
+) -> None:
     run = backend(impl, grad.device)
     if grad.numel():
-        run.lion_block_scale(exp_avg, grad, mix_of(beta1), norm, block, scale)
+        run.lion_block_scale(exp_avg, grad, mix_of(beta1, grad_scale), norm, block, scale)
     else:
         scale.zero_()
     mark_written(scale)
@@ -204,6 +212,7 @@ def _lion_quantize(
     exp_avg: Tensor,
     grad: Tensor,
     beta1: Tensor,
+    grad_scale: Tensor,
     scale: Tensor,
     stream: Tensor,
     out: Tensor,
@@ -217,7 +226,7 @@ def _lion_quantize(
     run = backend(impl, grad.device)
     if grad.numel():
         words = _stream_of(stream, stochastic)
-        run.lion_quantize(exp_avg, grad, mix_of(beta1), scale, GAINS[norm], block, bits, words, out, status)
+        run.lion_quantize(exp_avg, grad, mix_of(beta1, grad_scale), scale, GAINS[norm], block, bits, words, out, status)
     mark_written(out, status)
 
 
@@ -230,8 +239,8 @@ def _dequantize(packed: Tensor, scale: Tensor, out: Tensor, bits: int, norm: str
 
 _SCALE = register("block_scale(Tensor x, Tensor(a!) scale, str norm, int block, str impl) -> ()", _scale)
 _LION_SCALE = register(
-    "lion_block_scale(Tensor exp_avg, Tensor grad, Tensor beta1, Tensor(a!) scale, str norm, int block, "
-    "str impl) -> ()",
+    "lion_block_scale(Tensor exp_avg, Tensor grad, Tensor beta1, Tensor grad_scale, Tensor(a!) scale, str norm, "
+    "int block, str impl) -> ()",
     _lion_scale,
 )
 _QUANTIZE = register(
@@ -240,8 +249,8 @@ _QUANTIZE = register(
     _quantize,
 )
 _LION_QUANTIZE = register(
-    "lion_quantize(Tensor exp_avg, Tensor grad, Tensor beta1, Tensor scale, Tensor stream, Tensor(a!) out, "
-    "Tensor(b!)? status, int bits, str norm, int block, bool stochastic, str impl) -> ()",
+    "lion_quantize(Tensor exp_avg, Tensor grad, Tensor beta1, Tensor grad_scale, Tensor scale, Tensor stream, "
+    "Tensor(a!) out, Tensor(b!)? status, int bits, str norm, int block, bool stochastic, str impl) -> ()",
     _lion_quantize,
 )
 _DEQUANTIZE = register(

@@ -97,6 +97,45 @@ def majority_of_fields(
     _pack_majority(ones, voters, parity, out, counts)
 
 
+def add_codes(packed: Tensor, bits: int, field_bits: int, out: Tensor) -> None:
+    """out[B*field_bits//bits] = the sum over rows of each code of packed[G, B], in a field of field_bits bits."""
+    n = packed.shape[1] * 8 // bits
+    total = torch.zeros(n, dtype=torch.int32, device=packed.device)
+    for row in packed:
+        total += _unpack_fields(row, n, bits)
+    _pack_fields(total, field_bits, out)
+
+
+def ternary_of_fields(
+    fields: Tensor, field_bits: int, step: int, offset: int, largest: int, out: Tensor, counts: Tensor | None
+) -> None:
+    """out[n/4] = 1 + sign(step*field - offset) in 2 bits; counts[2] += (signs of 0, fields of 0 or ``largest``)."""
+    codes = _unpack_fields(fields, 4 * out.numel(), field_bits).to(torch.int32)
+    sign = (codes * step - offset).sign()
+    _pack_fields((sign + 1).to(torch.uint8), 2, out)
+    if counts is not None:
+        counts += torch.stack([(sign == 0).sum(), ((codes == 0) | (codes == largest)).sum()])
+
+
+def apply_codes_(
+    param: Sequence[Tensor],
+    packed: Sequence[Tensor],
+    bits: int,
+    step: int,
+    offset: int,
+    rate: float,
+    decay: float,
+    grad: Sequence[Tensor] | None,
+    exp_avg: Sequence[Tensor] | None,
+    beta2: Mix | None,
+) -> None:
+    """param = param*decay - (step*code - offset)*rate; where given, exp_avg = beta2*exp_avg + (1-beta2)*grad."""
+    for x, codes in zip(param, packed, strict=True):
+        direction = _unpack_fields(codes, x.numel(), bits).to(torch.int32) * step - offset
+        x.copy_(x.float() * decay - direction.float() * rate)
+    _advance(grad, exp_avg, beta2)
+
+
 def apply_votes_(
     param: Sequence[Tensor],
     packed: Sequence[Tensor],
@@ -110,9 +149,7 @@ def apply_votes_(
     for x, votes in zip(param, packed, strict=True):
         up = _unpack_fields(votes, x.numel(), 1) == 1
         x.copy_(x.float() * decay - torch.where(up, lr, -lr))
-    if grad is not None and exp_avg is not None and beta2 is not None:
-        for m, g in zip(exp_avg, grad, strict=True):
-            m.copy_(_mix(beta2, m, g))
+    _advance(grad, exp_avg, beta2)
 
 
 def lion_step_(
@@ -199,6 +236,13 @@ def dequantize(packed: Tensor, scale: Tensor, gain: float, block: int, bits: int
 def _mix(mix: Mix, state: Tensor, incoming: Tensor) -> Tensor:
     """fl(fl(kept*state) + fl(new*incoming)) in fp32 (rule 1): two products, one sum, never fused."""
     return mix.kept * state.float() + mix.new * incoming.float()
+
+
+def _advance(grad: Sequence[Tensor] | None, exp_avg: Sequence[Tensor] | None, beta2: Mix | None) -> None:
+    """exp_avg = beta2*exp_avg + (1-beta2)*grad, where there are any."""
+    if grad is not None and exp_avg is not None and beta2 is not None:
+        for m, g in zip(exp_avg, grad, strict=True):
+            m.copy_(_mix(beta2, m, g))
 
 
 def _flag_nonfinite(update: Tensor, status: Tensor | None, i: int) -> None:

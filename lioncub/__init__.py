@@ -1,8 +1,11 @@
 """lioncub: data-parallel training with one-bit Lion updates (Lion Cub, arXiv 2411.16462)."""
 
+from lioncub import simulate
 from lioncub.collectives import WorkersDisagreeError
+from lioncub.compression import Quantized, SignMean, SignVote, TernaryVote
 from lioncub.ddp import keep_gradients_local
 from lioncub.lion import Lion
+from lioncub.momentum_sync import MomentumSync
 from lioncub.optimizer import LionCub
 from lioncub.replicas import broadcast_module
 from lioncub.stats import BucketStats, Stats
@@ -14,10 +17,16 @@ __all__ = [
     "BucketStats",
     "Lion",
     "LionCub",
+    "MomentumSync",
     "NonFiniteError",
+    "Quantized",
+    "SignMean",
+    "SignVote",
     "Stats",
+    "TernaryVote",
     "WorkersDisagreeError",
     "__version__",
     "broadcast_module",
     "keep_gradients_local",
+    "simulate",
 ]

@@ -5,16 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 
+from torch import Tensor
+
 from lioncub.buckets import Bucket
-from lioncub.kernels import foreach_apply_votes_, foreach_lion_step_
+from lioncub.kernels import foreach_apply_codes_, foreach_apply_votes_, foreach_lion_step_
 from lioncub.kernels.checks import storage_order_view
+from lioncub.synchronizing import Means
 from lioncub.voting import BucketVote, Draft
 
 
-def plan_bucket(bucket: Bucket, vote: BucketVote, taking_part: Sequence[bool], draft: Draft) -> Callable[[], None]:
-    """The move of the parameters that take part, and of their momentum: by the votes, or alone by plain Lion.
+def plan_bucket(
+    bucket: Bucket, vote: BucketVote, means: Means | None, taking_part: Sequence[bool], draft: Draft
+) -> Callable[[], None]:
+    """The move of the parameters that take part, of their momentum and residuals: by the votes, or alone by plain Lion.
 
-    Everything that can be refused is done here; the call that is returned only computes and writes.
+    ``means`` take the place of the momentum that was averaged. Everything that can be refused is done here; the call
+    that is returned only computes and writes.
     """
     chosen = [i for i, takes_part in enumerate(taking_part) if takes_part]
     params = [storage_order_view(bucket.slots[i].name, bucket.slots[i].param) for i in chosen]
@@ -34,9 +40,17 @@ def plan_bucket(bucket: Bucket, vote: BucketVote, taking_part: Sequence[bool], d
             grad_scale=grad_scale,
             impl=draft.impl,
         )
-    packed = bucket.split(vote.voted)
-    return partial(
-        foreach_apply_votes_,
+    codes, workers = bucket.compression.codes, len(vote.headers)
+    bits = codes.result_bits(workers)
+    packed = bucket.split(vote.voted, bits)
+    by_result: Callable[..., None] = foreach_apply_votes_
+    if codes.result == "ternary":
+        by_result = partial(foreach_apply_codes_, bits=bits, step=1, offset=1)
+    elif codes.result == "sum":
+        step, offset = codes.value(workers)
+        by_result = partial(foreach_apply_codes_, bits=bits, step=step, offset=offset, divisor=workers)
+    apply = partial(
+        by_result,
         params,
         [packed[i] for i in chosen],
         lr=now.lr,
@@ -47,3 +61,19 @@ def plan_bucket(bucket: Bucket, vote: BucketVote, taking_part: Sequence[bool], d
         grad_scale=grad_scale,
         impl=draft.impl,
     )
+    return partial(_move, bucket, apply, means, vote.ballot.residuals, chosen)
+
+
+def _move(
+    bucket: Bucket,
+    apply: Callable[[], None],
+    means: Means | None,
+    residuals: Sequence[Tensor] | None,
+    chosen: Sequence[int],
+) -> None:
+    apply()
+    if means is not None:
+        means.write(bucket)
+    if residuals is not None and bucket.residuals is not None:
+        for i in chosen:
+            bucket.residuals[i].copy_(residuals[i])

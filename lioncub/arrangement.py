@@ -11,6 +11,7 @@ from lioncub.arguments import parameter_names
 from lioncub.buckets import Bucket, build_buckets, packed_sizes
 from lioncub.collectives import Voter
 from lioncub.collectives.handshake import digest
+from lioncub.compression import Compression
 from lioncub.explaining import Explanation, Message, explain
 from lioncub.stats import BucketStats
 from lioncub.wiring import Wiring
@@ -22,11 +23,18 @@ _ALONE_BYTES = 2**20
 class Arrangement:
     """Buckets, their voters (none for one worker) and the hash of their layout.
 
-    ``state`` is the optimizer's: each parameter's ``exp_avg`` there is kept a view into its bucket's momentum.
+    ``state`` is the optimizer's: each parameter's ``exp_avg``, and ``residual`` where there is one, are kept views into
+    its bucket. ``compressions`` has one for every param group.
     """
 
-    def __init__(self, wiring: Wiring, bucket_bytes: int | None, state: Mapping[Tensor, dict[str, Any]]) -> None:
-        self._wiring, self._state = wiring, state
+    def __init__(
+        self,
+        wiring: Wiring,
+        bucket_bytes: int | None,
+        state: Mapping[Tensor, dict[str, Any]],
+        compressions: Sequence[Compression],
+    ) -> None:
+        self._wiring, self._state, self._compressions = wiring, state, compressions
         # None: chosen by the model when the first groups are known
         self.bucket_bytes = bucket_bytes
         self.buckets: list[Bucket] = []
@@ -45,30 +53,32 @@ class Arrangement:
         self._use(self._lay_out(param_groups, range(len(param_groups)), ready))
 
     def check_state(self) -> None:
-        """Raise RuntimeError where a parameter's momentum is no longer the one in its bucket."""
+        """Raise RuntimeError where a parameter's momentum or residual is no longer the one in its bucket."""
         for bucket in self.buckets:
-            for slot, view in zip(bucket.slots, bucket.views, strict=True):
-                if self._state[slot.param].get("exp_avg") is not view:
-                    raise RuntimeError(
-                        f"state of parameter {slot.name}: expected the exp_avg made at construction, got another "
-                        "object; change momentum in place or through load_state_dict"
-                    )
+            for slot, views in zip(bucket.slots, bucket.views, strict=True):
+                for name, view in views.items():
+                    if self._state[slot.param].get(name) is not view:
+                        raise RuntimeError(
+                            f"state of parameter {slot.name}: expected the {name} made at construction, got another "
+                            "object; change it in place or through load_state_dict"
+                        )
 
     def stats(self, seconds: Sequence[float]) -> tuple[BucketStats, ...]:
         """What each bucket's last exchange cost; 0 seconds for buckets that have not travelled yet."""
         took = [*seconds, *[0.0] * (len(self.buckets) - len(seconds))]
         ways = [(voter.algorithm, voter.bytes_sent) for voter in self.voters] or [("none", 0)] * len(self.buckets)
         return tuple(
-            BucketStats(bucket.elements, algorithm, sent, spent)
+            BucketStats(bucket.elements, algorithm, sent, spent, repr(bucket.compression))
             for bucket, (algorithm, sent), spent in zip(self.buckets, ways, took, strict=True)
         )
 
     def explain(self) -> Explanation:
         """See `LionCub.explain`."""
         if not self.voters:
-            return explain([Message(bucket.elements, bucket.n_bytes, 0, None) for bucket in self.buckets], None)
+            alone = [Message(bucket.elements, bucket.n_bytes, 0, None) for bucket in self.buckets]
+            return explain(alone, None)
         messages = [
-            Message(bucket.elements, voter.n_bytes, voter.header_bytes, voter.algorithm)
+            Message(bucket.elements, voter.n_bytes, voter.header_bytes, voter.algorithm, voter.codes)
             for bucket, voter in zip(self.buckets, self.voters, strict=True)
         ]
         return explain(messages, self._wiring.costs, approximate=self._wiring.approximate)
@@ -82,17 +92,19 @@ class Arrangement:
         if self.bucket_bytes is None:
             alone = self._wiring.workers == 1
             self.bucket_bytes = _ALONE_BYTES if alone else self._wiring.bucket_bytes(packed_sizes(members))
-        return build_buckets(members, self.bucket_bytes, ready if self._wiring.overlap else None)
+        compressions = dict(enumerate(self._compressions))
+        return build_buckets(members, self.bucket_bytes, compressions, ready if self._wiring.overlap else None)
 
     def _use(self, buckets: list[Bucket]) -> None:
         # a voter that stays may have posted receives already
         kept = self.voters if buckets[: len(self.buckets)] == self.buckets else []
         voters = [*kept, *self._wiring.voters(buckets[len(kept) :], len(kept))] if self._wiring.workers > 1 else []
         for bucket in buckets:
-            for slot, view in zip(bucket.slots, bucket.views, strict=True):
-                before = self._state[slot.param].get("exp_avg") if slot.param in self._state else None
-                if before is not None and before is not view:
-                    view.copy_(before)
-                self._state[slot.param]["exp_avg"] = view
+            for slot, views in zip(bucket.slots, bucket.views, strict=True):
+                state = self._state[slot.param]
+                for name, view in views.items():
+                    if name in state and state[name] is not view:
+                        view.copy_(state[name])
+                    state[name] = view
         self.buckets, self.voters = buckets, voters
         self.layout = digest([bucket.layout() for bucket in buckets])

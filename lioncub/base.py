@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Iterable, Mapping
 from copy import deepcopy
 from itertools import chain
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -21,8 +21,11 @@ class MomentumOptimizer(torch.optim.Optimizer):
     """Base of `Lion` and `LionCub`: one fp32 ``exp_avg`` per parameter, in the parameter's storage order.
 
     A subclass creates the momentum of a new group in ``_create_state`` and keeps what must survive in
-    ``state[p]["exp_avg"]`` and in its param groups.
+    ``state[p]["exp_avg"]``, in the entries of ``state[p]`` that ``_optional_state`` names, and in its param groups.
     """
+
+    # further tensors that `state[p]` may hold, with what they are where a checkpoint has none
+    _optional_state: ClassVar[dict[str, float]] = {}
 
     def __init__(
         self,
@@ -62,12 +65,12 @@ class MomentumOptimizer(torch.optim.Optimizer):
             replaced = pre_hook(self, loaded)
             loaded = loaded if replaced is None else replaced
         groups = self._checked_groups(loaded)
-        momenta = self._checked_momenta(loaded)
+        tensors = self._checked_state(loaded)
         with torch.no_grad():
-            for param, exp_avg in momenta:
-                self.state[param]["exp_avg"].copy_(exp_avg)
-        for mine, saved in zip(self.param_groups, groups, strict=True):
-            mine.update(saved)
+            for mine, saved in tensors:
+                mine.copy_(saved)
+        for group, options in zip(self.param_groups, groups, strict=True):
+            group.update(options)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
@@ -105,29 +108,29 @@ class MomentumOptimizer(torch.optim.Optimizer):
             Hyperparameters.of({**mine, **theirs})
         return options
 
-    def _checked_momenta(self, state_dict: Mapping[str, Any]) -> list[tuple[Tensor, Tensor]]:
-        """(parameter, saved momentum) of every parameter, in their order; a frozen one may have none."""
+    def _checked_state(self, state_dict: Mapping[str, Any]) -> list[tuple[Tensor, Tensor]]:
+        """Pairs of this optimizer's tensors and saved ones, in the parameters' order; a frozen one may have none."""
         saved_ids = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
-        momenta = []
+        pairs = []
         for key, (name, param) in zip(saved_ids, self._named_parameters(), strict=True):
-            exp_avg = state_dict["state"].get(key, {}).get("exp_avg")
-            mine = self.state[param]["exp_avg"]
-            if exp_avg is None and not param.requires_grad:
+            saved, mine = state_dict["state"].get(key, {}), self.state[param]
+            if "exp_avg" not in saved and not param.requires_grad:
                 # distributed checkpointing leaves out the state of frozen parameters
                 continue
-            if exp_avg is None:
-                raise ValueError(f"state_dict: expected exp_avg of parameter {name}, got none")
-            if exp_avg.shape != mine.shape:
+            if "residual" in saved and "residual" not in mine:
                 raise ValueError(
-                    f"state_dict: expected exp_avg of parameter {name} of shape {tuple(mine.shape)}, "
-                    f"got {tuple(exp_avg.shape)}"
+                    f"state_dict: expected no residual of parameter {name}, since this optimizer was built without "
+                    "error feedback, got one"
                 )
-            if exp_avg.dtype != mine.dtype:
-                raise TypeError(
-                    f"state_dict: expected exp_avg of parameter {name} of dtype {mine.dtype}, got {exp_avg.dtype}"
-                )
-            momenta.append((param, exp_avg))
-        return momenta
+            for entry, tensor in mine.items():
+                if entry in saved:
+                    _check_saved(name, entry, tensor, saved[entry])
+                    pairs.append((tensor, saved[entry]))
+                elif entry in self._optional_state:
+                    pairs.append((tensor, torch.full_like(tensor, self._optional_state[entry])))
+                else:
+                    raise ValueError(f"state_dict: expected {entry} of parameter {name}, got none")
+        return pairs
 
     def _warn_where_lr_moves_nothing(self, group: dict[str, Any]) -> None:
         """Warn, once per group, where most low-precision weights are too large for a step of lr to change them."""
@@ -147,3 +150,13 @@ class MomentumOptimizer(torch.optim.Optimizer):
                 UserWarning,
                 stacklevel=4,
             )
+
+
+def _check_saved(name: str, entry: str, mine: Tensor, saved: Tensor) -> None:
+    """Raise unless a saved tensor of a parameter's state has this one's shape and dtype."""
+    if saved.shape != mine.shape:
+        raise ValueError(
+            f"state_dict: expected {entry} of parameter {name} of shape {tuple(mine.shape)}, got {tuple(saved.shape)}"
+        )
+    if saved.dtype != mine.dtype:
+        raise TypeError(f"state_dict: expected {entry} of parameter {name} of dtype {mine.dtype}, got {saved.dtype}")

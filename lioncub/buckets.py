@@ -14,13 +14,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lioncub.compression import Compression
 from lioncub.kernels.layout import WORD_SIGNS, packed_bytes
+
+# parameters of a group have consecutive numbers, and no group has as many
+_GROUP_NUMBERS = 1 << 20
 
 
 @dataclass(frozen=True)
 class Slot:
-    """One parameter of a bucket, at code ``start`` of the message."""
+    """One parameter of a bucket, at code ``start`` of the message.
 
+    ``number`` is its own wherever buckets begin and end, and grows with the order of the param groups.
+    """
+
+    number: int
     name: str
     param: Tensor
     start: int
@@ -48,21 +56,34 @@ class Slot:
 
 
 class Bucket:
-    """Parameters that share a message, their flat momentum, and 1-d views of it."""
+    """Parameters that share a message, their flat momentum, and 1-d views of it; with error feedback also residuals.
 
-    def __init__(self, group_index: int, slots: Sequence[Slot], device: torch.device) -> None:
+    ``n_bytes`` are those of one bit per code.
+    """
+
+    def __init__(self, group_index: int, slots: Sequence[Slot], device: torch.device, compression: Compression) -> None:
         self.group_index, self.slots, self.device = group_index, tuple(slots), device
+        self.compression = compression
         self.n_bytes = slots[-1].end // 8
         self.elements = sum(slot.numel for slot in slots)
         self.exp_avg = torch.zeros(8 * self.n_bytes, dtype=torch.float32, device=device)
-        self.momenta = [self.exp_avg[slot.start : slot.start + slot.numel] for slot in slots]
-        # what `state` holds: the momentum of each parameter in the parameter's shape and strides
-        self.views = [self.exp_avg.as_strided(slot.shape, slot.stride, slot.start) for slot in slots]
+        self.momenta = self._flat_views(self.exp_avg)
+        residual = torch.zeros_like(self.exp_avg) if compression.error_feedback else None
+        self.residuals = None if residual is None else self._flat_views(residual)
+        # what `state` holds: views of each parameter's in the parameter's shape and strides
+        buffers = {"exp_avg": self.exp_avg} | ({} if residual is None else {"residual": residual})
+        self.views = [
+            {name: flat.as_strided(slot.shape, slot.stride, slot.start) for name, flat in buffers.items()}
+            for slot in slots
+        ]
         self._zeros: dict[torch.dtype, Tensor] = {}
 
-    def split(self, packed: Tensor) -> tuple[Tensor, ...]:
-        """Each parameter's part of a packed message uint8[n_bytes], as views."""
-        sizes = [slot.n_bytes for slot in self.slots]
+    def _flat_views(self, flat: Tensor) -> list[Tensor]:
+        return [flat[slot.start : slot.start + slot.numel] for slot in self.slots]
+
+    def split(self, packed: Tensor, bits: int) -> tuple[Tensor, ...]:
+        """Each parameter's part of packed codes of ``bits``, uint8[bits * n_bytes], as views."""
+        sizes = [bits * slot.n_bytes for slot in self.slots]
         parts: tuple[Tensor, ...] = torch.split(packed, sizes)
         return parts
 
@@ -76,28 +97,41 @@ class Bucket:
     def layout(self) -> list[object]:
         """What workers must have in common to vote on this bucket."""
         return [
-            (self.group_index, slot.name, slot.shape, slot.stride, str(slot.dtype), slot.start) for slot in self.slots
+            self.compression,
+            *((self.group_index, s.name, s.shape, s.stride, str(s.dtype), s.start) for s in self.slots),
         ]
 
 
 Members = Mapping[int, Sequence[tuple[str, Tensor]]]
 
 
-def build_buckets(members: Members, bucket_bytes: int, ready: Mapping[Tensor, int] | None = None) -> list[Bucket]:
-    """Buckets of at most ``bucket_bytes`` packed bytes; a parameter that is larger stands alone.
+def build_buckets(
+    members: Members,
+    bucket_bytes: int,
+    compressions: Mapping[int, Compression],
+    ready: Mapping[Tensor, int] | None = None,
+) -> list[Bucket]:
+    """Buckets of at most ``bucket_bytes`` of one bit per code; a parameter that is larger stands alone.
 
-    ``members`` has the named parameters of each param group. They stand in their own order or, where ``ready`` says
-    when each one's gradient is ready, in that order; then buckets too come in the order in which they are complete.
+    ``members`` has the named parameters of each param group, ``compressions`` what each group is compressed by.
+    Parameters stand in their own order or, where ``ready`` says when each one's gradient is ready, in that order; then
+    buckets too come in the order in which they are complete.
     """
     buckets = []
+    numbers = {
+        param: group_index * _GROUP_NUMBERS + i
+        for group_index, named in members.items()
+        for i, (_, param) in enumerate(named)
+    }
     for (group_index, device), named in _by_device(members).items():
         slots: list[Slot] = []
+        compression = compressions[group_index]
         for name, param in named if ready is None else sorted(named, key=lambda pair: ready[pair[1]]):
             if slots and slots[-1].end // 8 + packed_bytes(param.numel()) > bucket_bytes:
-                buckets.append(Bucket(group_index, slots, device))
+                buckets.append(Bucket(group_index, slots, device, compression))
                 slots = []
-            slots.append(_next_slot(slots, name, param))
-        buckets.append(Bucket(group_index, slots, device))
+            slots.append(_next_slot(slots, numbers[param], name, param))
+        buckets.append(Bucket(group_index, slots, device, compression))
     if ready is not None:
         buckets.sort(key=lambda bucket: max(ready[slot.param] for slot in bucket.slots))
     return buckets
@@ -123,8 +157,8 @@ def bucket_bytes_of(bucket_mb: Any) -> int:
     return max(int(bucket_mb * 2**20), 8)
 
 
-def _next_slot(slots: Sequence[Slot], name: str, param: Tensor) -> Slot:
+def _next_slot(slots: Sequence[Slot], number: int, name: str, param: Tensor) -> Slot:
     start = slots[-1].end if slots else 0
     assert start % WORD_SIGNS == 0
     shape, n = tuple(param.shape), param.numel()
-    return Slot(name, param, start, shape, param.stride(), param.dtype, n, packed_bytes(n))
+    return Slot(number, name, param, start, shape, param.stride(), param.dtype, n, packed_bytes(n))

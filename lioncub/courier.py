@@ -11,8 +11,13 @@ from typing import Any
 import torch
 
 from lioncub.collectives import Voter
+from lioncub.collectives.average import Averaging
 from lioncub.collectives.exchange import Exchange
 from lioncub.voting import Mail
+
+# what is done next with a vote whose headers are known, and the future of what that gives
+Follower = Callable[[Exchange], Averaging | None]
+Followed = Future[Averaging | None] | None
 
 
 class Courier:
@@ -31,16 +36,40 @@ class Courier:
         self._thread = threading.Thread(target=_work, args=(self._jobs,), name="lioncub-courier", daemon=True)
         self._thread.start()
 
-    def send(self, voter: Voter, mail: Mail) -> Future[Exchange]:
-        """Start a vote; the future is done when only the last phase is under way."""
-        future: Future[Exchange] = Future()
+    def send(self, voter: Voter, mail: Mail, then: Follower | None = None) -> tuple[Future[Exchange], Followed]:
+        """Start a vote; the first future is done when only the last phase is under way.
+
+        ``then`` is called with the vote when its headers are known, before or after other votes' phases; the second
+        future has what it returns, and is None without it.
+        """
+        vote: Future[Exchange] = Future()
+        followed: Followed = None if then is None else Future()
         if self._stream is None:
             exchange = voter.start(mail.packed, mail.header, mail.status)
-            self._jobs.put(lambda: _fulfil(future, lambda: _move(exchange)))
+            self._jobs.put(lambda: self._finish(vote, lambda: _move(exchange), followed, then))
         else:
             encoded = torch.cuda.current_stream(mail.packed.device).record_event()
-            self._jobs.put(lambda: _fulfil(future, lambda: self._carry(voter, mail, encoded)))
-        return future
+            self._jobs.put(lambda: self._finish(vote, lambda: self._carry(voter, mail, encoded), followed, then))
+        return vote, followed
+
+    def _finish(
+        self,
+        vote: Future[Exchange],
+        job: Callable[[], Exchange],
+        followed: Followed,
+        then: Follower | None,
+    ) -> None:
+        _fulfil(vote, job)
+        if followed is None or then is None:
+            return
+        if vote.exception() is not None:
+            followed.set_result(None)
+        elif self._stream is None:
+            # votes that are waiting go first: their order does not matter, and a step needs them before averages
+            self._jobs.put(lambda: _fulfil(followed, lambda: then(vote.result())))
+        else:
+            with torch.cuda.stream(self._stream):
+                _fulfil(followed, lambda: then(vote.result()))
 
     def close(self) -> None:
         """End the thread when it has nothing left to do."""
@@ -71,7 +100,7 @@ def _work(jobs: queue.SimpleQueue[Callable[[], None] | None]) -> None:
         del job
 
 
-def _fulfil(future: Future[Exchange], job: Callable[[], Exchange]) -> None:
+def _fulfil(future: Future[Any], job: Callable[[], Any]) -> None:
     try:
         future.set_result(job())
     except Exception as error:

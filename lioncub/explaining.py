@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from lioncub.collectives.codes import VOTES, Codes
 from lioncub.collectives.cost import Costs, bytes_sent
 from lioncub.collectives.traffic import candidates
 
@@ -14,12 +15,16 @@ _MARK = "*"
 
 @dataclass(frozen=True)
 class Message:
-    """One bucket as it travels: its elements, packed bytes, header bytes and algorithm (None for one worker)."""
+    """One bucket as it travels: its elements, bytes of one bit per code, header bytes, algorithm and format of codes.
+
+    The algorithm is None for one worker.
+    """
 
     elements: int
     n_bytes: int
     header_bytes: int
     algorithm: str | None
+    codes: Codes = VOTES
 
 
 @dataclass(frozen=True)
@@ -100,12 +105,12 @@ def _row(index: int, message: Message, costs: Costs, approximate: bool) -> Row:
     found = tuple(
         Candidate(
             name,
-            costs.seconds(name, message.n_bytes, message.header_bytes),
-            bytes_sent(name, message.n_bytes, costs.topology, message.header_bytes, approximate),
+            costs.seconds(name, message.n_bytes, message.header_bytes, message.codes),
+            bytes_sent(name, message.n_bytes, costs.topology, message.header_bytes, approximate, message.codes),
         )
-        for name in candidates(costs.topology)
+        for name in candidates(costs.topology, message.codes)
     )
-    return Row(index, message.elements, message.n_bytes, found, message.algorithm)
+    return Row(index, message.elements, message.n_bytes * message.codes.bits, found, message.algorithm)
 
 
 def _milliseconds(row: Row, name: str) -> str:

@@ -6,7 +6,7 @@ import contextlib
 import logging
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -19,16 +19,22 @@ from lioncub.base import MomentumOptimizer, Params
 from lioncub.buckets import Bucket, bucket_bytes_of
 from lioncub.collectives import Voter, average_, handshake
 from lioncub.collectives.header import UNVERIFIED
+from lioncub.collectives.traffic import check_approximate
+from lioncub.compression import Compression, SignVote, check_compression
 from lioncub.courier import Courier
 from lioncub.explaining import Explanation
 from lioncub.kernels import resolve_impl
+from lioncub.momentum_sync import MomentumSync, check_momentum_sync
 from lioncub.overlap import Overlap
 from lioncub.replicas import broadcast_tensors, check_equal
 from lioncub.stats import Stats
+from lioncub.synchronizing import NOT_MEASURED, Synchronizer
 from lioncub.voting import BucketVote, Draft, NonFiniteError, Verdict, alone, exchange, judge
 from lioncub.wiring import PathOrProfile, Wiring
 
 _LOG = logging.getLogger("lioncub")
+# between measurements of drift, where it decides what is synchronized
+_DRIFT_EVERY = 100
 
 
 class LionCub(MomentumOptimizer):
@@ -44,6 +50,12 @@ class LionCub(MomentumOptimizer):
     Args:
         params: dense fp32, bf16 or fp16 parameters of any dense strides, named ones, or param groups.
         lr, betas, weight_decay: as in `Lion`; those of every group are read at each step.
+        compression: what workers say about their updates, and what all make of it: `SignVote`, `SignMean`,
+            `TernaryVote` or `Quantized`; a param group can have one of its own.
+        momentum_sync: when momentum, which drifts apart since every worker sees its own gradients, is averaged over
+            workers; never unless a `MomentumSync` says when.
+        drift_every: steps between measurements of how far momentum has drifted apart, for `stats` and
+            ``MomentumSync(select="auto")``; 100 for that, else never.
         process_group: workers that vote together; the default group, or one worker where there is none.
         algorithm: "all_gather", "reduce_scatter", "hierarchical", "all_reduce" or "auto": for each bucket the one that
             the cost model finds fastest; `explain` shows why.
@@ -64,6 +76,7 @@ class LionCub(MomentumOptimizer):
     parameters or options differ.
     """
 
+    _optional_state: ClassVar[dict[str, float]] = {"residual": 0.0, "drift": NOT_MEASURED}
     # GradScaler hands over grad_scale and found_inf instead of skipping the step on one worker alone
     _step_supports_amp_scaling = True
 
@@ -74,6 +87,9 @@ class LionCub(MomentumOptimizer):
         betas: tuple[float, float] = (0.9, 0.99),
         weight_decay: float = 0.0,
         *,
+        compression: Compression | None = None,
+        momentum_sync: MomentumSync | None = None,
+        drift_every: int | None = None,
         process_group: dist.ProcessGroup | None = None,
         algorithm: str = "auto",
         approximate: bool = False,
@@ -89,6 +105,15 @@ class LionCub(MomentumOptimizer):
         if on_nonfinite not in ("raise", "skip"):
             raise ValueError(f"on_nonfinite: expected 'raise' or 'skip', got {on_nonfinite!r}")
         bucket_bytes = None if bucket_mb is None else bucket_bytes_of(bucket_mb)
+        self._compression = SignVote() if compression is None else check_compression(compression)
+        # one for each param group; not in the groups, since a checkpoint fits any
+        self._compressions: list[Compression] = []
+        policy = check_momentum_sync(momentum_sync)
+        if drift_every is None and policy is not None and policy.is_auto:
+            drift_every = _DRIFT_EVERY
+        if drift_every is not None and (isinstance(drift_every, bool) or drift_every < 1):
+            raise ValueError(f"drift_every: expected a number of steps >= 1, got {drift_every!r}")
+        self._policy, self._drift_every = policy, drift_every
         self._wiring = Wiring(process_group, algorithm, approximate, mesh, profile, overlap, impl)
         self._group, self._workers = process_group, self._wiring.workers
         self._broadcast, self._on_nonfinite = broadcast, on_nonfinite
@@ -109,14 +134,20 @@ class LionCub(MomentumOptimizer):
         devices = sorted({str(param.device) for _, param in self._named_parameters()})
         if overlap and (len(devices) > 1 or device.type not in ("cpu", "cuda")):
             raise ValueError(f"overlap: expected all parameters on the CPU or on one CUDA device, got {devices}")
+        facts = self._facts(bucket_mb)
         if self._workers > 1:
-            handshake(self._facts(bucket_mb), group=process_group, device=device)
+            handshake(facts, group=process_group, device=device)
             self._wiring.connect(device)
             if overlap:
                 courier = Courier(device)
                 weakref.finalize(self, courier.close)
-                self._overlap = Overlap(courier, self._new_draft)
-        self._arrangement = Arrangement(self._wiring, bucket_bytes, self.state)
+                # the synchronizer is made later, and an average follows a vote
+                self._overlap = Overlap(courier, self._new_draft, lambda *what: self._sync.follower(*what))
+        self._arrangement = Arrangement(self._wiring, bucket_bytes, self.state, self._compressions)
+        routes = self._wiring.routes.group if self._workers > 1 else None
+        self._sync = Synchronizer(
+            policy, drift_every, self._arrangement, self.state, routes, self._workers, self._overlap is not None
+        )
         self._is_built = True
         self._add_buckets(range(len(self.param_groups)))
         self._make_equal()
@@ -127,9 +158,20 @@ class LionCub(MomentumOptimizer):
         """Add a group with momentum of its own, on all workers before the same step.
 
         It communicates nothing: the next step finds out whether all workers added the same, and makes the new
-        parameters equal. Where the group is refused, nothing has changed.
+        parameters equal. Where the group is refused, nothing has changed. Its "compression" is that of `LionCub` unless
+        it has one.
         """
-        super().add_param_group(param_group)
+        compression = self._compression
+        if isinstance(param_group, dict) and "compression" in param_group:
+            param_group = dict(param_group)
+            compression = check_compression(param_group.pop("compression"))
+        check_approximate(self._wiring.approximate, self._wiring.algorithm, compression.codes)
+        self._compressions.append(compression)
+        try:
+            super().add_param_group(param_group)
+        except BaseException:
+            self._compressions.pop()
+            raise
 
     @contextlib.contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -184,6 +226,7 @@ class LionCub(MomentumOptimizer):
         finally:
             # a user's hook can raise when the state has been loaded
             self._unverified = True
+            self._sync.forget()
             if self._overlap is not None:
                 self._overlap.end()
 
@@ -194,11 +237,13 @@ class LionCub(MomentumOptimizer):
         return Stats(
             steps=self._step_count,
             skipped_steps=self._skipped,
-            bytes_sent_per_step=sum(bucket.bytes_sent for bucket in buckets),
-            communication_seconds=sum(bucket.seconds for bucket in buckets),
+            bytes_sent_per_step=sum(bucket.bytes_sent for bucket in buckets) + self._sync.bytes_sent,
+            sync_bytes_sent=self._sync.bytes_sent,
+            communication_seconds=sum(bucket.seconds for bucket in buckets) + self._sync.seconds,
             exposed_seconds=self._exposed,
             tied=self._counts[0] / elements,
             unanimous=self._counts[1] / elements,
+            drift=self._sync.drift(),
             buckets=buckets,
         )
 
@@ -253,6 +298,10 @@ class LionCub(MomentumOptimizer):
     def _add_buckets(self, groups: range) -> None:
         """Lay out new groups; where it raises, nothing has changed."""
         params = self._arrangement.append(self.param_groups, groups)
+        if self._sync.measures:
+            for param in params:
+                self.state[param]["drift"] = torch.full((), NOT_MEASURED, device=param.device)
+        self._sync.forget()
         for i in groups:
             self.param_groups[i]["step"] = self._step_count
         self._unequal += params
@@ -276,6 +325,9 @@ class LionCub(MomentumOptimizer):
             "the number of parameters": len(self._named_parameters()),
             **self._wiring.facts(),
             "bucket_mb": None if bucket_mb is None else float(bucket_mb),
+            "compression": list(self._compressions),
+            "drift_every": self._drift_every,
+            **({} if self._policy is None else self._policy.facts(self._named_parameters())),
             "broadcast": self._broadcast,
             "on_nonfinite": self._on_nonfinite,
         }
@@ -300,7 +352,9 @@ class LionCub(MomentumOptimizer):
 
     def _new_draft(self) -> Draft:
         """The draft of the step to come, with the state and the hyperparameters as they are now."""
-        draft = Draft(self._step_count, self._arrangement.layout, UNVERIFIED if self._unverified else 0, self._impl)
+        layout = self._sync.agreed(self._arrangement.layout)
+        rank = self._wiring.rank
+        draft = Draft(self._step_count, layout, UNVERIFIED if self._unverified else 0, rank, self._impl)
         draft.attempt(self._check_state)
         draft.attempt(lambda: draft.read(self.param_groups))
         return draft
@@ -319,6 +373,8 @@ class LionCub(MomentumOptimizer):
             self._seconds = [vote.seconds for vote in votes]
             self._exposed = sum(self._seconds) if self._overlap is None else self._overlap.exposed_seconds
             if verdict.found_inf or verdict.nonfinite is not None:
+                for vote in votes:
+                    vote.drop_average()
                 self._pass_over(draft.step, verdict.found_inf, verdict.nonfinite)
             else:
                 self._apply(votes, verdict, draft)
@@ -331,9 +387,10 @@ class LionCub(MomentumOptimizer):
                     self._overlap.begin(self._buckets, self._voters)
 
     def _apply(self, votes: Sequence[BucketVote], verdict: Verdict, draft: Draft) -> None:
+        means = self._sync.run(votes, verdict, draft)
         moves = [
-            plan_bucket(bucket, vote, taking_part, draft)
-            for bucket, vote, taking_part in zip(self._buckets, votes, verdict.taking_part, strict=True)
+            plan_bucket(bucket, vote, mean, taking_part, draft)
+            for bucket, vote, mean, taking_part in zip(self._buckets, votes, means, verdict.taking_part, strict=True)
         ]
         self._interrupted = True
         for move in moves:
@@ -381,7 +438,7 @@ class LionCub(MomentumOptimizer):
             group["step"] = step
 
     def _announce(self) -> None:
-        if self._workers > 1 and dist.get_rank(self._group) != 0:
+        if self._wiring.rank != 0:
             return
         impls = sorted({resolve_impl(self._impl, bucket.device) for bucket in self._buckets})
         stats = self.stats()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from time import perf_counter
 
 import torch
@@ -21,7 +21,7 @@ from lioncub.collectives import Voter
 from lioncub.collectives.exchange import Exchange
 from lioncub.collectives.header import STALE
 from lioncub.collectives.transport import Group, all_gather, world_size_of
-from lioncub.courier import Courier
+from lioncub.courier import Courier, Followed, Follower
 from lioncub.voting import BucketVote, Draft, Mail, finish, prepare
 
 NEVER = 2**62
@@ -33,6 +33,7 @@ class Sent:
 
     mail: Mail
     exchange: Future[Exchange]
+    followed: Followed
     gradients: tuple[tuple[Tensor | None, int], ...]
     momentum: int
 
@@ -40,12 +41,17 @@ class Sent:
 class Overlap:
     """Watches the gradients of an optimizer's parameters, and sends buckets in their order while backward runs.
 
-    ``draft`` makes the draft of the step to come. Until `begin` names buckets, nothing is sent early and only the
-    order of the gradients is learnt.
+    ``draft`` makes the draft of the step to come, ``follower`` says what to do next with a bucket's vote. Until `begin`
+    names buckets, nothing is sent early and only the order of the gradients is learnt.
     """
 
-    def __init__(self, courier: Courier, draft: Callable[[], Draft]) -> None:
-        self._courier, self._make_draft = courier, draft
+    def __init__(
+        self,
+        courier: Courier,
+        draft: Callable[[], Draft],
+        follower: Callable[[Bucket, Mail, Draft], Follower | None],
+    ) -> None:
+        self._courier, self._make_draft, self._follower = courier, draft, follower
         self.paused = 0
         self._draft: Draft | None = None
         self._sent: list[Sent] = []
@@ -111,6 +117,8 @@ class Overlap:
         self._draft, self._sent, self._stale = None, [], False
         votes = self._collect(buckets, voters, sent, draft)
         if any(header.flags & STALE for vote in votes for header in vote.headers):
+            for vote in votes:
+                vote.drop_average()
             draft.flags &= ~STALE
             votes = self._collect(buckets, voters, [], draft)
         return votes
@@ -134,16 +142,17 @@ class Overlap:
     def _collect(
         self, buckets: Sequence[Bucket], voters: Sequence[Voter], sent: Sequence[Sent], draft: Draft
     ) -> list[BucketVote]:
-        mails, futures = [one.mail for one in sent], [one.exchange for one in sent]
+        mails = [one.mail for one in sent]
+        under_way = [(one.exchange, one.followed) for one in sent]
         for bucket, voter in list(zip(buckets, voters, strict=True))[len(mails) :]:
             mails.append(prepare(bucket, draft))
-            futures.append(self._courier.send(voter, mails[-1]))
+            under_way.append(self._courier.send(voter, mails[-1], self._follower(bucket, mails[-1], draft)))
         began = perf_counter()
-        exchanges = [future.result() for future in futures]
+        exchanges = [exchange.result() for exchange, _ in under_way]
         self._courier.join_stream()
         votes = finish(buckets, mails, exchanges, draft)
         self.exposed_seconds += perf_counter() - began
-        return votes
+        return [replace(vote, average=followed) for vote, (_, followed) in zip(votes, under_way, strict=True)]
 
     def _settle(self, draft: Draft) -> None:
         """Find out whether what was sent still holds.
@@ -200,4 +209,5 @@ class Overlap:
         grads = [slot.param.grad for slot in bucket.slots]
         mail = prepare(bucket, self._draft)
         evidence = tuple((grad, 0 if grad is None else grad._version) for grad in grads)
-        self._sent.append(Sent(mail, self._courier.send(voter, mail), evidence, bucket.exp_avg._version))
+        under_way = self._courier.send(voter, mail, self._follower(bucket, mail, self._draft))
+        self._sent.append(Sent(mail, *under_way, evidence, bucket.exp_avg._version))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lioncub.collectives.errors import WorkersDisagreeError, by_value
 from lioncub.collectives.handshake import digest
-from lioncub.collectives.transport import Group, all_gather, world_size_of
+from lioncub.collectives.transport import Group, all_gather, gather_objects, world_size_of
 
 _CHUNK_BYTES = 1 << 24
 # odd, so that multiplication by it permutes the 64-bit integers
@@ -27,12 +27,11 @@ def broadcast_module(module: torch.nn.Module, *, group: Group = None) -> None:
 
 def broadcast_tensors(tensors: Iterable[Tensor], *, group: Group = None) -> None:
     """Overwrite tensors with those of the group's first rank; a collective call, the same tensors on all workers."""
-    source = dist.get_global_rank(group, 0) if group is not None else 0
     with torch.no_grad():
         for tensor in tensors:
             # backends want contiguous memory, and a copy keeps what other strides mean
             whole = tensor.contiguous()
-            dist.broadcast(whole, src=source, group=group)
+            dist.broadcast(whole, group=group, group_src=0)
             if whole is not tensor:
                 tensor.copy_(whole)
 
@@ -52,8 +51,7 @@ def check_equal(named: Sequence[tuple[str, Tensor]], *, group: Group = None) -> 
     all_gather(everyone, mine, group).wait()
     if bool((everyone == mine).all()):
         return
-    stated: list[list[tuple[str, str]]] = [[]] * everyone.numel()
-    dist.all_gather_object(stated, hashes, group=group)
+    stated: list[list[tuple[str, str]]] = gather_objects(hashes, group, device)
     for row in zip_longest(*stated, fillvalue=("(none)", "no such parameter")):
         names, values = zip(*row, strict=True)
         if any(name != names[0] for name in names):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 
 import torch
@@ -12,10 +13,11 @@ from torch import Tensor
 from lioncub.arguments import Hyperparameters, gradient_of
 from lioncub.buckets import Bucket
 from lioncub.collectives import Voter
+from lioncub.collectives.average import Averaging
 from lioncub.collectives.exchange import Exchange
 from lioncub.collectives.handshake import digest
 from lioncub.collectives.header import FAILED, FOUND_INF, STALE, Header, check_agreement, decode_headers
-from lioncub.kernels import foreach_lion_encode
+from lioncub.encoding import Terms, encode
 
 
 class NonFiniteError(ArithmeticError):
@@ -24,12 +26,16 @@ class NonFiniteError(ArithmeticError):
 
 @dataclass(frozen=True)
 class Ballot:
-    """One bucket on this worker: gradients in storage order, who has one, packed codes, and int32 status per tensor."""
+    """One bucket on this worker: gradients in storage order, who has one, packed codes, and int32 status per tensor.
+
+    ``residuals`` are those that the step leaves behind, with error feedback.
+    """
 
     grads: list[Tensor]
     has_gradient: tuple[bool, ...]
     packed: Tensor
     status: Tensor
+    residuals: tuple[Tensor, ...] | None
 
 
 @dataclass(frozen=True)
@@ -46,7 +52,8 @@ class Mail:
 class BucketVote:
     """One bucket after its exchange: this worker's ballot, the voted codes (None for one worker), everyone's header.
 
-    ``ties`` and ``unanimous`` count codes, pad codes not among them; ``seconds`` is the exchange's.
+    ``ties`` and ``unanimous`` count codes, pad codes not among them; ``seconds`` is the exchange's. ``average`` is that
+    of momentum, where it is under way already.
     """
 
     ballot: Ballot
@@ -55,6 +62,13 @@ class BucketVote:
     ties: int
     unanimous: int
     seconds: float
+    average: Future[Averaging | None] | None = None
+
+    def drop_average(self) -> None:
+        """Wait for an average that is under way, and forget it: messages that nobody takes would be taken for later."""
+        averaging = None if self.average is None else self.average.result()
+        if averaging is not None:
+            averaging.result()
 
 
 @dataclass(frozen=True)
@@ -73,8 +87,8 @@ class Draft:
     raised only when they have been told.
     """
 
-    def __init__(self, step: int, layout: int, flags: int, impl: str) -> None:
-        self.step, self.layout, self.flags, self.impl = step, layout, flags, impl
+    def __init__(self, step: int, layout: int, flags: int, rank: int, impl: str) -> None:
+        self.step, self.layout, self.flags, self.rank, self.impl = step, layout, flags, rank, impl
         self.now: list[Hyperparameters] = []
         self.grad_scale = 1.0
         self.failure: Exception | None = None
@@ -122,19 +136,16 @@ def encode_bucket(bucket: Bucket, draft: Draft) -> Ballot:
         slot.check_unchanged(bucket.device)
         found.append(gradient_of(slot.name, slot.param))
     grads = [bucket.zeros_for(slot) if grad is None else grad for slot, grad in zip(bucket.slots, found, strict=True)]
-    packed = torch.empty(bucket.n_bytes, dtype=torch.uint8, device=bucket.device)
+    packed = _blank(bucket)
     status = torch.zeros(len(bucket.slots), dtype=torch.int32, device=bucket.device)
-    foreach_lion_encode(
-        bucket.momenta,
-        grads,
-        beta1=draft.now[bucket.group_index].beta1,
-        parity=draft.step,
-        out=bucket.split(packed),
-        status=status,
-        grad_scale=draft.grad_scale_of(bucket),
-        impl=draft.impl,
-    )
-    return Ballot(grads, tuple(grad is not None for grad in found), packed, status)
+    beta1 = draft.now[bucket.group_index].beta1
+    terms = Terms(beta1, draft.grad_scale_of(bucket), draft.step, draft.rank, draft.impl)
+    residuals = encode(bucket, grads, packed, status, terms)
+    return Ballot(grads, tuple(grad is not None for grad in found), packed, status, residuals)
+
+
+def _blank(bucket: Bucket) -> Tensor:
+    return torch.zeros(bucket.n_bytes * bucket.compression.codes.bits, dtype=torch.uint8, device=bucket.device)
 
 
 def prepare(bucket: Bucket, draft: Draft) -> Mail:
@@ -144,8 +155,7 @@ def prepare(bucket: Bucket, draft: Draft) -> Mail:
     if draft.failure is None:
         (ballot,) = ballots
         return Mail(ballot, ballot.packed, draft.header(bucket, ballot), ballot.status)
-    void = torch.zeros(bucket.n_bytes, dtype=torch.uint8, device=bucket.device)
-    return Mail(None, void, draft.header(bucket, None), None)
+    return Mail(None, _blank(bucket), draft.header(bucket, None), None)
 
 
 def exchange(buckets: Sequence[Bucket], voters: Sequence[Voter], draft: Draft) -> list[BucketVote]:
@@ -198,6 +208,11 @@ def alone(buckets: Sequence[Bucket], draft: Draft) -> list[BucketVote]:
     return [_alone(bucket, mail, draft) for bucket, mail in zip(buckets, mails, strict=True)]
 
 
+def taking_part_of(headers: Sequence[Header]) -> tuple[bool, ...]:
+    """Which parameters of a bucket have a gradient on some worker."""
+    return tuple(any(present) for present in zip(*(header.has_gradient for header in headers), strict=True))
+
+
 def judge(buckets: Sequence[Bucket], votes: Sequence[BucketVote]) -> Verdict:
     """The same verdict on every worker, from every worker's header of every bucket."""
     found_inf = any(header.flags & FOUND_INF for vote in votes for header in vote.headers)
@@ -207,11 +222,7 @@ def judge(buckets: Sequence[Bucket], votes: Sequence[BucketVote]) -> Verdict:
         if first and nonfinite is None:
             ranks = [str(rank) for rank, header in enumerate(vote.headers) if header.nonfinite == first]
             nonfinite = f"parameter {bucket.slots[first - 1].name} on rank {', '.join(ranks)}"
-    taking_part = [
-        tuple(any(present) for present in zip(*(header.has_gradient for header in vote.headers), strict=True))
-        for vote in votes
-    ]
-    return Verdict(found_inf, nonfinite, taking_part)
+    return Verdict(found_inf, nonfinite, [taking_part_of(vote.headers) for vote in votes])
 
 
 def _result(bucket: Bucket, pending: Exchange) -> tuple[Tensor, list[Header], int, int, float]:

@@ -15,7 +15,8 @@ from lioncub.collectives.cost import best_bucket_bytes, default_costs
 from lioncub.collectives.handshake import digest
 from lioncub.collectives.routes import subgroups
 from lioncub.collectives.traffic import check_approximate
-from lioncub.collectives.transport import backend_of, world_size_of
+from lioncub.collectives.transport import backend_of, rank_of, world_size_of
+from lioncub.collectives.virtual import VirtualGroup
 
 PathOrProfile = str | PathLike[str] | Profile
 
@@ -41,10 +42,18 @@ class Wiring:
         check_approximate(approximate, algorithm)
         if mesh is not None and not isinstance(mesh, DeviceMesh):
             raise TypeError(f"mesh: expected a DeviceMesh, got {type(mesh).__name__}")
+        if isinstance(group, VirtualGroup) and (overlap or mesh is not None):
+            expected, got = ("overlap: expected False", overlap) if overlap else ("mesh: expected None", mesh)
+            raise ValueError(f"{expected} with simulated workers, which have one thread each, got {got}")
         self.group, self.algorithm, self.approximate, self.mesh = group, algorithm, approximate, mesh
         self.overlap, self._impl = overlap, impl
         self.profile = profile if profile is None or isinstance(profile, Profile) else Profile.load(profile)
         self.workers = world_size_of(group) if group or dist.is_initialized() else 1
+
+    @property
+    def rank(self) -> int:
+        """This worker's rank in the group."""
+        return rank_of(self.group) if self.workers > 1 else 0
 
     def facts(self) -> dict[str, object]:
         """What workers must have in common, by the names that an error gives it."""
@@ -101,4 +110,5 @@ class Wiring:
             impl=self._impl,
             tag=tag,
             at_once=True if self.overlap else None,
+            codes=bucket.compression.codes,
         )

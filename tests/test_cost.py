@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import pytest
 
+from lioncub.collectives.codes import VOTES, Codes
 from lioncub.collectives.cost import (
     ALGORITHMS,
     Costs,
@@ -218,7 +219,7 @@ class Line:
     source: str = "a line"
     is_measured: bool = True
 
-    def seconds(self, algorithm: str, n_bytes: int, header_bytes: int = 0) -> float:
+    def seconds(self, algorithm: str, n_bytes: int, header_bytes: int = 0, codes: Codes = VOTES) -> float:
         return self.alpha + self.beta * n_bytes
 
 

@@ -185,7 +185,7 @@ def _scalar(value: float) -> torch.Tensor:
 def _op_arguments(impl: str) -> dict[str, tuple[Any, ...]]:
     n = 70
     x, g, m = (torch.randn(n, generator=torch.Generator().manual_seed(seed)) for seed in range(3))
-    bits, fields = torch.zeros(16, dtype=torch.uint8), torch.zeros(24, dtype=torch.uint8)
+    bits, fields, fours = (torch.zeros(size, dtype=torch.uint8) for size in (16, 24, 64))
     status, scale, stream = torch.zeros(1, dtype=torch.int32), torch.ones(1), torch.tensor([1, 2, 3, 4])
     counts = torch.zeros(2, dtype=torch.int64)
     one, parity = _scalar(1.0), torch.tensor(3)
@@ -201,13 +201,17 @@ def _op_arguments(impl: str) -> dict[str, tuple[Any, ...]]:
         "spread_codes": (bits, 1, 4, torch.zeros(64, dtype=torch.uint8), impl),
         "unpack_fields": (fields, 4, 2, 3, torch.zeros(31, dtype=torch.int32), impl),
         "majority_of_fields": (torch.zeros(64, dtype=torch.uint8), 4, 3, parity, bits, counts, impl),
+        "add_codes": (torch.zeros(3, 16, dtype=torch.uint8), 1, 4, fours, impl),
+        "ternary_of_fields": (fours[:32], 4, 2, 3, 3, bits, counts, impl),
+        "apply_codes_": ([x], [fours[:32]], 2, 1, 1, 1, lr, wd, impl),
+        "apply_codes_with_momentum_": ([x], [fours], 4, 1, 7, 7, lr, wd, [g], [m], b2, one, impl),
         "apply_votes_": ([x], [bits], lr, wd, impl),
         "apply_votes_with_momentum_": ([x], [bits], lr, wd, [g], [m], b2, one, impl),
         "lion_step_": ([x], [g], [m], lr, wd, b1, b2, one, impl),
         "block_scale": (x, scale, "l1", 0, impl),
-        "lion_block_scale": (m, g, b1, scale, "l2", 0, impl),
+        "lion_block_scale": (m, g, b1, one, scale, "l2", 0, impl),
         "quantize": (x, scale, stream, fields, 2, "l1", 0, True, impl),
-        "lion_quantize": (m, g, b1, scale, stream, fields, status, 2, "l1", 0, False, impl),
+        "lion_quantize": (m, g, b1, one, scale, stream, fields, status, 2, "l1", 0, False, impl),
         "dequantize": (fields, scale, x, 2, "l1", 0, impl),
     }
 

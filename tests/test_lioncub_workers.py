@@ -229,7 +229,7 @@ def test_a_worker_that_differs_raises_on_all(how: str, message: str, algorithm: 
         (
             "state",
             "RuntimeError: state of parameter table.weight: expected the exp_avg made at construction, got another "
-            "object; change momentum in place or through load_state_dict",
+            "object; change it in place or through load_state_dict",
         ),
     ],
 )

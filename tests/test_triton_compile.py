@@ -22,17 +22,21 @@ Job = tuple[Any, dict[str, str], dict[str, object], int]
 
 TARGETS = [("cuda", "90"), ("hip", "gfx942")]
 ENCODERS = ("encode", "encode_", "pack", "quantize")
-UPDATES = ("apply", "apply with momentum", "step")
+UPDATES = ("apply", "apply with momentum", "step", "apply 2-bit codes", "apply 16-bit codes")
+UPDATES += ("apply 2-bit codes with momentum",)
 # what is voted on, counted and spread has no float, so it is compiled once, with the fp32 kernels
 WIDE_LOADS = ("vote", "count", "sum counts", *[f"vote on {bits}-bit fields" for bits in (2, 4, 8, 16)])
+WIDE_LOADS += ("add 4-bit codes in 4",)
 WIDE_STORES = ("vote", "count", "sum counts", "spread 1 to 2", "spread 1 to 4", "spread 1 to 8", "spread 4 to 8")
 WIDE_STORES += tuple(f"unpack {bits}-bit fields" for bits in (1, 2, 4, 8, 16))
+WIDE_STORES += ("add 1-bit codes in 16", "add 2-bit codes in 4", "add 4-bit codes in 4", "add 8-bit codes in 16")
 SPECIALIZED = ("encode", "apply", "step", "vote", "quantize", "count", "sum counts", "vote on 4-bit fields")
-SPECIALIZED += ("unpack 4-bit fields",)
+SPECIALIZED += ("unpack 4-bit fields", "apply 2-bit codes", "add 2-bit codes in 4", "signs of 4-bit fields")
 # multiples of 16 in a launch of whole tiles
-SIZES = ("n_elements", "n_words", "n_bytes", "row_stride", "group_stride", "plane_stride")
+SIZES = ("n_elements", "n_words", "n_bytes", "n_packed", "row_stride", "group_stride", "plane_stride")
 # these exchange values between threads: sums over a tile, or codes that other threads load than store
-SHARING = {"scale of blocks", "scale of chunks", "scale from chunks", "dequantize"}
+SHARING = {"scale of blocks", "scale of chunks", "scale from chunks", "dequantize", "add 1-bit codes in 16"}
+SHARING |= {"signs of 4-bit fields"}
 
 
 @cache
@@ -123,6 +127,7 @@ def compare_specializations() -> dict[str, Any]:
 
 def _jobs(dtype: str) -> dict[str, Job]:
     """(kernel, pointer types, constants, threads) of every kernel, by label."""
+    from lioncub.kernels.triton_gpu import codes as coded
     from lioncub.kernels.triton_gpu import lion, packing, quantization, scales
 
     data = dict.fromkeys(("exp_avg_ptr", "grad_ptr", "param_ptr", "x_ptr"), dtype)
@@ -142,10 +147,14 @@ def _jobs(dtype: str) -> dict[str, Job]:
         "unpack": (packing._unpack_signs_kernel, floats, flags, wide),
         "quantize": (quantization._quantize_values_kernel, codes, flags, 128),
     }
+    for bits in (2, 16):
+        jobs[f"apply {bits}-bit codes"] = (coded._apply_codes_kernel, codes, flags | {"BITS": bits}, wide)
+    jobs["apply 2-bit codes with momentum"] = (coded._apply_codes_kernel, codes, advance, wide)
     if dtype == "fp32":
         jobs |= {
             "dequantize": (quantization._dequantize_codes_kernel, floats, flags, 128),
             **_vote_jobs(),
+            **_sum_jobs(),
             "scale of blocks": (scales._scale_blocks_kernel, codes, flags | {"SCALE_BLOCK": 64}, 128),
             "scale of chunks": (scales._reduce_chunks_kernel, codes, flags, 128),
             "scale from chunks": (scales._combine_chunks_kernel, codes, flags, 128),
@@ -175,6 +184,22 @@ def _vote_jobs() -> dict[str, Job]:
     return jobs
 
 
+def _sum_jobs() -> dict[str, Job]:
+    from lioncub.kernels.triton_gpu import sums
+
+    signs = {"fields_ptr": "u8", "out_ptr": "u8", "counts_ptr": "i64"}
+    flags: dict[str, object] = {"HAS_COUNTS": False, "BLOCK_SIZE": 128}
+    jobs: dict[str, Job] = {}
+    for bits, field_bits in ((1, 16), (2, 4), (4, 4), (8, 16)):
+        words = {"packed_ptr": "i32" if bits == field_bits else "u8", "out_ptr": "i32"}
+        widths = flags | {"BITS": bits, "FIELD_BITS": field_bits}
+        jobs[f"add {bits}-bit codes in {field_bits}"] = (sums._add_codes_kernel, words, widths, 128)
+    for bits in (4, 16):
+        widths = flags | {"FIELD_BITS": bits, "BLOCK_SIZE": 1024}
+        jobs[f"signs of {bits}-bit fields"] = (sums._sign_fields_kernel, signs, widths, 128)
+    return jobs
+
+
 def _compile(target: Any, kernel: Any, pointers: dict[str, str], flags: dict[str, object], threads: int) -> Any:
     import triton
     from triton.compiler import ASTSource
@@ -196,7 +221,7 @@ def _compile(target: Any, kernel: Any, pointers: dict[str, str], flags: dict[str
 
 
 def _is_float(name: str) -> bool:
-    return name.startswith(("beta", "lr", "decay", "gain"))
+    return name.startswith(("beta", "lr", "rate", "decay", "gain"))
 
 
 def _disassemble(compiled: Any) -> str:

@@ -105,6 +105,26 @@ def test_vote_at_any_address_and_stride(first: int, gap: int) -> None:
         assert found[n_bytes + 1] == 0xA5
 
 
+@pytest.mark.parametrize("first", [0, 1, 2, 4])
+@pytest.mark.parametrize("gap", [0, 1, 4])
+def test_sums_at_any_address_and_stride(first: int, gap: int) -> None:
+    generator = torch.Generator().manual_seed(first)
+    for bits, field_bits in ((1, 1), (2, 4), (8, 8), (1, 16)):
+        # the first row alone has all its codes, so that no sum leaves its field
+        memory = torch.zeros(3, first + 72 + gap, dtype=torch.uint8)
+        memory[0] = torch.randint(0, 256, (len(memory[0]),), dtype=torch.uint8, generator=generator)
+        packed, n_bytes = memory[:, first : first + 72], 72 * field_bits // bits
+        for out_first in (0, 1):
+            found, expected = (
+                torch.full((n_bytes + 2,), 0xA5, dtype=torch.uint8),
+                torch.empty(n_bytes, dtype=torch.uint8),
+            )
+            triton_gpu.add_codes(packed, bits, field_bits, found[out_first : out_first + n_bytes])
+            reference.add_codes(packed, bits, field_bits, expected)
+            assert torch.equal(found[out_first : out_first + n_bytes], expected)
+            assert found[n_bytes + 1] == 0xA5
+
+
 def test_nothing_is_written_past_the_end() -> None:
     n, guard = 70, 16
     x, packed = torch.zeros(n + guard), torch.full((16,), 0xFF, dtype=torch.uint8)
@@ -118,3 +138,11 @@ def test_nothing_is_written_past_the_end() -> None:
     assert (x[n:] == 0).all()
     assert (m[n:] == 1).all()
     assert (x[:n] == -1).all()
+    codes, signs = torch.full((256,), 0xFF, dtype=torch.uint8), torch.full((16 + guard,), 0xA5, dtype=torch.uint8)
+    triton_gpu.apply_codes_([x[:n]], [codes], 16, 1, 65534, 1.0, 1.0, [g[:n]], [m[:n]], beta)
+    triton_gpu.ternary_of_fields(codes[:64], 8, 1, 0, 255, signs[:16], None)
+    assert (x[n:] == 0).all()
+    assert (m[n:] == 1).all()
+    assert (x[:n] == -2).all()
+    assert (signs[:16] == 0xAA).all()
+    assert (signs[16:] == 0xA5).all()

@@ -20,7 +20,7 @@ from lioncub.kernels.numba_cpu.memory import WORDS, array_at
 from lioncub.kernels.numba_cpu.planes import BLOCK, add_tally
 from lioncub.kernels.numba_cpu.threads import MIN_SLICE, run_slices, slices
 
-_CHUNKS = {1: np.dtype(np.uint8), 2: np.dtype(np.uint16), 4: np.dtype(np.uint32), 8: WORDS}
+CHUNKS = {1: np.dtype(np.uint8), 2: np.dtype(np.uint16), 4: np.dtype(np.uint32), 8: WORDS}
 _INTEGERS = np.dtype(np.int32)
 _ALL = 2**64 - 1
 # fields of 2 bits, the narrowest that are moved, take 5 halvings
@@ -35,15 +35,15 @@ def spread_codes(packed: Tensor, bits: int, field_bits: int, out: Tensor) -> Non
         narrow = torch.empty(2 * packed.numel(), dtype=torch.uint8)
         spread_codes(packed, bits, 2 * bits, narrow)
         packed, bits = narrow, 2 * bits
-    chunk = _CHUNKS[8 * bits // field_bits]
+    chunk = CHUNKS[8 * bits // field_bits]
     parts = slices(out.numel() // 8, 1, MIN_SLICE // 64)
-    run_slices(_spread_kernel, parts, packed.data_ptr(), chunk, *_spreading(bits, field_bits), out.data_ptr())
+    run_slices(_spread_kernel, parts, packed.data_ptr(), chunk, *spreading(bits, field_bits), out.data_ptr())
 
 
 def unpack_fields(fields: Tensor, field_bits: int, step: int, offset: int, out: Tensor) -> None:
     """out[n] = step * field - offset of the first n fields."""
     if field_bits >= 8:
-        source = (fields.data_ptr(), _CHUNKS[field_bits // 8])
+        source = (fields.data_ptr(), CHUNKS[field_bits // 8])
         run_slices(_widen_kernel, slices(out.numel()), *source, step, offset, out.data_ptr())
         return
     eights, tail = divmod(out.numel(), 8)
@@ -76,7 +76,7 @@ def majority_of_fields(
 
 
 def _unpack_eights(fields: Tensor, eights: int, field_bits: int, step: int, offset: int, out: Tensor) -> None:
-    source = (fields.data_ptr(), _CHUNKS[field_bits], *_spreading(field_bits, 8))
+    source = (fields.data_ptr(), CHUNKS[field_bits], *spreading(field_bits, 8))
     run_slices(_unpack_kernel, slices(eights, 1, MIN_SLICE // 8), *source, step, offset, out.data_ptr())
 
 
@@ -91,7 +91,7 @@ def _vote(
     pads: int,
 ) -> None:
     words_per_chunk = max(field_bits // 8, 1)
-    chunk = _CHUNKS[max(8 // field_bits, 1)]
+    chunk = CHUNKS[max(8 // field_bits, 1)]
     rule = _thresholds(field_bits, voters, parity)
     parts = slices(chunks, 1, MIN_SLICE // 64)
     counted = run_slices(
@@ -110,7 +110,7 @@ def _vote(
 
 
 @functools.cache
-def _spreading(bits: int, field_bits: int) -> tuple[_Words, _Words]:
+def spreading(bits: int, field_bits: int) -> tuple[_Words, _Words]:
     """Shifts and masks that move the 64/field_bits codes at the bottom of a word into fields."""
     codes, steps = 64 // field_bits, []
     while codes > 1:
@@ -229,12 +229,17 @@ def _spread_words(chunks: Any, shifts: _Words, masks: _Words, out_ptr: int, n: i
     """out[n] = words of fields from chunks[n] of codes."""
     out = array_at(out_ptr, 0, n, WORDS)
     for j in range(n):
-        word = np.uint64(chunks[j])
-        word = (word | (word << shifts[0])) & masks[0]
-        word = (word | (word << shifts[1])) & masks[1]
-        word = (word | (word << shifts[2])) & masks[2]
-        word = (word | (word << shifts[3])) & masks[3]
-        out[j] = (word | (word << shifts[4])) & masks[4]
+        out[j] = spread_word(np.uint64(chunks[j]), shifts, masks)
+
+
+@device_function
+def spread_word(word: np.uint64, shifts: _Words, masks: _Words) -> np.uint64:
+    """The codes at the bottom of a word, in fields; as `spreading` says."""
+    word = (word | (word << shifts[0])) & masks[0]
+    word = (word | (word << shifts[1])) & masks[1]
+    word = (word | (word << shifts[2])) & masks[2]
+    word = (word | (word << shifts[3])) & masks[3]
+    return (word | (word << shifts[4])) & masks[4]
 
 
 @device_function

@@ -95,7 +95,7 @@ def raise_status(status_ptr: int) -> None:
 
 
 @device_function
-def _voted(x: np.float32, step: np.float32, decay: np.float32) -> np.float32:
+def voted(x: np.float32, step: np.float32, decay: np.float32) -> np.float32:
     return np.float32(np.float32(x * decay) - step)
 
 
@@ -217,7 +217,7 @@ def _apply_kernel(first: int, last: int, table: Any, x_dtype: Any, lr: float, de
             x = array_at(x_ptr, start, count, x_dtype)
             unpack_word(array_at(packed_ptr, start >> 6, 1, WORDS)[0], rate, -rate, step, 0)
             for j in range(count):
-                x[j] = narrow(_voted(widen(x[j]), step[j], kept), x_dtype)
+                x[j] = narrow(voted(widen(x[j]), step[j], kept), x_dtype)
 
 
 @kernel
@@ -249,7 +249,7 @@ def _apply_advance_kernel(
             m = array_at(m_ptr, start, count, m_dtype)
             unpack_word(array_at(packed_ptr, start >> 6, 1, WORDS)[0], rate, -rate, step, 0)
             for j in range(count):
-                x[j] = narrow(_voted(widen(x[j]), step[j], kept), x_dtype)
+                x[j] = narrow(voted(widen(x[j]), step[j], kept), x_dtype)
             for j in range(count):
                 m[j] = narrow(mix(b2, b2c, widen(m[j]), widen(g[j])), m_dtype)
 
@@ -285,5 +285,5 @@ def _step_kernel(
             for j in range(count):
                 state, incoming = widen(m[j]), widen(g[j])
                 step = _signed_step(mix(b1, b1c, state, incoming), rate)
-                x[j] = narrow(_voted(widen(x[j]), step, kept), x_dtype)
+                x[j] = narrow(voted(widen(x[j]), step, kept), x_dtype)
                 m[j] = narrow(mix(b2, b2c, state, incoming), m_dtype)

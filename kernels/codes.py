@@ -1,0 +1,181 @@
+"""apply_codes_: a step by ternary votes, or by the mean of everyone's signs, whose codes have more than one bit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from lioncub.kernels.backends import backend
+from lioncub.kernels.checks import (
+    check_device,
+    check_exp_avg,
+    check_float,
+    check_packed,
+    check_same_storage_order,
+    storage_order_view,
+)
+from lioncub.kernels.layout import FIELD_BITS, packed_bytes
+from lioncub.kernels.registry import mark_written, register
+from lioncub.kernels.scalars import (
+    Scalar,
+    beta_scalar,
+    decay_of,
+    factor_scalar,
+    mix_of,
+    rate_scalar,
+    round_to_float32,
+)
+
+
+def apply_codes_(
+    param: Tensor,
+    packed: Tensor,
+    *,
+    bits: int,
+    step: int,
+    offset: int,
+    divisor: int = 1,
+    lr: Scalar,
+    weight_decay: Scalar,
+    grad: Tensor | None = None,
+    exp_avg: Tensor | None = None,
+    beta2: Scalar | None = None,
+    grad_scale: Scalar = 1.0,
+    impl: str = "auto",
+) -> None:
+    """param = param*(1 - lr*weight_decay) - (step*code - offset) * (lr/divisor), and the momentum that goes with it.
+
+    Ternary votes have codes of 2 bits, step 1 and offset 1; the mean of N signs, whose sum is 2*code - N, step 2,
+    offset N and divisor N. Mutates ``param`` and, where given, ``exp_avg``, which becomes
+    beta2*exp_avg + (1-beta2)*grad_scale*grad. lr/divisor is rounded once to fp32, then each product and the difference.
+
+    Args:
+        param: dense fp32, bf16 or fp16 tensor of n elements, taken in storage order.
+        packed: contiguous uint8[bits * packed_bytes(n)]: a parameter begins on a boundary of 64 codes of any width.
+        bits: width of a code: 1, 2, 4, 8 or 16.
+        step, offset, divisor: integers; step and divisor >= 1, and every step*code - offset within 2^24.
+        lr, weight_decay, beta2: numbers or 0-dim tensors.
+        grad, exp_avg: both or neither, of param's shape and storage order; exp_avg fp32 or of param's dtype.
+        impl: "auto", "triton", "cpu" or "reference".
+    """
+    check_float("param", param)
+    _check_format(bits, step, offset, divisor)
+    check_packed("packed", packed, bits * packed_bytes(param.numel()))
+    check_device("packed", packed, "param", param)
+    if (grad is None) != (exp_avg is None) or (grad is None) != (beta2 is None):
+        given = [name for name, v in (("grad", grad), ("exp_avg", exp_avg), ("beta2", beta2)) if v is not None]
+        raise ValueError(f"grad, exp_avg, beta2: expected all three or none, got {', '.join(given)}")
+    flat = [storage_order_view("param", param)]
+    grads = momenta = None
+    if grad is not None and exp_avg is not None:
+        check_float("grad", grad)
+        check_same_storage_order("grad", grad, "param", param)
+        check_exp_avg(exp_avg, param)
+        grads, momenta = [storage_order_view("grad", grad)], [storage_order_view("exp_avg", exp_avg)]
+    foreach_apply_codes_(
+        flat,
+        [packed],
+        bits=bits,
+        step=step,
+        offset=offset,
+        divisor=divisor,
+        lr=lr,
+        weight_decay=weight_decay,
+        grad=grads,
+        exp_avg=momenta,
+        beta2=beta2,
+        grad_scale=grad_scale,
+        impl=impl,
+    )
+
+
+def foreach_apply_codes_(
+    param: Sequence[Tensor],
+    packed: Sequence[Tensor],
+    *,
+    bits: int,
+    step: int,
+    offset: int,
+    divisor: int = 1,
+    lr: Scalar,
+    weight_decay: Scalar,
+    grad: Sequence[Tensor] | None = None,
+    exp_avg: Sequence[Tensor] | None = None,
+    beta2: Scalar | None = None,
+    grad_scale: Scalar = 1.0,
+    impl: str = "auto",
+) -> None:
+    """`apply_codes_` of lists of 1-d tensors in storage order, on one device; they are not checked."""
+    _check_format(bits, step, offset, divisor)
+    rates = rate_scalar("lr", lr), rate_scalar("weight_decay", weight_decay)
+    form = bits, step, offset, divisor
+    if grad is None or exp_avg is None or beta2 is None:
+        _APPLY(param, packed, *form, *rates, impl)
+    else:
+        b2 = beta_scalar("beta2", beta2)
+        _APPLY_MOMENTUM(param, packed, *form, *rates, grad, exp_avg, b2, factor_scalar("grad_scale", grad_scale), impl)
+
+
+def _check_format(bits: int, step: int, offset: int, divisor: int) -> None:
+    if bits not in FIELD_BITS:
+        raise ValueError(f"bits: expected one of {FIELD_BITS}, got {bits}")
+    for name, value, least in (("step", step, 1), ("offset", offset, 0), ("divisor", divisor, 1)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ValueError(f"{name}: expected an integer >= {least}, got {value!r}")
+    if max(step * (2**bits - 1) - offset, offset) > 2**24:
+        raise ValueError(f"step, offset: expected step*code - offset within 2^24, got {step} and {offset}")
+
+
+def _apply(
+    param: Sequence[Tensor],
+    packed: Sequence[Tensor],
+    bits: int,
+    step: int,
+    offset: int,
+    divisor: int,
+    lr: Tensor,
+    weight_decay: Tensor,
+    impl: str,
+) -> None:
+    if param:
+        run = backend(impl, param[0].device)
+        rate = round_to_float32(float(lr) / divisor)
+        run.apply_codes_(param, packed, bits, step, offset, rate, decay_of(lr, weight_decay), None, None, None)
+    mark_written(param)
+
+
+def _apply_momentum(
+    param: Sequence[Tensor],
+    packed: Sequence[Tensor],
+    bits: int,
+    step: int,
+    offset: int,
+    divisor: int,
+    lr: Tensor,
+    weight_decay: Tensor,
+    grad: Sequence[Tensor],
+    exp_avg: Sequence[Tensor],
+    beta2: Tensor,
+    grad_scale: Tensor,
+    impl: str,
+) -> None:
+    if param:
+        run = backend(impl, param[0].device)
+        rate, decay = round_to_float32(float(lr) / divisor), decay_of(lr, weight_decay)
+        mix = mix_of(beta2, grad_scale)
+        run.apply_codes_(param, packed, bits, step, offset, rate, decay, grad, exp_avg, mix)
+    mark_written(param, exp_avg)
+
+
+_APPLY = register(
+    "apply_codes_(Tensor(a!)[] param, Tensor[] packed, int bits, int step, int offset, int divisor, Tensor lr, "
+    "Tensor weight_decay, str impl) -> ()",
+    _apply,
+)
+_APPLY_MOMENTUM = register(
+    "apply_codes_with_momentum_(Tensor(a!)[] param, Tensor[] packed, int bits, int step, int offset, int divisor, "
+    "Tensor lr, Tensor weight_decay, Tensor[] grad, Tensor(b!)[] exp_avg, Tensor beta2, Tensor grad_scale, "
+    "str impl) -> ()",
+    _apply_momentum,
+)

@@ -1,0 +1,122 @@
+"""How updates are compressed: what each worker says about its update, and what all make of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lioncub.collectives import Codes
+from lioncub.kernels.quantization import check_format
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compression:
+    """Base of all compressions; each param group of `LionCub` has one.
+
+    With ``error_feedback`` every worker keeps what its codes did not say of c as a residual, which it adds to the next
+    c: 4 more bytes of memory per parameter, kept in ``state[p]["residual"]``, of this worker alone.
+    """
+
+    error_feedback: bool = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.error_feedback, bool):
+            raise TypeError(f"error_feedback: expected True or False, got {self.error_feedback!r}")
+
+    @property
+    def codes(self) -> Codes:
+        """The format on the wire: bits per parameter that a worker says, and what comes back."""
+        raise NotImplementedError
+
+    def wire_bits(self, workers: int) -> tuple[int, int]:
+        """Bits per parameter up (each worker's code) and down (the result, where an algorithm sends it back)."""
+        return self.codes.bits, self.codes.result_bits(workers)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SignVote(Compression):
+    """sign(c) in 1 bit up, the majority in 1 bit down (Distributed Lion's MaVo, arXiv 2404.00438); ties by parity."""
+
+    @property
+    def codes(self) -> Codes:
+        """See `Compression.codes`."""
+        return Codes(1, "majority")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SignMean(Compression):
+    """sign(c) in 1 bit up, the mean of all signs down (Distributed Lion's Avg): steps of lr times -1 to 1.
+
+    The mean of N signs takes a field of 2, 4, 8 or 16 bits that holds 0..N.
+    """
+
+    @property
+    def codes(self) -> Codes:
+        """See `Compression.codes`."""
+        return Codes(1, "sum")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TernaryVote(Compression):
+    """The sign of the sum of signs in 2 bits down: where it is zero, a parameter only decays.
+
+    Args:
+        up: "ternary": signs that keep zero, 2 bits up (|c| below 2^-126, the least normal number, may count as zero);
+            or "sign": 1 bit up, so that only a tie moves nothing.
+        error_feedback: see `Compression`.
+    """
+
+    up: str = "ternary"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.up not in ("ternary", "sign"):
+            raise ValueError(f"up: expected 'ternary' or 'sign', got {self.up!r}")
+
+    @property
+    def codes(self) -> Codes:
+        """See `Compression.codes`."""
+        return Codes(2 if self.up == "ternary" else 1, "ternary")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quantized(Compression):
+    """c in levels -K..K of ``bits`` bits up, the sign of their sum in 2 bits down (arXiv 2411.16462, section 2).
+
+    level = clip(round(gain*K*c/s), -K, K) with K = 2^(bits-1) - 1; gain is 1/2 for "l1" and "l2", 1 for "linf".
+
+    Args:
+        bits: 2, 4 or 8.
+        norm: s is the mean ("l1"), root mean square ("l2") or maximum ("linf") of |c|.
+        stochastic: round up or down at random, with the fraction as probability, from a generator that is a function
+            of (seed, worker, step, parameter, element).
+        block: elements that share s, a power of two; those of a whole parameter unless given.
+        seed: of the random numbers, the same on all workers.
+        error_feedback: see `Compression`.
+    """
+
+    bits: int = 2
+    norm: str = "l1"
+    stochastic: bool = False
+    block: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_format(self.bits, self.norm, self.block)
+
+    @property
+    def codes(self) -> Codes:
+        """See `Compression.codes`."""
+        return Codes(self.bits, "ternary")
+
+
+def check_compression(value: object) -> Compression:
+    """``value`` itself. Raises TypeError unless it is a `Compression`."""
+    if isinstance(value, type) and issubclass(value, Compression):
+        raise TypeError(f"compression: expected an object such as {value.__name__}(), got the class itself")
+    if not isinstance(value, Compression):
+        raise TypeError(
+            "compression: expected SignVote(), SignMean(), TernaryVote() or Quantized(), "
+            f"got {type(value).__name__} {value!r}"
+        )
+    return value

@@ -1,0 +1,112 @@
+"""The first half of a step: what a worker's gradients and momentum say, as packed codes, and what they leave unsaid."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lioncub.buckets import Bucket, Slot
+from lioncub.compression import Compression, Quantized, TernaryVote
+from lioncub.kernels import dequantize, foreach_lion_encode, lion_mix, lion_quantize, pack_signs, quantize, unpack_signs
+
+# with the least normal number as scale, every other one is past the largest level
+_LEAST_NORMAL = 2.0**-126
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What encoding depends on beside the data: hyperparameters of the bucket's group, step, this worker's rank."""
+
+    beta1: float
+    grad_scale: float
+    step: int
+    rank: int
+    impl: str
+
+
+def encode(
+    bucket: Bucket, grads: list[Tensor], packed: Tensor, status: Tensor, terms: Terms
+) -> tuple[Tensor, ...] | None:
+    """Pack the codes of a bucket's updates by its compression; gives the new residuals, with error feedback.
+
+    Reads momentum, residuals and ``grads`` (1-d, in storage order); writes ``packed``, zero before, and
+    status[i] = 1 where an element of update i is not finite.
+    """
+    parts = bucket.split(packed, bucket.compression.codes.bits)
+    if bucket.residuals is not None:
+        made = [
+            _with_feedback(bucket, i, grad, part, status[i : i + 1], terms)
+            for i, (grad, part) in enumerate(zip(grads, parts, strict=True))
+        ]
+        return tuple(made)
+    if bucket.compression.codes.bits == 1:
+        foreach_lion_encode(
+            bucket.momenta,
+            grads,
+            beta1=terms.beta1,
+            parity=terms.step,
+            out=parts,
+            status=status,
+            grad_scale=terms.grad_scale,
+            impl=terms.impl,
+        )
+        return None
+    for i, (slot, momentum, grad, part) in enumerate(zip(bucket.slots, bucket.momenta, grads, parts, strict=True)):
+        codes, _ = lion_quantize(
+            momentum,
+            grad,
+            beta1=terms.beta1,
+            grad_scale=terms.grad_scale,
+            status=status[i : i + 1],
+            **_quantization(bucket.compression, slot, terms, momentum.device),
+        )
+        part[: codes.numel()] = codes
+    return None
+
+
+def _with_feedback(bucket: Bucket, i: int, grad: Tensor, part: Tensor, status: Tensor, terms: Terms) -> Tensor:
+    """Encode c + residual; gives what the codes do not say of it: the next residual."""
+    assert bucket.residuals is not None
+    slot, compression = bucket.slots[i], bucket.compression
+    update = lion_mix(bucket.momenta[i], grad, beta=terms.beta1, grad_scale=terms.grad_scale) + bucket.residuals[i]
+    status |= (~update.isfinite()).any().to(torch.int32)
+    if compression.codes.bits == 1:
+        codes = pack_signs(update, parity=terms.step, impl=terms.impl)
+        said = unpack_signs(codes, slot.numel, impl=terms.impl) * _mean_magnitude(update)
+    else:
+        options = _quantization(compression, slot, terms, update.device)
+        codes, scale = quantize(update, **options)
+        known = {name: options[name] for name in ("bits", "norm", "block", "impl")}
+        if isinstance(compression, TernaryVote):
+            said = dequantize(codes, torch.ones_like(scale), slot.numel, **known) * _mean_magnitude(update)
+        else:
+            said = dequantize(codes, scale, slot.numel, **known)
+    part[: codes.numel()] = codes
+    return update - said
+
+
+def _mean_magnitude(update: Tensor) -> Tensor:
+    # in float64, whose error does not reach a float32's last bit in whatever order it is summed
+    return update.double().abs().mean().float() if update.numel() else update.new_zeros(())
+
+
+def _quantization(compression: Compression, slot: Slot, terms: Terms, device: torch.device) -> dict[str, Any]:
+    """How a parameter's update is quantized to levels."""
+    if isinstance(compression, Quantized):
+        return {
+            "bits": compression.bits,
+            "norm": compression.norm,
+            "block": compression.block,
+            "stochastic": compression.stochastic,
+            "seed": compression.seed,
+            "worker": terms.rank,
+            "step": terms.step,
+            "tensor": slot.number,
+            "impl": terms.impl,
+        }
+    assert isinstance(compression, TernaryVote)
+    scale = torch.full((1,), _LEAST_NORMAL, device=device)
+    return {"bits": 2, "norm": "linf", "block": None, "scale": scale, "impl": terms.impl}

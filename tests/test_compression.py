@@ -1,0 +1,257 @@
+"""Compressions of LionCub: against their rules in plain torch, error feedback, param groups, checkpoints."""
+
+from __future__ import annotations
+
+import copy
+import io
+from typing import Any
+
+import pytest
+import torch
+from gloo_workers import Raised, outcomes_of, results_of
+from nets import Net, bits_of, groups_of, momentum_of, train
+from torch import Tensor
+
+from lioncub import LionCub, Quantized, SignMean, SignVote, TernaryVote
+from lioncub.collectives import Codes
+from lioncub.compression import Compression
+
+COMPRESSIONS: list[Compression] = [
+    SignVote(),
+    SignMean(),
+    TernaryVote(),
+    TernaryVote(up="sign"),
+    Quantized(),
+    Quantized(bits=4, norm="l2", stochastic=True, seed=3),
+    Quantized(bits=8, norm="linf", block=64),
+]
+
+
+def gradients(world_size: int, step: int, n: int) -> Tensor:
+    """[N, n]: in whole quarters, so that updates are often zero and sums often tied."""
+    generator = torch.Generator().manual_seed(step)
+    return torch.randint(-2, 3, (world_size, n), generator=generator).float() / 4
+
+
+def codes_by_the_rules(compression: Compression, update: Tensor, step: int) -> Tensor:
+    """What one worker says of float [n], as whole numbers; without random numbers and blocks."""
+    if isinstance(compression, TernaryVote) and compression.up == "ternary":
+        return update.sign()
+    if isinstance(compression, Quantized):
+        level = 2 ** (compression.bits - 1) - 1
+        magnitude = update.abs().double()
+        scale = {"l1": magnitude.mean(), "l2": magnitude.square().mean().sqrt(), "linf": magnitude.max()}
+        gain = 1.0 if compression.norm == "linf" else 0.5
+        factor = torch.tensor(gain * level) / scale[compression.norm].float()
+        return (update * factor).round().clamp(-level, level)
+    parity = (torch.arange(len(update)) + step) % 2 * 2 - 1
+    return torch.where(update == 0, parity, update.sign())
+
+
+def follow_the_rules(rank: int, world_size: int) -> int:
+    n, lr, decay = 130, 0.5, 0.1
+    checked = 0
+    deterministic = [Quantized(bits=4, norm="l1"), Quantized(bits=8, norm="linf"), Quantized(bits=2, norm="l2")]
+    for compression in [*COMPRESSIONS[:5], *deterministic]:
+        p = torch.zeros(n).requires_grad_()
+        opt = LionCub([p], lr=lr, weight_decay=decay, compression=compression)
+        x, m = torch.zeros(n), torch.zeros(world_size, n)
+        for t in range(5):
+            grads = gradients(world_size, t, n)
+            update = torch.tensor(0.9) * m + torch.tensor(1 - 0.9) * grads
+            total = sum(codes_by_the_rules(compression, row, t) for row in update)
+            if isinstance(compression, SignVote):
+                direction = torch.where(total == 0, (torch.arange(n) + t) % 2 * 2.0 - 1, total.sign())
+                move = direction * lr
+            elif isinstance(compression, SignMean):
+                move = total * (torch.tensor(lr, dtype=torch.float64) / world_size).float()
+            else:
+                move = total.sign() * lr
+            x = x * torch.tensor(1 - lr * decay) - move
+            m = torch.tensor(0.99) * m + torch.tensor(1 - 0.99) * grads
+            p.grad = grads[rank].clone()
+            opt.step()
+            wrong = (p != x).nonzero()
+            assert not len(wrong), f"{compression}, step {t}, element {int(wrong[0])}: {p[wrong[0]]}, not {x[wrong[0]]}"
+            assert torch.equal(opt.state[p]["exp_avg"], m[rank])
+            assert opt.stats().tied == pytest.approx(float((total == 0).float().mean()))
+            checked += 1
+    return checked
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_steps_follow_the_rules(world_size: int) -> None:
+    assert results_of(follow_the_rules, world_size) == [8 * 5] * world_size
+
+
+def train_every_compression(rank: int, world_size: int) -> dict[str, list[bytes]]:
+    ends: dict[str, list[bytes]] = {}
+    for compression in COMPRESSIONS:
+        for feedback in (False, True):
+            chosen = copy.copy(compression)
+            object.__setattr__(chosen, "error_feedback", feedback)
+            for options in (
+                {"algorithm": "all_gather"},
+                {"algorithm": "reduce_scatter", "bucket_mb": 1e-5},
+                {"algorithm": "all_reduce", "overlap": True, "bucket_mb": 1e-5},
+            ):
+                net = Net(seed=rank)
+                opt = LionCub(groups_of(net), lr=1e-2, compression=chosen, **options)
+                train(net, opt, rank, range(6))
+                opt.check_replicas()
+                ends.setdefault(repr(chosen), []).append(bits_of(net))
+    return ends
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_results_depend_neither_on_buckets_nor_algorithm_nor_overlap(world_size: int) -> None:
+    answers = results_of(train_every_compression, world_size)
+    assert len(answers[0]) == 2 * len(COMPRESSIONS)
+    for name, ends in answers[0].items():
+        assert len(ends) == 3
+        assert all(end == ends[0] for answer in answers for end in answer[name]), name
+    assert len({ends[0] for ends in answers[0].values()}) > len(COMPRESSIONS)
+
+
+def residual_says_what_codes_do_not(rank: int, world_size: int) -> list[float]:
+    n, ends = 200, []
+    for compression in (
+        SignVote(error_feedback=True),
+        Quantized(error_feedback=True),
+        TernaryVote(error_feedback=True),
+    ):
+        p = torch.zeros(n).requires_grad_()
+        opt = LionCub([p], lr=0.1, compression=compression)
+        m, residual = torch.zeros(n), torch.zeros(n)
+        for t in range(5):
+            grad = torch.randn(n, generator=torch.Generator().manual_seed(10 * t + rank))
+            update = torch.tensor(0.9) * m + torch.tensor(1 - 0.9) * grad + residual
+            said = codes_by_the_rules(compression, update, t)
+            scale = update.double().abs().mean().float()
+            # a 2-bit level of the mean: gain * K / scale is 1 / (2 * scale)
+            unit = scale / torch.tensor(0.5) if isinstance(compression, Quantized) else scale
+            residual = update - said * unit
+            m = torch.tensor(0.99) * m + torch.tensor(1 - 0.99) * grad
+            p.grad = grad
+            opt.step()
+            torch.testing.assert_close(opt.state[p]["residual"], residual, rtol=1e-5, atol=1e-7)
+        ends.append(float(opt.state[p]["residual"].abs().sum()))
+    return ends
+
+
+def test_error_feedback_keeps_what_was_not_said() -> None:
+    for ends in results_of(residual_says_what_codes_do_not, 2):
+        assert all(end > 0 for end in ends)
+
+
+def bad_step_changes_no_residual(rank: int, world_size: int) -> bool:
+    p = torch.zeros(70).requires_grad_()
+    opt = LionCub([p], lr=0.1, compression=SignVote(error_feedback=True), on_nonfinite="skip")
+    p.grad = torch.full((70,), 0.5 + rank)
+    p.grad[3] = 7
+    opt.step()
+    before = opt.state[p]["residual"].clone()
+    assert before.abs().sum() > 0
+    p.grad[5] = float("nan") if rank == 1 else 1.0
+    opt.step()
+    assert opt.stats().skipped_steps == 1
+    return torch.equal(opt.state[p]["residual"], before)
+
+
+def test_a_skipped_step_leaves_residuals() -> None:
+    assert results_of(bad_step_changes_no_residual, 2) == [True, True]
+
+
+def save_and_load(rank: int, world_size: int) -> bool:
+    def fresh() -> tuple[Net, LionCub]:
+        net = Net(seed=0)
+        return net, LionCub(groups_of(net), lr=1e-2, compression=Quantized(error_feedback=True))
+
+    net, opt = fresh()
+    train(net, opt, rank, range(4))
+    file = io.BytesIO()
+    torch.save({"net": net.state_dict(), "opt": opt.state_dict()}, file)
+    train(net, opt, rank, range(4, 8))
+    again, resumed = fresh()
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+    again.load_state_dict(saved["net"])
+    resumed.load_state_dict(saved["opt"])
+    train(again, resumed, rank, range(4, 8))
+    assert momentum_of(opt) == momentum_of(resumed)
+    with pytest.raises(ValueError, match=r"expected no residual of parameter .*without error feedback, got one"):
+        LionCub(groups_of(Net(seed=0)), lr=1e-2).load_state_dict(saved["opt"])
+    return bits_of(net) == bits_of(again)
+
+
+def test_residuals_survive_a_checkpoint() -> None:
+    assert results_of(save_and_load, 2) == [True, True]
+
+
+def group_compressions(rank: int, world_size: int) -> dict[str, Any]:
+    net = Net(seed=rank)
+    ternary, *others = groups_of(net)
+    opt = LionCub([{**ternary, "compression": TernaryVote()}, *others], lr=1e-2, bucket_mb=1.0, algorithm="all_gather")
+    train(net, opt, rank, range(3))
+    added = torch.nn.Parameter(torch.zeros(64))
+    opt.add_param_group({"params": [("added", added)], "compression": Quantized(bits=8)})
+    for p in [*net.parameters(), added]:
+        p.grad = torch.ones_like(p)
+    opt.step()
+    opt.check_replicas()
+    file = io.BytesIO()
+    torch.save(opt.state_dict(), file)
+    file.seek(0)
+    opt.load_state_dict(torch.load(file, weights_only=True))
+    return {bucket.compression: bucket.bytes_sent for bucket in opt.stats().buckets}
+
+
+def test_each_param_group_has_its_own_compression() -> None:
+    for answer in results_of(group_compressions, 2):
+        assert [name.split("(")[0] for name in answer] == ["TernaryVote", "SignVote", "Quantized"]
+        assert list(answer.values())[2] == 56 + 64
+
+
+def different_compressions(rank: int, world_size: int) -> None:
+    LionCub([torch.zeros(8).requires_grad_()], compression=SignMean() if rank else TernaryVote())
+
+
+def test_workers_with_different_compressions_all_raise() -> None:
+    for answer in outcomes_of(different_compressions, 2):
+        assert isinstance(answer, Raised)
+        assert answer.kind == "WorkersDisagreeError"
+        assert "compression" in answer.message
+        assert "TernaryVote(" in answer.message
+
+
+@pytest.mark.parametrize("compression", COMPRESSIONS)
+def test_one_worker_alone_is_lion_whatever_the_compression(compression: Compression) -> None:
+    ends = []
+    for chosen in (compression, None):
+        net = Net(seed=1)
+        train(net, LionCub(groups_of(net), lr=1e-2, compression=chosen), 0, range(3))
+        ends.append(bits_of(net))
+    assert ends[0] == ends[1]
+
+
+def test_impossible_arguments_are_named() -> None:
+    p = torch.zeros(8).requires_grad_()
+    with pytest.raises(TypeError, match=r"compression: expected an object such as SignVote\(\), got the class itself"):
+        LionCub([p], compression=SignVote)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"compression: expected SignVote\(\), .* got str 'sign'"):
+        LionCub([{"params": [p], "compression": "sign"}])
+    with pytest.raises(ValueError, match=r"bits: expected one of .2, 4, 8., got 3"):
+        Quantized(bits=3)
+    with pytest.raises(ValueError, match=r"norm: expected one of .*, got 'l3'"):
+        Quantized(norm="l3")
+    with pytest.raises(ValueError, match="block: expected a power of two or None, got 48"):
+        Quantized(block=48)
+    with pytest.raises(ValueError, match="up: expected 'ternary' or 'sign', got 'zero'"):
+        TernaryVote(up="zero")
+    with pytest.raises(TypeError, match="error_feedback: expected True or False, got 1"):
+        SignMean(error_feedback=1)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="approximate: expected it with majority votes only"):
+        LionCub([p], compression=SignMean(), algorithm="hierarchical", approximate=True)
+    assert Codes(1, "sum") == SignMean().codes
+    assert Quantized(bits=4).wire_bits(8) == (4, 2)
+    assert SignMean().wire_bits(16) == (1, 8)
