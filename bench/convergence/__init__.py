@@ -1,0 +1,1 @@
+"""The convergence study: which compression and which synchronization of momentum lose nothing against plain Lion."""
