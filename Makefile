@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint types bench netlab setup clean
+.PHONY: demo test lint types bench netlab study study-quick setup clean
 
 demo: setup
 	$(BIN)/lioncub train --method lion --method lioncub --workers 4 --layers 4 --context 64 --batch 8 \
@@ -31,6 +31,13 @@ bench: setup
 # needs root, iproute2 and iperf3, and the machine to itself for up to an hour
 netlab: setup
 	$(BIN)/python bench/netlab matrix --runs runs/netlab --out docs
+
+# an interrupted study goes on where it was; runs of other code do not count
+study: setup
+	$(BIN)/python bench/convergence run --runs runs/study --out docs --hours 2.9
+
+study-quick: setup
+	$(BIN)/python bench/convergence run --quick
 
 setup: $(INSTALLED)
 

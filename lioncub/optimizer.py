@@ -25,7 +25,7 @@ from lioncub.courier import Courier
 from lioncub.explaining import Explanation
 from lioncub.kernels import resolve_impl
 from lioncub.momentum_sync import MomentumSync, check_momentum_sync
-from lioncub.overlap import Overlap
+from lioncub.overlap import Overlap, refuse_with_overlap
 from lioncub.replicas import broadcast_tensors, check_equal
 from lioncub.stats import Stats
 from lioncub.synchronizing import NOT_MEASURED, Synchronizer
@@ -317,6 +317,7 @@ class LionCub(MomentumOptimizer):
         ready = self._overlap.agreed_order(params, self._group)
         if ready is not None:
             self._arrangement.reorder(self.param_groups, ready)
+            self._sync.forget()
             self._agreed, self._order_known, self._seconds = len(self._buckets), True, []
 
     def _facts(self, bucket_mb: float | None) -> dict[str, object]:
@@ -364,7 +365,7 @@ class LionCub(MomentumOptimizer):
         # a GradScaler sets both for the duration of its step
         scale, overflow = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         if self._overlap is not None:
-            draft.attempt(lambda: _refuse_with_overlap(has_closure, scale is not None or overflow is not None))
+            draft.attempt(lambda: refuse_with_overlap(has_closure, scale is not None or overflow is not None))
             self._overlap.exposed_seconds = 0.0
         draft.attempt(lambda: draft.unscale(scale, overflow))
         try:
@@ -450,13 +451,3 @@ class LionCub(MomentumOptimizer):
             "+".join(sorted({bucket.algorithm for bucket in stats.buckets})),
             stats.bytes_sent_per_step,
         )
-
-
-def _refuse_with_overlap(has_closure: bool, has_scaler: bool) -> None:
-    """Raise RuntimeError for what needs all gradients before the first vote is sent."""
-    for present, what, why in (
-        (has_closure, "a closure", "its backward would run within step, after votes may have been sent"),
-        (has_scaler, "a GradScaler", "votes are sent before it has seen all gradients"),
-    ):
-        if present:
-            raise RuntimeError(f"overlap: expected False with {what}, got True: {why}")

@@ -211,3 +211,13 @@ class Overlap:
         evidence = tuple((grad, 0 if grad is None else grad._version) for grad in grads)
         under_way = self._courier.send(voter, mail, self._follower(bucket, mail, self._draft))
         self._sent.append(Sent(mail, *under_way, evidence, bucket.exp_avg._version))
+
+
+def refuse_with_overlap(has_closure: bool, has_scaler: bool) -> None:
+    """Raise RuntimeError for what needs all gradients before the first vote is sent."""
+    for present, what, why in (
+        (has_closure, "a closure", "its backward would run within step, after votes may have been sent"),
+        (has_scaler, "a GradScaler", "votes are sent before it has seen all gradients"),
+    ):
+        if present:
+            raise RuntimeError(f"overlap: expected False with {what}, got True: {why}")

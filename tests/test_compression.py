@@ -97,15 +97,14 @@ def train_every_compression(rank: int, world_size: int) -> dict[str, list[bytes]
             ):
                 net = Net(seed=rank)
                 opt = LionCub(groups_of(net), lr=1e-2, compression=chosen, **options)
-                train(net, opt, rank, range(6))
+                train(net, opt, rank, range(4))
                 opt.check_replicas()
                 ends.setdefault(repr(chosen), []).append(bits_of(net))
     return ends
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
-def test_results_depend_neither_on_buckets_nor_algorithm_nor_overlap(world_size: int) -> None:
-    answers = results_of(train_every_compression, world_size)
+def test_results_depend_neither_on_buckets_nor_algorithm_nor_overlap() -> None:
+    answers = results_of(train_every_compression, 3)
     assert len(answers[0]) == 2 * len(COMPRESSIONS)
     for name, ends in answers[0].items():
         assert len(ends) == 3

@@ -146,7 +146,7 @@ def run_the_pieces(rank: int, world_size: int, folder: str) -> list[str]:
 
 def test_the_pieces_of_the_pages_run(tmp_path: Path) -> None:
     assert len(_blocks("quickstart.md")) == 3
-    assert len(_blocks("training.md")) == 6
+    assert len(_blocks("training.md")) == 9
     files = results_of(run_the_pieces, 2, str(tmp_path))
     assert all("checkpoint-0.pt" in names or "checkpoint-1.pt" in names for names in files)
     written = {path.name for path in tmp_path.glob("*.pt")}

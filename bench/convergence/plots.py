@@ -89,7 +89,7 @@ def drift_figure(results: Results) -> Figure | None:
 
     def draw(axis: Axes, cell: Cell) -> None:
         for method, style in zip(shown, ("-", "--"), strict=True):
-            for i, kind in enumerate(("embedding", "attention", "mlp", "norm", "head")):
+            for i, kind in enumerate(("embedding", "attention", "mlp", "convolution", "norm", "head")):
                 curve = _mean_curve(
                     _seen(results, cell, method, lambda found, kind=kind: found.get("drift", {}).get(kind))
                 )

@@ -11,8 +11,9 @@ from convergence.tasks import TASKS
 from convergence.training import Config
 
 PLAIN_VOTE = "SignVote"
-# candidates for the default, whatever the screen says
-CANDIDATES = (PLAIN_VOTE, "SignVote + staggered 64 int8", "SignVote + staggered 16 int8")
+# candidates for the default, and for skewed shards, whatever the screen says
+CANDIDATES = (PLAIN_VOTE, "SignVote + staggered 64 int8", "SignVote + staggered 32 int8")
+SKEWED_CANDIDATES = (PLAIN_VOTE, "SignVote + staggered 16 int8")
 # least ratios of fp32's bytes to a method's; the best method of each joins the candidates
 RATIOS = (24.0, 7.0)
 SKEWED_RATIO = 15.0
@@ -104,8 +105,8 @@ def quick(results: Results, at_most: bool) -> Iterator[Config]:
 
 
 def candidates(results: Results, how: str) -> list[str]:
-    """`CANDIDATES`, and of each byte budget the method that did best in the screen of such shards."""
-    found = list(CANDIDATES)
+    """The candidates, and of each byte budget the method that did best in the screen of such shards."""
+    found = list(CANDIDATES if how == "iid" else SKEWED_CANDIDATES)
     for ratio in RATIOS if how == "iid" else (SKEWED_RATIO,):
         ranked = ranking(results, how, ratio)
         found += ranked[:1] if how == "iid" else ranked[:2]

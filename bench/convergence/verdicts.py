@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from convergence.methods import REFERENCE
 from convergence.results import Cell, Results, cell_of
-from convergence.stages import CANDIDATES, LIMIT, PLAIN_VOTE, WORKERS
+from convergence.stages import CANDIDATES, LIMIT, PLAIN_VOTE, SCREEN_WORKERS, WORKERS
 from convergence.statistics import Interval
 from convergence.tasks import TASKS
 
@@ -78,7 +78,7 @@ def findings_of(claim: Claim, results: Results) -> list[Finding]:
     found = []
     for task in TASKS:
         for how in claim.shards:
-            for workers in WORKERS:
+            for workers in sorted({*WORKERS, *SCREEN_WORKERS}):
                 cell = cell_of(task, how, workers)
                 difference = results.difference(cell, claim.worse, claim.better)
                 found.append(Finding(cell, difference, claim.verdict(difference)))
