@@ -14,8 +14,8 @@ CLAIMS = [
     "## Claims, and what the runs say",
     "",
     "Intervals are Student's t, 95 %, over paired seeds. A verdict holds for its cell; several cells are not corrected",
-    "for being several: of twenty true nulls, one interval excludes 0. Deciding runs got more seeds, six at a time, until",
-    "the interval told, which makes intervals a little too narrow.",
+    "for being several: of twenty true nulls, one interval excludes 0. Deciding runs got more seeds, six at a time,",
+    "until the interval told, which makes intervals a little too narrow.",
     "",
 ]
 LOSSES = [
