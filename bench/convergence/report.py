@@ -253,8 +253,11 @@ def _method_summary(results: Results, cell: Cell, method: str) -> dict[str, Any]
     runs = results.runs(cell, method)
     return {
         "losses": {str(seed): run["final_loss"] for seed, run in runs.items() if math.isfinite(run["final_loss"])},
-        # [step, loss] on a quarter of the validation set
-        "validation": {seed: [[s, round(v, 4)] for s, v in run["validation"]] for seed, run in runs.items()},
+        # [step, loss] on a quarter of the validation set; null where it diverged
+        "validation": {
+            seed: [[step, round(loss, 4) if math.isfinite(loss) else None] for step, loss in run["validation"]]
+            for seed, run in runs.items()
+        },
         "difference": finite(results.difference(cell, method)),
         "bytes_ratio": results.bytes_ratio(cell, method),
     }
