@@ -28,6 +28,13 @@ def check_exp_avg(exp_avg: Tensor, param: Tensor) -> None:
     check_same_storage_order("exp_avg", exp_avg, "param", param)
 
 
+def check_all_or_none(**arguments: object) -> None:
+    """Raise ValueError where only some of the arguments are given."""
+    given = [name for name, value in arguments.items() if value is not None]
+    if 0 < len(given) < len(arguments):
+        raise ValueError(f"{', '.join(arguments)}: expected all or none, got {', '.join(given)}")
+
+
 def check_same_storage_order(name: str, tensor: Tensor, peer_name: str, peer: Tensor) -> None:
     """Raise ValueError unless both tensors have the same shape, device and storage order."""
     check_device(name, tensor, peer_name, peer)

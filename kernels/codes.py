@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lioncub.kernels.backends import backend
 from lioncub.kernels.checks import (
+    check_all_or_none,
     check_device,
     check_exp_avg,
     check_float,
@@ -15,6 +16,7 @@ from lioncub.kernels.checks import (
     check_same_storage_order,
     storage_order_view,
 )
+from lioncub.kernels.gates import check_gate, let_through
 from lioncub.kernels.layout import FIELD_BITS, packed_bytes
 from lioncub.kernels.registry import mark_written, register
 from lioncub.kernels.scalars import (
@@ -23,8 +25,8 @@ from lioncub.kernels.scalars import (
     decay_of,
     factor_scalar,
     mix_of,
+    rate_of,
     rate_scalar,
-    round_to_float32,
 )
 
 
@@ -63,9 +65,7 @@ def apply_codes_(
     _check_format(bits, step, offset, divisor)
     check_packed("packed", packed, bits * packed_bytes(param.numel()))
     check_device("packed", packed, "param", param)
-    if (grad is None) != (exp_avg is None) or (grad is None) != (beta2 is None):
-        given = [name for name, v in (("grad", grad), ("exp_avg", exp_avg), ("beta2", beta2)) if v is not None]
-        raise ValueError(f"grad, exp_avg, beta2: expected all three or none, got {', '.join(given)}")
+    check_all_or_none(grad=grad, exp_avg=exp_avg, beta2=beta2)
     flat = [storage_order_view("param", param)]
     grads = momenta = None
     if grad is not None and exp_avg is not None:
@@ -104,17 +104,23 @@ def foreach_apply_codes_(
     exp_avg: Sequence[Tensor] | None = None,
     beta2: Scalar | None = None,
     grad_scale: Scalar = 1.0,
+    gate: Tensor | None = None,
     impl: str = "auto",
 ) -> None:
-    """`apply_codes_` of lists of 1-d tensors in storage order, on one device; they are not checked."""
+    """`apply_codes_` of lists of 1-d tensors in storage order, on one device; they are not checked.
+
+    Where int32[n] ``gate`` is zero, a parameter and its momentum stay as they are.
+    """
     _check_format(bits, step, offset, divisor)
+    check_gate(gate, param)
     rates = rate_scalar("lr", lr), rate_scalar("weight_decay", weight_decay)
     form = bits, step, offset, divisor
     if grad is None or exp_avg is None or beta2 is None:
-        _APPLY(param, packed, *form, *rates, impl)
+        check_all_or_none(grad=grad, exp_avg=exp_avg, beta2=beta2)
+        _APPLY(param, packed, *form, *rates, gate, impl)
     else:
-        b2 = beta_scalar("beta2", beta2)
-        _APPLY_MOMENTUM(param, packed, *form, *rates, grad, exp_avg, b2, factor_scalar("grad_scale", grad_scale), impl)
+        b2, scale = beta_scalar("beta2", beta2), factor_scalar("grad_scale", grad_scale)
+        _APPLY_MOMENTUM(param, packed, *form, *rates, grad, exp_avg, b2, scale, gate, impl)
 
 
 def _check_format(bits: int, step: int, offset: int, divisor: int) -> None:
@@ -136,12 +142,14 @@ def _apply(
     divisor: int,
     lr: Tensor,
     weight_decay: Tensor,
+    gate: Tensor | None,
     impl: str,
 ) -> None:
-    if param:
-        run = backend(impl, param[0].device)
-        rate = round_to_float32(float(lr) / divisor)
-        run.apply_codes_(param, packed, bits, step, offset, rate, decay_of(lr, weight_decay), None, None, None)
+    gates, (x, codes) = let_through(gate, impl, param, packed)
+    if x:
+        run = backend(impl, x[0].device)
+        rate = rate_of(lr, divisor)
+        run.apply_codes_(x, codes, bits, step, offset, rate, decay_of(lr, weight_decay), None, None, None, *gates)
     mark_written(param)
 
 
@@ -158,24 +166,25 @@ def _apply_momentum(
     exp_avg: Sequence[Tensor],
     beta2: Tensor,
     grad_scale: Tensor,
+    gate: Tensor | None,
     impl: str,
 ) -> None:
-    if param:
-        run = backend(impl, param[0].device)
-        rate, decay = round_to_float32(float(lr) / divisor), decay_of(lr, weight_decay)
-        mix = mix_of(beta2, grad_scale)
-        run.apply_codes_(param, packed, bits, step, offset, rate, decay, grad, exp_avg, mix)
+    gates, (x, codes, g, m) = let_through(gate, impl, param, packed, grad, exp_avg)
+    if x:
+        run = backend(impl, x[0].device)
+        rate, decay = rate_of(lr, divisor), decay_of(lr, weight_decay)
+        run.apply_codes_(x, codes, bits, step, offset, rate, decay, g, m, mix_of(beta2, grad_scale), *gates)
     mark_written(param, exp_avg)
 
 
 _APPLY = register(
     "apply_codes_(Tensor(a!)[] param, Tensor[] packed, int bits, int step, int offset, int divisor, Tensor lr, "
-    "Tensor weight_decay, str impl) -> ()",
+    "Tensor weight_decay, Tensor? gate, str impl) -> ()",
     _apply,
 )
 _APPLY_MOMENTUM = register(
     "apply_codes_with_momentum_(Tensor(a!)[] param, Tensor[] packed, int bits, int step, int offset, int divisor, "
     "Tensor lr, Tensor weight_decay, Tensor[] grad, Tensor(b!)[] exp_avg, Tensor beta2, Tensor grad_scale, "
-    "str impl) -> ()",
+    "Tensor? gate, str impl) -> ()",
     _apply_momentum,
 )

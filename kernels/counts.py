@@ -9,7 +9,7 @@ from lioncub.kernels.backends import backend
 from lioncub.kernels.checks import check_counts, check_device, check_packed, check_rows
 from lioncub.kernels.layout import counter_planes
 from lioncub.kernels.registry import mark_written, register
-from lioncub.kernels.scalars import count_scalar
+from lioncub.kernels.scalars import count_scalar, parity_of
 
 MAX_VOTERS = 2**20
 
@@ -91,7 +91,7 @@ def _count(packed: Tensor, out: Tensor, impl: str) -> None:
 def _sum(planes: Tensor, voters: int, parity: Tensor, out: Tensor, counts: Tensor | None, impl: str) -> None:
     run = backend(impl, planes.device)
     if out.numel():
-        run.majority_of_counts(planes, voters, int(parity) & 1, out, counts)
+        run.majority_of_counts(planes, voters, parity_of(parity), out, counts)
     mark_written(out, counts)
 
 

@@ -9,7 +9,7 @@ from lioncub.kernels.backends import backend
 from lioncub.kernels.checks import check_counts, check_device, check_packed
 from lioncub.kernels.layout import CODE_BITS, FIELD_BITS, WORD_BYTES
 from lioncub.kernels.registry import mark_written, register
-from lioncub.kernels.scalars import count_scalar
+from lioncub.kernels.scalars import count_scalar, parity_of
 
 
 def spread_codes(
@@ -163,7 +163,7 @@ def _vote(
 ) -> None:
     run = backend(impl, fields.device)
     if out.numel():
-        run.majority_of_fields(fields, field_bits, voters, int(parity) & 1, out, counts)
+        run.majority_of_fields(fields, field_bits, voters, parity_of(parity), out, counts)
     mark_written(out, counts)
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lioncub.kernels.backends import backend
 from lioncub.kernels.checks import (
+    check_all_or_none,
     check_device,
     check_exp_avg,
     check_float,
@@ -22,6 +23,7 @@ from lioncub.kernels.checks import (
     check_status,
     storage_order_view,
 )
+from lioncub.kernels.gates import check_gate, let_through
 from lioncub.kernels.layout import packed_bytes
 from lioncub.kernels.registry import mark_written, register
 from lioncub.kernels.scalars import (
@@ -31,8 +33,9 @@ from lioncub.kernels.scalars import (
     decay_of,
     factor_scalar,
     mix_of,
+    parity_of,
+    rate_of,
     rate_scalar,
-    round_to_float32,
 )
 
 
@@ -112,9 +115,7 @@ def apply_votes_(
     x = storage_order_view("param", param)
     check_packed("packed", packed, packed_bytes(x.numel()))
     check_device("packed", packed, "param", param)
-    if (grad is None) != (exp_avg is None) or (grad is None) != (beta2 is None):
-        given = [name for name, v in (("grad", grad), ("exp_avg", exp_avg), ("beta2", beta2)) if v is not None]
-        raise ValueError(f"grad, exp_avg, beta2: expected all three or none, got {', '.join(given)}")
+    check_all_or_none(grad=grad, exp_avg=exp_avg, beta2=beta2)
     if grad is None or exp_avg is None or beta2 is None:
         foreach_apply_votes_([x], [packed], lr=lr, weight_decay=weight_decay, impl=impl)
         return
@@ -177,15 +178,18 @@ def foreach_apply_votes_(
     exp_avg: Sequence[Tensor] | None = None,
     beta2: Scalar | None = None,
     grad_scale: Scalar = 1.0,
+    gate: Tensor | None = None,
     impl: str = "auto",
 ) -> None:
-    """`apply_votes_` of lists."""
+    """`apply_votes_` of lists; where int32[n] ``gate`` is zero, a parameter and its momentum stay as they are."""
     rate, decay = rate_scalar("lr", lr), rate_scalar("weight_decay", weight_decay)
+    check_gate(gate, param)
     if grad is None or exp_avg is None or beta2 is None:
-        _APPLY(param, packed, rate, decay, impl)
+        check_all_or_none(grad=grad, exp_avg=exp_avg, beta2=beta2)
+        _APPLY(param, packed, rate, decay, gate, impl)
     else:
-        b2 = beta_scalar("beta2", beta2)
-        _APPLY_MOMENTUM(param, packed, rate, decay, grad, exp_avg, b2, factor_scalar("grad_scale", grad_scale), impl)
+        b2, scale = beta_scalar("beta2", beta2), factor_scalar("grad_scale", grad_scale)
+        _APPLY_MOMENTUM(param, packed, rate, decay, grad, exp_avg, b2, scale, gate, impl)
 
 
 def foreach_lion_step_(
@@ -198,12 +202,14 @@ def foreach_lion_step_(
     beta2: Scalar,
     weight_decay: Scalar,
     grad_scale: Scalar = 1.0,
+    gate: Tensor | None = None,
     impl: str = "auto",
 ) -> None:
-    """`lion_step_` of lists."""
+    """`lion_step_` of lists; where int32[n] ``gate`` is zero, a parameter and its momentum stay as they are."""
+    check_gate(gate, param)
     rate, decay = rate_scalar("lr", lr), rate_scalar("weight_decay", weight_decay)
     b1, b2 = beta_scalar("beta1", beta1), beta_scalar("beta2", beta2)
-    _STEP(param, grad, exp_avg, rate, decay, b1, b2, factor_scalar("grad_scale", grad_scale), impl)
+    _STEP(param, grad, exp_avg, rate, decay, b1, b2, factor_scalar("grad_scale", grad_scale), gate, impl)
 
 
 def _encode_arguments(
@@ -233,7 +239,7 @@ def _encode(
 ) -> None:
     if grad:
         run = backend(impl, grad[0].device)
-        run.lion_encode(exp_avg, grad, mix_of(beta1, grad_scale), int(parity) & 1, out, status)
+        run.lion_encode(exp_avg, grad, mix_of(beta1, grad_scale), parity_of(parity), out, status)
     mark_written(out, status)
 
 
@@ -249,14 +255,22 @@ def _encode_(
 ) -> None:
     if grad:
         run = backend(impl, grad[0].device)
-        run.lion_encode_(exp_avg, grad, mix_of(beta1), mix_of(beta2), int(parity) & 1, out, status)
+        run.lion_encode_(exp_avg, grad, mix_of(beta1), mix_of(beta2), parity_of(parity), out, status)
     mark_written(exp_avg, out, status)
 
 
-def _apply(param: Sequence[Tensor], packed: Sequence[Tensor], lr: Tensor, weight_decay: Tensor, impl: str) -> None:
-    if param:
-        run = backend(impl, param[0].device)
-        run.apply_votes_(param, packed, round_to_float32(float(lr)), decay_of(lr, weight_decay), None, None, None)
+def _apply(
+    param: Sequence[Tensor],
+    packed: Sequence[Tensor],
+    lr: Tensor,
+    weight_decay: Tensor,
+    gate: Tensor | None,
+    impl: str,
+) -> None:
+    gates, (x, codes) = let_through(gate, impl, param, packed)
+    if x:
+        run = backend(impl, x[0].device)
+        run.apply_votes_(x, codes, rate_of(lr), decay_of(lr, weight_decay), None, None, None, *gates)
     mark_written(param)
 
 
@@ -269,12 +283,14 @@ def _apply_momentum(
     exp_avg: Sequence[Tensor],
     beta2: Tensor,
     grad_scale: Tensor,
+    gate: Tensor | None,
     impl: str,
 ) -> None:
-    if param:
-        rate, decay = round_to_float32(float(lr)), decay_of(lr, weight_decay)
-        run = backend(impl, param[0].device)
-        run.apply_votes_(param, packed, rate, decay, grad, exp_avg, mix_of(beta2, grad_scale))
+    gates, (x, codes, g, m) = let_through(gate, impl, param, packed, grad, exp_avg)
+    if x:
+        rate, decay = rate_of(lr), decay_of(lr, weight_decay)
+        run = backend(impl, x[0].device)
+        run.apply_votes_(x, codes, rate, decay, g, m, mix_of(beta2, grad_scale), *gates)
     mark_written(param, exp_avg)
 
 
@@ -287,12 +303,14 @@ def _step(
     beta1: Tensor,
     beta2: Tensor,
     grad_scale: Tensor,
+    gate: Tensor | None,
     impl: str,
 ) -> None:
-    if param:
-        rate, decay = round_to_float32(float(lr)), decay_of(lr, weight_decay)
-        run = backend(impl, param[0].device)
-        run.lion_step_(param, grad, exp_avg, rate, decay, mix_of(beta1, grad_scale), mix_of(beta2, grad_scale))
+    gates, (x, g, m) = let_through(gate, impl, param, grad, exp_avg)
+    if x:
+        rate, decay = rate_of(lr), decay_of(lr, weight_decay)
+        run = backend(impl, x[0].device)
+        run.lion_step_(x, g, m, rate, decay, mix_of(beta1, grad_scale), mix_of(beta2, grad_scale), *gates)
     mark_written(param, exp_avg)
 
 
@@ -307,16 +325,16 @@ _ENCODE_ = register(
     _encode_,
 )
 _APPLY = register(
-    "apply_votes_(Tensor(a!)[] param, Tensor[] packed, Tensor lr, Tensor weight_decay, str impl) -> ()",
+    "apply_votes_(Tensor(a!)[] param, Tensor[] packed, Tensor lr, Tensor weight_decay, Tensor? gate, str impl) -> ()",
     _apply,
 )
 _APPLY_MOMENTUM = register(
     "apply_votes_with_momentum_(Tensor(a!)[] param, Tensor[] packed, Tensor lr, Tensor weight_decay, "
-    "Tensor[] grad, Tensor(b!)[] exp_avg, Tensor beta2, Tensor grad_scale, str impl) -> ()",
+    "Tensor[] grad, Tensor(b!)[] exp_avg, Tensor beta2, Tensor grad_scale, Tensor? gate, str impl) -> ()",
     _apply_momentum,
 )
 _STEP = register(
     "lion_step_(Tensor(a!)[] param, Tensor[] grad, Tensor(b!)[] exp_avg, Tensor lr, Tensor weight_decay, "
-    "Tensor beta1, Tensor beta2, Tensor grad_scale, str impl) -> ()",
+    "Tensor beta1, Tensor beta2, Tensor grad_scale, Tensor? gate, str impl) -> ()",
     _step,
 )

@@ -16,11 +16,15 @@ from torch import Tensor
 Scalar = float | Tensor
 
 
-class Mix(NamedTuple):
-    """Coefficients of ``kept * state + new * incoming``, float32 values held as Python floats."""
+# a float32 value held as a Python float, or a 0-dim float32 tensor on the device that a kernel reads it from
+Number = float | Tensor
 
-    kept: float
-    new: float
+
+class Mix(NamedTuple):
+    """Coefficients of ``kept * state + new * incoming``."""
+
+    kept: Number
+    new: Number
 
 
 def round_to_float32(value: float) -> float:
@@ -30,14 +34,41 @@ def round_to_float32(value: float) -> float:
 
 def mix_of(beta: Tensor, grad_scale: Tensor | None = None) -> Mix:
     """float32 (beta, 1 - beta); a ``grad_scale`` multiplies the second, exactly where it is -1 or a power of two."""
-    b = float(beta)
-    new = round_to_float32(1.0 - b)
-    return Mix(round_to_float32(b), new if grad_scale is None else round_to_float32(new * float(grad_scale)))
+    kept = _value(beta)
+    new = _rounded(1.0 - kept)
+    if grad_scale is not None:
+        wide = new.double() if isinstance(new, Tensor) else new
+        new = _rounded(wide * _value(grad_scale))
+    return Mix(_rounded(kept), new)
 
 
-def decay_of(lr: Tensor, weight_decay: Tensor) -> float:
+def rate_of(lr: Tensor, divisor: int = 1) -> Number:
+    """float32 ``lr / divisor``."""
+    return _rounded(_value(lr) / divisor)
+
+
+def decay_of(lr: Tensor, weight_decay: Tensor) -> Number:
     """float32 factor 1 - lr*weight_decay of decoupled weight decay."""
-    return round_to_float32(1.0 - float(lr) * float(weight_decay))
+    return _rounded(1.0 - _value(lr) * _value(weight_decay))
+
+
+def parity_of(count: Tensor) -> int | Tensor:
+    """The parity bit of a step counter, or the counter itself where reading it would wait for a device."""
+    return count if is_elsewhere(count) else int(count) & 1
+
+
+def is_elsewhere(scalar: Tensor) -> bool:
+    """Whether a 0-dim tensor is on a device that the host would have to wait for."""
+    return scalar.device.type != "cpu"
+
+
+def _value(scalar: Tensor) -> Number:
+    """In float64, where it is."""
+    return scalar.double() if is_elsewhere(scalar) else float(scalar)
+
+
+def _rounded(value: Number) -> Number:
+    return value.float() if isinstance(value, Tensor) else round_to_float32(value)
 
 
 def beta_scalar(name: str, value: Scalar) -> Tensor:

@@ -9,7 +9,7 @@ from lioncub.kernels.backends import backend
 from lioncub.kernels.checks import FLOAT_DTYPES, check_float, check_packed, storage_order_view
 from lioncub.kernels.layout import packed_bytes
 from lioncub.kernels.registry import mark_written, register
-from lioncub.kernels.scalars import count_scalar
+from lioncub.kernels.scalars import count_scalar, parity_of
 
 
 def pack_signs(x: Tensor, *, parity: int | Tensor = 0, impl: str = "auto") -> Tensor:
@@ -44,7 +44,7 @@ def unpack_signs(packed: Tensor, n: int, *, dtype: torch.dtype = torch.float32, 
 def _pack(x: Tensor, parity: Tensor, out: Tensor, impl: str) -> None:
     run = backend(impl, x.device)
     if x.numel():
-        run.pack_signs(x, int(parity) & 1, out)
+        run.pack_signs(x, parity_of(parity), out)
     mark_written(out)
 
 

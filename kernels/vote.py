@@ -8,7 +8,7 @@ from torch import Tensor
 from lioncub.kernels.backends import backend
 from lioncub.kernels.checks import check_counts, check_device, check_packed, check_rows
 from lioncub.kernels.registry import mark_written, register
-from lioncub.kernels.scalars import count_scalar
+from lioncub.kernels.scalars import count_scalar, parity_of
 
 
 def majority_vote(
@@ -45,7 +45,7 @@ def majority_vote(
 def _vote(packed: Tensor, parity: Tensor, out: Tensor, counts: Tensor | None, impl: str) -> None:
     run = backend(impl, packed.device)
     if out.numel():
-        run.majority_vote(packed, int(parity) & 1, out, counts)
+        run.majority_vote(packed, parity_of(parity), out, counts)
     mark_written(out, counts)
 
 

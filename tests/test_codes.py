@@ -383,9 +383,9 @@ _WIDTHS = r"expected one of \(1, 2, 4, 8, 16\), got 3"
         (
             lambda: _apply(grad=torch.zeros(4)),
             ValueError,
-            "^grad, exp_avg, beta2: expected all three or none, got grad$",
+            "^grad, exp_avg, beta2: expected all or none, got grad$",
         ),
-        (lambda: _apply(**(_ADVANCE | {"grad": None})), ValueError, "all three or none, got exp_avg, beta2$"),
+        (lambda: _apply(**(_ADVANCE | {"grad": None})), ValueError, "all or none, got exp_avg, beta2$"),
         (lambda: _apply(**(_ADVANCE | {"grad": torch.zeros(5)})), ValueError, r"^grad: expected shape \(4,\)"),
         (lambda: _apply(**(_ADVANCE | {"grad": _bytes(4)})), TypeError, "^grad: expected dtype .*, got torch.uint8"),
         (

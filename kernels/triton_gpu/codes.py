@@ -1,4 +1,4 @@
-"""apply_codes_: a step by codes of several bits; one launch per tensor."""
+"""apply_codes_: a step by codes of several bits; one launch for all tensors of a list."""
 
 from __future__ import annotations
 
@@ -8,17 +8,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lioncub.kernels.scalars import Mix
-from lioncub.kernels.triton_gpu.arithmetic import mix
+from lioncub.kernels.scalars import Mix, Number
 from lioncub.kernels.triton_gpu.launch import BLOCK_SIZE, elementwise_threads, launching_on, options, tiles
-from lioncub.kernels.triton_gpu.rows import (
-    ROW,
-    element_offsets,
-    load_codes,
-    load_elements,
-    store_elements,
-    tile_rows,
-)
+from lioncub.kernels.triton_gpu.lion_tiles import move_tile
+from lioncub.kernels.triton_gpu.rows import ROW, load, load_codes, rows_from, tile_rows, value_of
+from lioncub.kernels.triton_gpu.tables import form_of, is_shut, only_one, pointer_at, pointer_or, table_of, tile_of
 
 _UNUSED = Mix(0.0, 0.0)
 
@@ -29,6 +23,7 @@ def _apply_codes_kernel(
     packed_ptr,
     grad_ptr,
     exp_avg_ptr,
+    gate_ptr,
     step,
     offset,
     rate,
@@ -38,17 +33,87 @@ def _apply_codes_kernel(
     n_elements,
     BITS: tl.constexpr,
     ADVANCE: tl.constexpr,
+    HAS_GATE: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
 ):
+    if is_shut(gate_ptr, HAS_GATE):
+        return
+    numbers = (step, offset, rate, decay, beta2, beta2_new)
     rows = tile_rows(BLOCK_SIZE)
-    move = (load_wide_codes(packed_ptr, rows, n_elements, BITS) * step - offset).to(tl.float32) * rate
-    offsets = element_offsets(rows)
-    x = load_elements(param_ptr, offsets, n_elements)
-    if ADVANCE:
-        m = load_elements(exp_avg_ptr, offsets, n_elements)
-        g = load_elements(grad_ptr, offsets, n_elements)
-        store_elements(exp_avg_ptr, offsets, n_elements, mix(beta2, beta2_new, m, g))
-    store_elements(param_ptr, offsets, n_elements, x * decay - move)
+    apply_codes_tile(param_ptr, packed_ptr, grad_ptr, exp_avg_ptr, numbers, rows, n_elements, BITS, ADVANCE)
+
+
+@triton.jit(do_not_specialize=["step", "offset"])
+def _apply_all_codes_kernel(
+    rows_ptr,
+    owners_ptr,
+    gate_ptr,
+    step,
+    offset,
+    rate,
+    decay,
+    beta2,
+    beta2_new,
+    KINDS: tl.constexpr,
+    BITS: tl.constexpr,
+    ADVANCE: tl.constexpr,
+    HAS_GATE: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+):
+    tensor, row_ptr, start, n_elements = tile_of(rows_ptr, owners_ptr, 4, BLOCK_SIZE)
+    if is_shut(gate_ptr + tensor, HAS_GATE):
+        return
+    kind, is_wide = form_of(row_ptr, start, n_elements, 4, BLOCK_SIZE)
+    numbers = (step, offset, rate, decay, beta2, beta2_new)
+    for k in tl.static_range(len(KINDS)):
+        if kind == k:
+            if is_wide:
+                _apply_codes(row_ptr, numbers, start, None, KINDS[k], BITS, ADVANCE, BLOCK_SIZE)
+            else:
+                _apply_codes(row_ptr, numbers, start, n_elements, KINDS[k], BITS, ADVANCE, BLOCK_SIZE)
+
+
+@triton.jit
+def _apply_codes(
+    row_ptr,
+    numbers,
+    start,
+    n_elements,
+    KIND: tl.constexpr,
+    BITS: tl.constexpr,
+    ADVANCE: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+):
+    apply_codes_tile(
+        pointer_at(row_ptr, 0, KIND, n_elements),
+        pointer_at(row_ptr, 1, KIND, n_elements),
+        pointer_at(row_ptr, 2, KIND, n_elements),
+        pointer_at(row_ptr, 3, KIND, n_elements),
+        numbers,
+        rows_from(start, BLOCK_SIZE),
+        n_elements,
+        BITS,
+        ADVANCE,
+    )
+
+
+@triton.jit
+def apply_codes_tile(
+    param_ptr,
+    packed_ptr,
+    grad_ptr,
+    exp_avg_ptr,
+    numbers,
+    rows,
+    n_elements,
+    BITS: tl.constexpr,
+    ADVANCE: tl.constexpr,
+):
+    """Decay, and move by codes' values; with ADVANCE the momentum moves on."""
+    step, offset, rate, decay, beta2, beta2_new = numbers
+    values = load_wide_codes(packed_ptr, rows, n_elements, BITS) * step - offset
+    move = values.to(tl.float32) * value_of(rate)
+    move_tile(param_ptr, grad_ptr, exp_avg_ptr, move, (decay, beta2, beta2_new), rows, n_elements, ADVANCE)
 
 
 @triton.jit
@@ -56,7 +121,7 @@ def load_wide_codes(packed_ptr, rows, n_elements, BITS: tl.constexpr):
     """int32[rows, 8] codes of up to 16 bits; all bytes up to the last element's exist."""
     if BITS == 16:
         offsets = rows[:, None] * 16 + tl.arange(0, 16)[None, :]
-        packed = tl.load(packed_ptr + offsets, mask=offsets // 2 < n_elements, other=0).to(tl.int32)
+        packed = load(packed_ptr + offsets, offsets // 2, n_elements).to(tl.int32)
         # bytes do not overlap, so their sum is their union
         codes = tl.sum(tl.reshape(packed, (rows.shape[0], ROW, 2)) << (tl.arange(0, 2) * 8)[None, None, :], 2)
     else:
@@ -70,34 +135,29 @@ def apply_codes_(
     bits: int,
     step: int,
     offset: int,
-    rate: float,
-    decay: float,
+    rate: Number,
+    decay: Number,
     grad: Sequence[Tensor] | None,
     exp_avg: Sequence[Tensor] | None,
     beta2: Mix | None,
+    gate: Tensor | None = None,
 ) -> None:
-    """See `lioncub.kernels.reference.apply_codes_`."""
+    """See `lioncub.kernels.reference.apply_codes_`; a parameter stays as it is where int32[n] ``gate`` is zero."""
     advance = grad is not None and exp_avg is not None and beta2 is not None
-    for i, x in enumerate(param):
-        if not x.numel():
-            continue
-        g = m = x
-        if grad is not None and exp_avg is not None:
-            g, m = grad[i], exp_avg[i]
-        with launching_on(x):
-            _apply_codes_kernel[tiles(x.numel())](
-                x,
-                packed[i],
-                g,
-                m,
-                step,
-                offset,
-                rate,
-                decay,
-                *(beta2 or _UNUSED),
-                x.numel(),
-                bits,
-                advance,
-                BLOCK_SIZE,
-                **options(x.device, elementwise_threads(x, g, m)),
+    # never read unless the momentum advances
+    g, m = (param, param) if grad is None or exp_avg is None else (grad, exp_avg)
+    numbers = (step, offset, rate, decay, *(beta2 or _UNUSED))
+    flags = (bits, advance, gate is not None)
+    i = only_one(param)
+    with launching_on(param[0]):
+        threads = options(param[0].device, elementwise_threads(*param, *g, *m))
+        if i is not None:
+            n, gate = param[i].numel(), None if gate is None else gate[i : i + 1]
+            _apply_codes_kernel[tiles(n)](
+                param[i], packed[i], g[i], m[i], pointer_or(gate, packed[i]), *numbers, n, *flags, BLOCK_SIZE, **threads
+            )
+        elif table := table_of(param, packed, g, m):
+            rows, owners, kinds = table
+            _apply_all_codes_kernel[table.grid](
+                rows, owners, pointer_or(gate, owners), *numbers, kinds, *flags, BLOCK_SIZE, **threads
             )

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lioncub.kernels.triton_gpu.launch import ROW_THREADS, launching_on, options, tiles
 from lioncub.kernels.triton_gpu.planes import WORDS_PER_TILE, count_bits, in_words
+from lioncub.kernels.triton_gpu.rows import parity_of
 
 # rows of four words or integers, one row per thread
 _ROWS_PER_TILE = ROW_THREADS
@@ -140,8 +141,9 @@ def winners(word, n_workers, parity, FIELD_BITS: tl.constexpr):
     every_other: tl.constexpr = repeated(FIELD_BITS, 2 * FIELD_BITS)
     lowest: tl.constexpr = repeated(1, 2 * FIELD_BITS)
     # a tied field wins where its parity bit is 1, which is where it wins with half the votes
-    even_least = n_workers // 2 + 1 - ((n_workers + 1) & parity & 1)
-    odd_least = n_workers // 2 + 1 - ((n_workers + 1) & (parity + 1) & 1)
+    parity_bit = parity_of(parity)
+    even_least = n_workers // 2 + 1 - ((n_workers + 1) & parity_bit)
+    odd_least = n_workers // 2 + 1 - ((n_workers + 1) & (1 - parity_bit))
     # a field and its number carry into the next field, which is masked out
     even = (word & every_other) + (2**FIELD_BITS - even_least) * lowest
     odd = ((word >> FIELD_BITS) & every_other) + (2**FIELD_BITS - odd_least) * lowest

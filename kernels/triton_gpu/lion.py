@@ -1,4 +1,4 @@
-"""The Lion kernels: encode the update, apply a vote, or take the whole step; one launch per tensor."""
+"""The Lion kernels: encode the update, apply a vote, or take the whole step; one launch for all tensors of a list."""
 
 from __future__ import annotations
 
@@ -8,21 +8,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lioncub.kernels.scalars import Mix
-from lioncub.kernels.triton_gpu.arithmetic import is_finite, is_up, mix
+from lioncub.kernels.scalars import Mix, Number
 from lioncub.kernels.triton_gpu.launch import BLOCK_SIZE, elementwise_threads, launching_on, options, tiles
-from lioncub.kernels.triton_gpu.rows import (
-    element_offsets,
-    flag_rows,
-    load_codes,
-    load_elements,
-    load_rows,
-    parity_bits,
-    store_codes,
-    store_elements,
-    store_rows,
-    tile_rows,
-)
+from lioncub.kernels.triton_gpu.lion_lists import _apply_all_votes_kernel, _encode_updates_kernel, _step_all_kernel
+from lioncub.kernels.triton_gpu.lion_tiles import apply_votes_tile, encode_tile, step_tile
+from lioncub.kernels.triton_gpu.rows import tile_rows
+from lioncub.kernels.triton_gpu.tables import is_shut, only_one, pointer_or, table_of
+
+UNUSED = Mix(0.0, 0.0)
 
 
 @triton.jit(do_not_specialize=["parity"])
@@ -41,16 +34,9 @@ def _encode_update_kernel(
     HAS_STATUS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
 ):
+    numbers = (beta1, beta1_new, beta2, beta2_new, parity)
     rows = tile_rows(BLOCK_SIZE)
-    m = load_rows(exp_avg_ptr, rows, n_elements)
-    g = load_rows(grad_ptr, rows, n_elements)
-    update = mix(beta1, beta1_new, m, g)
-    finite = is_finite(update)
-    if ADVANCE:
-        store_rows(exp_avg_ptr, rows, n_elements, tl.where(finite, mix(beta2, beta2_new, m, g), m))
-    store_codes(out_ptr, rows, n_elements, is_up(update, parity_bits(parity)).to(tl.int32), 1)
-    if HAS_STATUS:
-        flag_rows(status_ptr, ~finite)
+    encode_tile(exp_avg_ptr, grad_ptr, out_ptr, status_ptr, numbers, rows, n_elements, ADVANCE, HAS_STATUS)
 
 
 @triton.jit
@@ -59,23 +45,21 @@ def _apply_votes_kernel(
     packed_ptr,
     grad_ptr,
     exp_avg_ptr,
+    gate_ptr,
     lr,
     decay,
     beta2,
     beta2_new,
     n_elements,
     ADVANCE: tl.constexpr,
+    HAS_GATE: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
 ):
+    if is_shut(gate_ptr, HAS_GATE):
+        return
+    numbers = (lr, decay, beta2, beta2_new)
     rows = tile_rows(BLOCK_SIZE)
-    codes = load_codes(packed_ptr, rows, n_elements, 1)
-    offsets = element_offsets(rows)
-    x = load_elements(param_ptr, offsets, n_elements)
-    if ADVANCE:
-        m = load_elements(exp_avg_ptr, offsets, n_elements)
-        g = load_elements(grad_ptr, offsets, n_elements)
-        store_elements(exp_avg_ptr, offsets, n_elements, mix(beta2, beta2_new, m, g))
-    store_elements(param_ptr, offsets, n_elements, x * decay - tl.where(codes != 0, lr, -lr))
+    apply_votes_tile(param_ptr, packed_ptr, grad_ptr, exp_avg_ptr, numbers, rows, n_elements, ADVANCE)
 
 
 @triton.jit
@@ -83,6 +67,7 @@ def _step_lion_kernel(
     param_ptr,
     grad_ptr,
     exp_avg_ptr,
+    gate_ptr,
     lr,
     decay,
     beta1,
@@ -90,23 +75,21 @@ def _step_lion_kernel(
     beta2,
     beta2_new,
     n_elements,
+    HAS_GATE: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
 ):
+    if is_shut(gate_ptr, HAS_GATE):
+        return
+    numbers = (lr, decay, beta1, beta1_new, beta2, beta2_new)
     offsets = tl.program_id(0).to(tl.int64) * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
-    x = load_elements(param_ptr, offsets, n_elements)
-    g = load_elements(grad_ptr, offsets, n_elements)
-    m = load_elements(exp_avg_ptr, offsets, n_elements)
-    update = mix(beta1, beta1_new, m, g)
-    step = tl.where(update > 0, lr, tl.where(update < 0, -lr, 0.0))
-    store_elements(param_ptr, offsets, n_elements, x * decay - step)
-    store_elements(exp_avg_ptr, offsets, n_elements, mix(beta2, beta2_new, m, g))
+    step_tile(param_ptr, grad_ptr, exp_avg_ptr, numbers, offsets, n_elements)
 
 
 def lion_encode(
     exp_avg: Sequence[Tensor],
     grad: Sequence[Tensor],
     beta1: Mix,
-    parity: int,
+    parity: int | Tensor,
     out: Sequence[Tensor],
     status: Tensor | None,
 ) -> None:
@@ -119,7 +102,7 @@ def lion_encode_(
     grad: Sequence[Tensor],
     beta1: Mix,
     beta2: Mix,
-    parity: int,
+    parity: int | Tensor,
     out: Sequence[Tensor],
     status: Tensor | None,
 ) -> None:
@@ -130,33 +113,30 @@ def lion_encode_(
 def apply_votes_(
     param: Sequence[Tensor],
     packed: Sequence[Tensor],
-    lr: float,
-    decay: float,
+    lr: Number,
+    decay: Number,
     grad: Sequence[Tensor] | None,
     exp_avg: Sequence[Tensor] | None,
     beta2: Mix | None,
+    gate: Tensor | None = None,
 ) -> None:
-    """See `lioncub.kernels.reference.apply_votes_`."""
+    """See `lioncub.kernels.reference.apply_votes_`; a parameter stays as it is where int32[n] ``gate`` is zero."""
     advance = grad is not None and exp_avg is not None and beta2 is not None
-    for i, x in enumerate(param):
-        if not x.numel():
-            continue
-        g = m = x
-        if grad is not None and exp_avg is not None:
-            g, m = grad[i], exp_avg[i]
-        with launching_on(x):
-            _apply_votes_kernel[tiles(x.numel())](
-                x,
-                packed[i],
-                g,
-                m,
-                lr,
-                decay,
-                *(beta2 or _UNUSED),
-                x.numel(),
-                advance,
-                BLOCK_SIZE,
-                **options(x.device, elementwise_threads(x, g, m)),
+    # never read unless the momentum advances
+    g, m = (param, param) if grad is None or exp_avg is None else (grad, exp_avg)
+    numbers, flags = (lr, decay, *(beta2 or UNUSED)), (advance, gate is not None)
+    i = only_one(param)
+    with launching_on(param[0]):
+        threads = options(param[0].device, elementwise_threads(*param, *g, *m))
+        if i is not None:
+            n, gate = param[i].numel(), None if gate is None else gate[i : i + 1]
+            _apply_votes_kernel[tiles(n)](
+                param[i], packed[i], g[i], m[i], pointer_or(gate, packed[i]), *numbers, n, *flags, BLOCK_SIZE, **threads
+            )
+        elif table := table_of(param, packed, g, m):
+            rows, owners, kinds = table
+            _apply_all_votes_kernel[table.grid](
+                rows, owners, pointer_or(gate, owners), *numbers, kinds, *flags, BLOCK_SIZE, **threads
             )
 
 
@@ -164,30 +144,27 @@ def lion_step_(
     param: Sequence[Tensor],
     grad: Sequence[Tensor],
     exp_avg: Sequence[Tensor],
-    lr: float,
-    decay: float,
+    lr: Number,
+    decay: Number,
     beta1: Mix,
     beta2: Mix,
+    gate: Tensor | None = None,
 ) -> None:
-    """See `lioncub.kernels.reference.lion_step_`."""
-    for x, g, m in zip(param, grad, exp_avg, strict=True):
-        if x.numel():
-            with launching_on(x):
-                _step_lion_kernel[tiles(x.numel())](
-                    x,
-                    g,
-                    m,
-                    lr,
-                    decay,
-                    *beta1,
-                    *beta2,
-                    x.numel(),
-                    BLOCK_SIZE,
-                    **options(x.device, elementwise_threads(x, g, m)),
-                )
-
-
-_UNUSED = Mix(0.0, 0.0)
+    """See `lioncub.kernels.reference.lion_step_`; a parameter stays as it is where int32[n] ``gate`` is zero."""
+    numbers, has_gate = (lr, decay, *beta1, *beta2), gate is not None
+    i = only_one(param)
+    with launching_on(param[0]):
+        threads = options(param[0].device, elementwise_threads(*param, *grad, *exp_avg))
+        if i is not None:
+            n, gate = param[i].numel(), None if gate is None else gate[i : i + 1]
+            _step_lion_kernel[tiles(n)](
+                param[i], grad[i], exp_avg[i], pointer_or(gate, param[i]), *numbers, n, has_gate, BLOCK_SIZE, **threads
+            )
+        elif table := table_of(param, grad, exp_avg):
+            rows, owners, kinds = table
+            _step_all_kernel[table.grid](
+                rows, owners, pointer_or(gate, owners), *numbers, kinds, has_gate, BLOCK_SIZE, **threads
+            )
 
 
 def _encode(
@@ -195,26 +172,21 @@ def _encode(
     grad: Sequence[Tensor],
     beta1: Mix,
     beta2: Mix | None,
-    parity: int,
+    parity: int | Tensor,
     out: Sequence[Tensor],
     status: Tensor | None,
 ) -> None:
-    for i, (m, g, packed) in enumerate(zip(exp_avg, grad, out, strict=True)):
-        if not g.numel():
-            continue
-        flag = packed if status is None else status[i : i + 1]
-        with launching_on(g):
-            _encode_update_kernel[tiles(g.numel())](
-                m,
-                g,
-                packed,
-                flag,
-                *beta1,
-                *(beta2 or _UNUSED),
-                parity,
-                g.numel(),
-                beta2 is not None,
-                status is not None,
-                BLOCK_SIZE,
-                **options(g.device),
+    numbers, flags = (*beta1, *(beta2 or UNUSED), parity), (beta2 is not None, status is not None)
+    i = only_one(grad)
+    with launching_on(grad[0]):
+        threads = options(grad[0].device)
+        if i is not None:
+            n, status = grad[i].numel(), None if status is None else status[i : i + 1]
+            _encode_update_kernel[tiles(n)](
+                exp_avg[i], grad[i], out[i], pointer_or(status, out[i]), *numbers, n, *flags, BLOCK_SIZE, **threads
+            )
+        elif table := table_of(exp_avg, grad, out):
+            rows, owners, kinds = table
+            _encode_updates_kernel[table.grid](
+                rows, owners, pointer_or(status, owners), *numbers, kinds, *flags, BLOCK_SIZE, **threads
             )

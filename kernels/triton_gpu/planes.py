@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lioncub.kernels.triton_gpu.launch import ROW_THREADS
+from lioncub.kernels.triton_gpu.rows import parity_of
 
 # 128 bits per thread
 WORDS_PER_TILE = 4 * ROW_THREADS
@@ -86,7 +87,7 @@ def store_majority(
     more, tied = compare_planes(planes, n_workers // 2, PLANES)
     tied = tied & ((n_workers & 1) - 1)
     # bit j of a word is element j's, so a parity word serves every word
-    parity_word = 0x55555555 ^ (parity - 1)
+    parity_word = 0x55555555 ^ (parity_of(parity) - 1)
     tl.store(out_ptr + offsets, (more | (tied & parity_word)).to(out_ptr.dtype.element_ty), mask=mask)
     if HAS_COUNTS:
         _, all_up = compare_planes(planes, n_workers, PLANES)

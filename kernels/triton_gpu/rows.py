@@ -13,9 +13,22 @@ ROW = tl.constexpr(8)
 
 
 @triton.jit
+def value_of(scalar):
+    """A run-time number that the host gave, or that stands on the device."""
+    value = tl.to_tensor(scalar)
+    return tl.load(value) if value.dtype.is_ptr() else value
+
+
+@triton.jit
 def tile_rows(BLOCK_SIZE: tl.constexpr):
     """int64 numbers of this program's rows."""
-    return tl.program_id(0).to(tl.int64) * (BLOCK_SIZE // ROW) + tl.arange(0, BLOCK_SIZE // ROW)
+    return rows_from(tl.program_id(0).to(tl.int64) * BLOCK_SIZE, BLOCK_SIZE)
+
+
+@triton.jit
+def rows_from(start, BLOCK_SIZE: tl.constexpr):
+    """int64 numbers of the rows of the tile that begins at element ``start``, a multiple of BLOCK_SIZE."""
+    return start // ROW + tl.arange(0, BLOCK_SIZE // ROW)
 
 
 @triton.jit
@@ -27,19 +40,40 @@ def element_offsets(rows):
 @triton.jit
 def parity_bits(parity):
     """bool[1, 8]: (j + t) & 1 of a row's elements; the same in every row, since rows start at even j (rule 3)."""
-    return ((tl.arange(0, ROW) + parity) & 1)[None, :] != 0
+    return ((tl.arange(0, ROW) + parity_of(parity)) & 1)[None, :] != 0
+
+
+@triton.jit
+def parity_of(count):
+    """The parity bit, int32, of a step counter that the host gave or that stands on the device."""
+    return (value_of(count) & 1).to(tl.int32)
+
+
+@triton.jit
+def load(pointers, offsets, n_elements):
+    """What stands at offsets below ``n_elements``, else 0; None for ``n_elements`` says that all are."""
+    return tl.load(pointers) if n_elements is None else tl.load(pointers, mask=offsets < n_elements, other=0)
+
+
+@triton.jit
+def store(pointers, value, offsets, n_elements):
+    """Store where `load` loads."""
+    if n_elements is None:
+        tl.store(pointers, value)
+    else:
+        tl.store(pointers, value, mask=offsets < n_elements)
 
 
 @triton.jit
 def load_elements(x_ptr, offsets, n_elements):
     """fp32 elements, spread over the threads as the addresses suit best; 0 past the end."""
-    return widen(tl.load(x_ptr + offsets, mask=offsets < n_elements, other=0))
+    return widen(load(x_ptr + offsets, offsets, n_elements))
 
 
 @triton.jit
 def store_elements(x_ptr, offsets, n_elements, value):
     """Store fp32 elements, rounded to the pointer's dtype."""
-    tl.store(x_ptr + offsets, narrow(value, x_ptr.dtype.element_ty), mask=offsets < n_elements)
+    store(x_ptr + offsets, narrow(value, x_ptr.dtype.element_ty), offsets, n_elements)
 
 
 @triton.jit
@@ -48,8 +82,8 @@ def load_rows(x_ptr, rows, n_elements):
     if x_ptr.dtype.element_ty == tl.float32:
         # halves of 128 bits, joined in registers; one load of the row would be spread over two threads
         offsets = rows[:, None] * ROW + tl.arange(0, ROW // 2)[None, :]
-        low = tl.load(x_ptr + offsets, mask=offsets < n_elements, other=0)
-        high = tl.load(x_ptr + offsets + ROW // 2, mask=offsets + ROW // 2 < n_elements, other=0)
+        low = load(x_ptr + offsets, offsets, n_elements)
+        high = load(x_ptr + offsets + ROW // 2, offsets + ROW // 2, n_elements)
         x = tl.reshape(tl.permute(tl.join(low, high), (0, 2, 1)), (rows.shape[0], ROW))
     else:
         x = load_elements(x_ptr, element_offsets(rows), n_elements)
@@ -62,31 +96,31 @@ def store_rows(x_ptr, rows, n_elements, value):
     if x_ptr.dtype.element_ty == tl.float32:
         low, high = tl.split(tl.permute(tl.reshape(value, (rows.shape[0], 2, ROW // 2)), (0, 2, 1)))
         offsets = rows[:, None] * ROW + tl.arange(0, ROW // 2)[None, :]
-        tl.store(x_ptr + offsets, low, mask=offsets < n_elements)
-        tl.store(x_ptr + offsets + ROW // 2, high, mask=offsets + ROW // 2 < n_elements)
+        store(x_ptr + offsets, low, offsets, n_elements)
+        store(x_ptr + offsets + ROW // 2, high, offsets + ROW // 2, n_elements)
     else:
         store_elements(x_ptr, element_offsets(rows), n_elements, value)
 
 
 @triton.jit
 def load_codes(packed_ptr, rows, n_elements, BITS: tl.constexpr):
-    """int32[rows, 8] codes of BITS bits; all bytes up to the last element's exist, pads included."""
+    """int32[rows, 8] codes of BITS bits, 0 past the end; all bytes up to the last element's exist, pads included."""
     offsets = _byte_offsets(rows, BITS)
-    mask = offsets * (8 // BITS) < n_elements
-    fields = tl.load(packed_ptr + offsets, mask=mask, other=0).to(tl.int32)[:, :, None] >> _shifts(BITS)
+    fields = load(packed_ptr + offsets, offsets * (8 // BITS), n_elements).to(tl.int32)[:, :, None] >> _shifts(BITS)
     return tl.reshape(fields & (2**BITS - 1), (rows.shape[0], ROW))
 
 
 @triton.jit
 def store_codes(packed_ptr, rows, n_elements, codes, BITS: tl.constexpr):
     """Store int32[rows, 8] codes of BITS bits, those past the end as zero, with padding to whole 64-bit words."""
-    codes = tl.where(element_offsets(rows) < n_elements, codes, 0)
+    if n_elements is not None:
+        codes = tl.where(element_offsets(rows) < n_elements, codes, 0)
     fields = tl.reshape(codes, (rows.shape[0], BITS, 8 // BITS)) << _shifts(BITS)
     # fields do not overlap, so their sum is their union
     packed = tl.sum(fields, 2).to(tl.uint8)
     offsets = _byte_offsets(rows, BITS)
     # a 64-bit word is written whole if its first code exists
-    tl.store(packed_ptr + offsets, packed, mask=offsets // 8 * (64 // BITS) < n_elements)
+    store(packed_ptr + offsets, packed, offsets // 8 * (64 // BITS), n_elements)
 
 
 @triton.jit

@@ -1,0 +1,35 @@
+"""Gates: int32 flags, one per tensor of a list, that say on the device which tensors an op may change."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lioncub.kernels.backends import resolve_impl
+
+Lists = tuple[Sequence[Tensor], ...]
+
+
+def check_gate(gate: Tensor | None, param: Sequence[Tensor]) -> None:
+    """Raise unless ``gate`` is None or a contiguous int32[n] on the device of the n tensors of ``param``."""
+    if gate is None or not param:
+        return
+    if gate.dtype != torch.int32 or gate.shape != (len(param),) or not gate.is_contiguous():
+        raise ValueError(
+            f"gate: expected a contiguous int32[{len(param)}], one flag per tensor, got {gate.dtype} of shape "
+            f"{tuple(gate.shape)} with strides {gate.stride()}"
+        )
+    if gate.device != param[0].device:
+        raise ValueError(f"gate: expected device {param[0].device} (param's), got {gate.device}")
+
+
+def let_through(gate: Tensor | None, impl: str, *lists: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], Lists]:
+    """A backend's last arguments and the lists for it: Triton reads the gate, for others only open tensors remain."""
+    if gate is None or not lists[0]:
+        return (), lists
+    if resolve_impl(impl, lists[0][0].device) == "triton":
+        return (gate,), lists
+    is_open = gate.tolist()
+    return (), tuple([tensor for tensor, flag in zip(tensors, is_open, strict=True) if flag] for tensors in lists)

@@ -1,0 +1,144 @@
+"""The Lion kernels over lists of tensors, of whatever sizes, dtypes and alignments: one launch for all."""
+
+import triton
+import triton.language as tl
+
+from lioncub.kernels.triton_gpu.lion_tiles import apply_votes_tile, encode_tile, step_tile
+from lioncub.kernels.triton_gpu.rows import rows_from
+from lioncub.kernels.triton_gpu.tables import form_of, is_shut, pointer_at, tile_of
+
+
+@triton.jit(do_not_specialize=["parity"])
+def _encode_updates_kernel(
+    rows_ptr,
+    owners_ptr,
+    status_ptr,
+    beta1,
+    beta1_new,
+    beta2,
+    beta2_new,
+    parity,
+    KINDS: tl.constexpr,
+    ADVANCE: tl.constexpr,
+    HAS_STATUS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+):
+    tensor, row_ptr, start, n_elements = tile_of(rows_ptr, owners_ptr, 3, BLOCK_SIZE)
+    kind, is_wide = form_of(row_ptr, start, n_elements, 3, BLOCK_SIZE)
+    numbers = (beta1, beta1_new, beta2, beta2_new, parity)
+    for k in tl.static_range(len(KINDS)):
+        if kind == k:
+            if is_wide:
+                _encode(row_ptr, status_ptr + tensor, numbers, start, None, KINDS[k], ADVANCE, HAS_STATUS, BLOCK_SIZE)
+            else:
+                _encode(
+                    row_ptr, status_ptr + tensor, numbers, start, n_elements, KINDS[k], ADVANCE, HAS_STATUS, BLOCK_SIZE
+                )
+
+
+@triton.jit
+def _encode(
+    row_ptr,
+    status_ptr,
+    numbers,
+    start,
+    n_elements,
+    KIND: tl.constexpr,
+    ADVANCE: tl.constexpr,
+    HAS_STATUS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+):
+    encode_tile(
+        pointer_at(row_ptr, 0, KIND, n_elements),
+        pointer_at(row_ptr, 1, KIND, n_elements),
+        pointer_at(row_ptr, 2, KIND, n_elements),
+        status_ptr,
+        numbers,
+        rows_from(start, BLOCK_SIZE),
+        n_elements,
+        ADVANCE,
+        HAS_STATUS,
+    )
+
+
+@triton.jit
+def _apply_all_votes_kernel(
+    rows_ptr,
+    owners_ptr,
+    gate_ptr,
+    lr,
+    decay,
+    beta2,
+    beta2_new,
+    KINDS: tl.constexpr,
+    ADVANCE: tl.constexpr,
+    HAS_GATE: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+):
+    tensor, row_ptr, start, n_elements = tile_of(rows_ptr, owners_ptr, 4, BLOCK_SIZE)
+    if is_shut(gate_ptr + tensor, HAS_GATE):
+        return
+    kind, is_wide = form_of(row_ptr, start, n_elements, 4, BLOCK_SIZE)
+    numbers = (lr, decay, beta2, beta2_new)
+    for k in tl.static_range(len(KINDS)):
+        if kind == k:
+            if is_wide:
+                _apply_votes(row_ptr, numbers, start, None, KINDS[k], ADVANCE, BLOCK_SIZE)
+            else:
+                _apply_votes(row_ptr, numbers, start, n_elements, KINDS[k], ADVANCE, BLOCK_SIZE)
+
+
+@triton.jit
+def _apply_votes(
+    row_ptr, numbers, start, n_elements, KIND: tl.constexpr, ADVANCE: tl.constexpr, BLOCK_SIZE: tl.constexpr
+):
+    apply_votes_tile(
+        pointer_at(row_ptr, 0, KIND, n_elements),
+        pointer_at(row_ptr, 1, KIND, n_elements),
+        pointer_at(row_ptr, 2, KIND, n_elements),
+        pointer_at(row_ptr, 3, KIND, n_elements),
+        numbers,
+        rows_from(start, BLOCK_SIZE),
+        n_elements,
+        ADVANCE,
+    )
+
+
+@triton.jit
+def _step_all_kernel(
+    rows_ptr,
+    owners_ptr,
+    gate_ptr,
+    lr,
+    decay,
+    beta1,
+    beta1_new,
+    beta2,
+    beta2_new,
+    KINDS: tl.constexpr,
+    HAS_GATE: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+):
+    tensor, row_ptr, start, n_elements = tile_of(rows_ptr, owners_ptr, 3, BLOCK_SIZE)
+    if is_shut(gate_ptr + tensor, HAS_GATE):
+        return
+    kind, is_wide = form_of(row_ptr, start, n_elements, 3, BLOCK_SIZE)
+    numbers = (lr, decay, beta1, beta1_new, beta2, beta2_new)
+    for k in tl.static_range(len(KINDS)):
+        if kind == k:
+            if is_wide:
+                _step(row_ptr, numbers, start, None, KINDS[k], BLOCK_SIZE)
+            else:
+                _step(row_ptr, numbers, start, n_elements, KINDS[k], BLOCK_SIZE)
+
+
+@triton.jit
+def _step(row_ptr, numbers, start, n_elements, KIND: tl.constexpr, BLOCK_SIZE: tl.constexpr):
+    step_tile(
+        pointer_at(row_ptr, 0, KIND, n_elements),
+        pointer_at(row_ptr, 1, KIND, n_elements),
+        pointer_at(row_ptr, 2, KIND, n_elements),
+        numbers,
+        start + tl.arange(0, BLOCK_SIZE),
+        n_elements,
+    )

@@ -1,0 +1,89 @@
+"""What the Lion kernels do to one tile of one tensor; ``n_elements`` is None where all of the tile exists."""
+
+import triton
+import triton.language as tl
+
+from lioncub.kernels.triton_gpu.arithmetic import is_finite, is_up, mix
+from lioncub.kernels.triton_gpu.rows import (
+    element_offsets,
+    flag_rows,
+    load_codes,
+    load_elements,
+    load_rows,
+    parity_bits,
+    store_codes,
+    store_elements,
+    store_rows,
+    value_of,
+)
+
+
+@triton.jit
+def encode_tile(
+    exp_avg_ptr,
+    grad_ptr,
+    out_ptr,
+    status_ptr,
+    numbers,
+    rows,
+    n_elements,
+    ADVANCE: tl.constexpr,
+    HAS_STATUS: tl.constexpr,
+):
+    """Pack the signs of the updates; with ADVANCE the momentum of finite ones moves on."""
+    beta1, beta1_new, beta2, beta2_new, parity = numbers
+    m = load_rows(exp_avg_ptr, rows, n_elements)
+    g = load_rows(grad_ptr, rows, n_elements)
+    update = mix(value_of(beta1), value_of(beta1_new), m, g)
+    finite = is_finite(update)
+    if ADVANCE:
+        store_rows(exp_avg_ptr, rows, n_elements, tl.where(finite, mix(value_of(beta2), value_of(beta2_new), m, g), m))
+    up = is_up(update, parity_bits(parity))
+    store_codes(out_ptr, rows, n_elements, up.to(tl.int32), 1)
+    if HAS_STATUS:
+        flag_rows(status_ptr, ~finite)
+
+
+@triton.jit
+def apply_votes_tile(
+    param_ptr,
+    packed_ptr,
+    grad_ptr,
+    exp_avg_ptr,
+    numbers,
+    rows,
+    n_elements,
+    ADVANCE: tl.constexpr,
+):
+    """Decay, and move by the voted codes; with ADVANCE the momentum moves on."""
+    lr, decay, beta2, beta2_new = numbers
+    rate = value_of(lr)
+    move = tl.where(load_codes(packed_ptr, rows, n_elements, 1) != 0, rate, -rate)
+    move_tile(param_ptr, grad_ptr, exp_avg_ptr, move, (decay, beta2, beta2_new), rows, n_elements, ADVANCE)
+
+
+@triton.jit
+def move_tile(param_ptr, grad_ptr, exp_avg_ptr, move, numbers, rows, n_elements, ADVANCE: tl.constexpr):
+    """x*decay - move for fp32 ``move`` [rows, 8]; with ADVANCE the momentum moves on."""
+    decay, beta2, beta2_new = numbers
+    offsets = element_offsets(rows)
+    x = load_elements(param_ptr, offsets, n_elements)
+    if ADVANCE:
+        m = load_elements(exp_avg_ptr, offsets, n_elements)
+        g = load_elements(grad_ptr, offsets, n_elements)
+        store_elements(exp_avg_ptr, offsets, n_elements, mix(value_of(beta2), value_of(beta2_new), m, g))
+    store_elements(param_ptr, offsets, n_elements, x * value_of(decay) - move)
+
+
+@triton.jit
+def step_tile(param_ptr, grad_ptr, exp_avg_ptr, numbers, offsets, n_elements):
+    """The whole Lion step."""
+    lr, decay, beta1, beta1_new, beta2, beta2_new = numbers
+    x = load_elements(param_ptr, offsets, n_elements)
+    g = load_elements(grad_ptr, offsets, n_elements)
+    m = load_elements(exp_avg_ptr, offsets, n_elements)
+    update = mix(value_of(beta1), value_of(beta1_new), m, g)
+    rate = value_of(lr)
+    step = tl.where(update > 0, rate, tl.where(update < 0, -rate, 0.0))
+    store_elements(param_ptr, offsets, n_elements, x * value_of(decay) - step)
+    store_elements(exp_avg_ptr, offsets, n_elements, mix(value_of(beta2), value_of(beta2_new), m, g))
