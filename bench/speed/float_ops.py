@@ -1,0 +1,140 @@
+"""Calls of the ops that read or write floats, one function per op, in the order of docs/composing.md."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from lioncub import kernels
+from lioncub.kernels import Rounding, packed_bytes
+from speed.data import BETA1, BETA2, DECAY, LR, Call, Data, new, parts
+
+_RATES: dict[str, Any] = {"lr": LR, "weight_decay": DECAY}
+_BETAS = {"beta1": BETA1, "beta2": BETA2}
+_TERNARY = {"bits": 2, "step": 1, "offset": 1}
+
+
+def pack_signs(data: Data, impl: str) -> Call:
+    return Call(lambda: kernels.pack_signs(data.param, impl=impl), (data.param,), (new(packed_bytes(data.n)),))
+
+
+def unpack_signs(data: Data, impl: str) -> Call:
+    codes = data.codes()
+    return Call(
+        lambda: kernels.unpack_signs(codes, data.n, dtype=data.dtype, impl=impl), (codes,), (new(data.n, data.dtype),)
+    )
+
+
+def lion_encode(data: Data, impl: str) -> Call:
+    m, g, out, status = data.exp_avg, data.grad, data.codes(), data.status
+    return Call(lambda: kernels.lion_encode(m, g, beta1=BETA1, out=out, status=status, impl=impl), (m, g), (out,))
+
+
+def lion_encode_(data: Data, impl: str) -> Call:
+    m, g, out, status = data.exp_avg, data.grad, data.codes(), data.status
+    return Call(lambda: kernels.lion_encode_(m, g, **_BETAS, out=out, status=status, impl=impl), (m, g), (out, m))
+
+
+def foreach_lion_encode(data: Data, impl: str) -> Call:
+    tensors = data.exp_avg, data.grad, data.codes()
+    m, g, out = map(parts, tensors)
+    return Call(
+        lambda: kernels.foreach_lion_encode(m, g, beta1=BETA1, parity=0, out=out, impl=impl), tensors[:2], tensors[2:]
+    )
+
+
+def lion_mix(data: Data, impl: str) -> Call:
+    assert impl == "torch"
+    m, g = data.exp_avg, data.grad
+    return Call(lambda: kernels.lion_mix(m, g, beta=BETA1), (m, g), (new(data.n, m.dtype),))
+
+
+def apply_votes_(data: Data, impl: str, *, momentum: bool = False, rounding: Rounding | None = None) -> Call:
+    x, codes = data.param, data.codes()
+    options, m, g = _momentum(data) if momentum else ({}, (), ())
+    return Call(
+        lambda: kernels.apply_votes_(x, codes, **_RATES, **options, rounding=rounding, impl=impl),
+        (x, codes, *g, *m),
+        (x, *m),
+    )
+
+
+def foreach_apply_votes_(data: Data, impl: str) -> Call:
+    x, codes, g, m = data.param, data.codes(), data.grad, data.exp_avg
+    lists = {"grad": parts(g), "exp_avg": parts(m), "beta2": BETA2}
+    xs, packed = parts(x), parts(codes)
+    return Call(
+        lambda: kernels.foreach_apply_votes_(xs, packed, **_RATES, **lists, impl=impl), (x, codes, g, m), (x, m)
+    )
+
+
+def apply_codes_(data: Data, impl: str, *, momentum: bool = False, rounding: Rounding | None = None) -> Call:
+    x, codes = data.param, data.codes(2)
+    options, m, g = _momentum(data) if momentum else ({}, (), ())
+    return Call(
+        lambda: kernels.apply_codes_(x, codes, **_TERNARY, **_RATES, **options, rounding=rounding, impl=impl),
+        (x, codes, *g, *m),
+        (x, *m),
+    )
+
+
+def foreach_apply_codes_(data: Data, impl: str) -> Call:
+    x, codes, g, m = data.param, data.codes(2), data.grad, data.exp_avg
+    lists = {"grad": parts(g), "exp_avg": parts(m), "beta2": BETA2}
+    xs, packed = parts(x), parts(codes)
+    return Call(
+        lambda: kernels.foreach_apply_codes_(xs, packed, **_TERNARY, **_RATES, **lists, impl=impl),
+        (x, codes, g, m),
+        (x, m),
+    )
+
+
+def lion_step_(data: Data, impl: str, *, rounding: Rounding | None = None) -> Call:
+    x, g, m = data.param, data.grad, data.exp_avg
+    return Call(
+        lambda: kernels.lion_step_(x, g, m, **_RATES, **_BETAS, rounding=rounding, impl=impl), (x, g, m), (x, m)
+    )
+
+
+def foreach_lion_step_(data: Data, impl: str) -> Call:
+    tensors = data.param, data.grad, data.exp_avg
+    lists = list(map(parts, tensors))
+    return Call(
+        lambda: kernels.foreach_lion_step_(*lists, **_RATES, **_BETAS, impl=impl), tensors, (data.param, data.exp_avg)
+    )
+
+
+def quantize(data: Data, impl: str, *, bits: int = 2, stochastic: bool = False, scaled: bool = True) -> Call:
+    x, scale = data.grad, data.scale if scaled else None
+    return Call(
+        lambda: kernels.quantize(x, bits=bits, scale=scale, stochastic=stochastic, impl=impl),
+        (x,) if scaled else (x, x),
+        (new(packed_bytes(data.n, bits)),),
+    )
+
+
+def lion_quantize(data: Data, impl: str, *, bits: int = 2, stochastic: bool = False, scaled: bool = True) -> Call:
+    m, g, status, scale = data.exp_avg, data.grad, data.status, data.scale if scaled else None
+    return Call(
+        lambda: kernels.lion_quantize(
+            m, g, beta1=BETA1, bits=bits, scale=scale, stochastic=stochastic, status=status, impl=impl
+        ),
+        (m, g) if scaled else (m, g, m, g),
+        (new(packed_bytes(data.n, bits)),),
+    )
+
+
+def dequantize(data: Data, impl: str, *, bits: int = 2) -> Call:
+    codes, scale = data.codes(bits), data.scale
+    return Call(
+        lambda: kernels.dequantize(codes, scale, data.n, bits=bits, dtype=data.dtype, impl=impl),
+        (codes,),
+        (new(data.n, data.dtype),),
+    )
+
+
+def _momentum(data: Data) -> tuple[dict[str, Any], tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Options of the ops that advance the momentum, the momentum and the gradient."""
+    options = {"grad": data.grad, "exp_avg": data.exp_avg, "beta2": BETA2}
+    return options, (data.exp_avg,), (data.grad,)

@@ -1,0 +1,142 @@
+"""Timing: before every round of a call the stream is timed, so that each round has a baseline of its own.
+
+Times are CPU times of the one thread that runs, so that other processes' turns are not counted; on a GPU, wall clock.
+Where a call moves more than a few MB, both start with caches full of unrelated, unmodified data: a kernel that only
+reads would else write back for its predecessor. Smaller calls are repeated within a round, with warm caches.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from speed.data import Call
+from speed.machine import describe_machine
+from speed.streams import stream, wash_caches
+
+STREAM_BYTES = 12
+# beyond the caches a longer stream is no slower per byte
+_LONGEST_STREAM = 2**26
+_COLD_BYTES = 2**21
+_FEW_ROUNDS = 5
+# small calls need as much time as large ones, or one disturbance is all that they see
+_MOST_ROUNDS = {True: 31, False: 201}
+_ROUND_SECONDS = 1e-3
+_MOST_CALLS = 1000
+_TICK = 1e-7
+
+
+class Plan(NamedTuple):
+    """How a call is timed: rounds, and calls and streams in each."""
+
+    rounds: int
+    calls: int
+    streams: int
+    is_cold: bool
+
+
+def plan_rounds(bytes_moved: int, call_seconds: float, stream_seconds: float, budget: float) -> Plan:
+    """Rounds for about ``budget`` seconds of a call of that duration: at least 5, but 1 or 2 of what is very slow."""
+    is_cold = bytes_moved >= _COLD_BYTES
+    # a clock may not have moved
+    call_seconds, stream_seconds = max(call_seconds, _TICK), max(stream_seconds, _TICK)
+    calls = streams = 1
+    if not is_cold:
+        calls, streams = (
+            min(math.ceil(_ROUND_SECONDS / seconds), _MOST_CALLS) for seconds in (call_seconds, stream_seconds)
+        )
+    per_round = calls * call_seconds + streams * stream_seconds
+    fewest = min(_FEW_ROUNDS, math.ceil(2 * budget / per_round))
+    return Plan(max(min(int(budget / per_round), _MOST_ROUNDS[is_cold]), fewest), calls, streams, is_cold)
+
+
+def device_time() -> float:
+    """Wall clock once the GPU has nothing left to do."""
+    torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+class Workbench:
+    """Times calls on one device against its stream."""
+
+    def __init__(self, device: str = "cpu") -> None:
+        self.device = device
+        self.clock = time.thread_time if device == "cpu" else device_time
+
+    @cached_property
+    def _arrays(self) -> tuple[Any, Any]:
+        a, b = (torch.full((_LONGEST_STREAM,), value, device=self.device) for value in (0.0, 1.0))
+        return (a.numpy(), b.numpy()) if self.device == "cpu" else (a, b)
+
+    def stream_seconds(self, elements: int, times: int = 1) -> float:
+        """Seconds of the stream over so many elements, so many times."""
+        a, b = (array[:elements] for array in self._arrays)
+        start = self.clock()
+        if self.device == "cpu":
+            stream(a, b, np.float32(0.5), times)
+        else:
+            for _ in range(times):
+                a.add_(b, alpha=0.5)
+        return self.clock() - start
+
+    def measure(
+        self,
+        benchmark: Any,
+        call: Call,
+        *,
+        prelude: Callable[[], object] | None = None,
+        estimate: float | None = None,
+        budget: float = 0.5,
+        **labels: str,
+    ) -> None:
+        """Time ``call`` with pytest-benchmark, whose ``extra_info`` gets the labels and the streams' seconds.
+
+        ``prelude``, the same call on next to nothing, brings the interpreter's own code back into the caches: that
+        matters where a call takes a millisecond. ``estimate``, in seconds, saves the calls that would find it out.
+        """
+        bytes_moved = call.bytes_moved
+        elements = min(max(bytes_moved // STREAM_BYTES, 1), _LONGEST_STREAM)
+        if estimate is None:
+            estimate = self._estimate(call)
+        self.stream_seconds(elements)
+        plan = plan_rounds(bytes_moved, estimate, self.stream_seconds(elements), budget)
+        streams: list[float] = []
+
+        def setup() -> None:
+            self._begin(plan, prelude)
+            streams.append(self.stream_seconds(elements, plan.streams))
+            self._begin(plan, prelude)
+
+        def repeated() -> None:
+            for _ in range(plan.calls):
+                call.run()
+
+        target = call.run if plan.calls == 1 else repeated
+        benchmark.pedantic(target, setup=setup, rounds=plan.rounds, iterations=1, warmup_rounds=0)
+        benchmark.extra_info.update(
+            labels,
+            bytes=bytes_moved * plan.calls,
+            calls=plan.calls,
+            stream_bytes=elements * STREAM_BYTES * plan.streams,
+            stream_seconds=streams[-plan.rounds :],
+            machine=describe_machine(),
+        )
+
+    def _begin(self, plan: Plan, prelude: Callable[[], object] | None) -> None:
+        if plan.is_cold and self.device == "cpu":
+            wash_caches()
+            if prelude is not None:
+                prelude()
+
+    def _estimate(self, call: Call) -> float:
+        """Seconds of the second call: the first compiles."""
+        call.run()
+        start = self.clock()
+        call.run()
+        return self.clock() - start

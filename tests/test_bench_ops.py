@@ -1,0 +1,168 @@
+"""The benchmarks time every op, run, and count the bytes that docs/composing.md states. Nothing is timed here."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from lioncub import kernels
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
+
+from speed import report, streams
+from speed.cases import CASES, NOT_OPS, VOTERS, Case, Cell, cells
+from speed.data import DTYPES, PACKED, SIZES, Data
+from speed.peers import PEERS, Peer
+from speed.steps import STEPS, Step, gpt2_shapes, make_step
+from speed.workbench import plan_rounds
+
+N = 4096
+# as in the table of docs/composing.md, with fp32 tensors
+BYTES_PER_ELEMENT = {
+    "pack_signs": 4.125,
+    "unpack_signs": 4.125,
+    "lion_encode": 8.125,
+    "lion_encode_": 12.125,
+    "foreach_lion_encode": 8.125,
+    "lion_mix": 12,
+    "majority_vote:2_voters": 3 / 8,
+    "majority_vote:8_voters": 9 / 8,
+    "majority_vote:64_voters": 65 / 8,
+    "majority_vote:8_voters_counted": 9 / 8,
+    "count_votes": (8 + 4) / 8,
+    "majority_of_counts": (2 * 4 + 1) / 8,
+    "spread_codes": (1 + 4) / 8,
+    "unpack_fields": 4 + 4 / 8,
+    "majority_of_fields": (4 + 1) / 8,
+    "add_codes:1_bit": (8 * 1 + 4) / 8,
+    "add_codes:2_bits": (4 * 2 + 8) / 8,
+    "ternary_of_fields": (4 + 2) / 8,
+    "apply_votes_": 8.125,
+    "apply_votes_:momentum": 20.125,
+    "foreach_apply_votes_": 20.125,
+    "apply_codes_": 8 + 2 / 8,
+    "apply_codes_:momentum": 20 + 2 / 8,
+    "foreach_apply_codes_": 20 + 2 / 8,
+    "lion_step_": 20,
+    "foreach_lion_step_": 20,
+    "quantize:2_bits": 4 + 2 / 8,
+    "quantize:8_bits": 4 + 8 / 8,
+    "quantize:2_bits_own_scale": 8 + 2 / 8,
+    "quantize:2_bits_stochastic": 4 + 2 / 8,
+    "lion_quantize:2_bits": 8 + 2 / 8,
+    "lion_quantize:2_bits_own_scale": 16 + 2 / 8,
+    "lion_quantize:2_bits_stochastic": 8 + 2 / 8,
+    "dequantize:2_bits": 4 + 2 / 8,
+    "dequantize:8_bits": 4 + 8 / 8,
+}
+
+
+def test_every_op_is_timed() -> None:
+    assert {case.op for case in CASES} == set(kernels.__all__) - NOT_OPS
+    assert set(kernels.__all__) >= NOT_OPS, "what is no longer there needs no exception"
+
+
+def test_cases_have_names_of_their_own() -> None:
+    names = [case.name for case in CASES]
+    assert len(set(names)) == len(names)
+    assert all(re.fullmatch(r"\w+(:\w+)?", name) for name in names), "names are joined by slashes"
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_every_op_is_timed_on_every_implementation_dtype_and_size(case: Case) -> None:
+    impls = ["torch"] if case.op == "lion_mix" else ["cpu", "reference", "triton"]
+    for impl in ("torch", "cpu", "reference", "triton"):
+        found = {(cell.dtype, cell.size) for cell in cells(impl) if cell.case is case}
+        assert found == ({(d, s) for d in case.dtypes for s in SIZES} if impl in impls else set())
+    narrow = case.way == "stochastic"
+    assert case.dtypes in [(PACKED,), ("bf16", "fp16") if narrow else tuple(DTYPES)]
+
+
+def test_sizes_and_voters_are_those_asked_for() -> None:
+    assert SIZES == {"64Ki": 65_536, "1Mi": 1_048_576, "16Mi": 16_777_216}
+    assert {f"majority_vote:{n}_voters" for n in VOTERS} < {case.name for case in CASES}
+    assert VOTERS == (2, 8, 64)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_a_call_moves_the_bytes_that_the_docs_state(case: Case) -> None:
+    call = case.make(Data(N), "torch" if case.impls == ("torch",) else "reference")
+    if case.name in BYTES_PER_ELEMENT:
+        assert call.bytes_moved == N * BYTES_PER_ELEMENT[case.name]
+    else:
+        assert case.way == "stochastic"
+        nearest = next(other for other in CASES if other.name == case.op)
+        assert call.bytes_moved == nearest.make(Data(N), "reference").bytes_moved
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, PACKED])
+def test_calls_run_and_write_what_they_say(dtype: str) -> None:
+    for case in CASES:
+        if dtype not in case.dtypes:
+            continue
+        for impl in [impl for impl in case.impls if impl != "triton"]:
+            data = Data(N, Cell(case, impl, dtype, "64Ki").data_key()[1])
+            call = case.make(data, impl)
+            before = [tensor.clone() for tensor in (*call.reads, *call.writes)]
+            call.run()
+            for old, tensor in zip(before, (*call.reads, *call.writes), strict=True):
+                if not any(tensor is written for written in call.writes):
+                    assert torch.equal(old, tensor), f"{case.name}, {impl} changed what it is said to read"
+
+
+@pytest.mark.parametrize("peer", [p for p in PEERS if p.way != "torch.compile"], ids=lambda peer: peer.name)
+def test_peers_run_and_move_the_bytes_of_what_they_stand_beside(peer: Peer) -> None:
+    call = peer.make(Data(N))
+    call.run()
+    case = next(case for case in CASES if case.name == peer.of)
+    expected = case.make(Data(N), "reference").bytes_moved
+    is_read = peer.way == "two_reads"
+    assert call.bytes_moved == (8 * N if is_read else expected)
+
+
+@pytest.mark.parametrize("step", STEPS, ids=lambda step: step.name)
+def test_steps_run_on_a_small_gpt(step: Step) -> None:
+    shapes = [(100, 8), (16, 8), *gpt2_shapes(layers=2, width=8)[2:]]
+    call = make_step(step, shapes)
+    params = call.writes[: len(shapes)]
+    before = [param.clone() for param in params]
+    call.run()
+    assert all(not torch.equal(old, param) for old, param in zip(before, params, strict=True))
+
+
+def test_the_layout_is_that_of_gpt2_small() -> None:
+    shapes = gpt2_shapes()
+    assert len(shapes) == 148
+    assert sum(torch.Size(shape).numel() for shape in shapes) == 124_439_808
+
+
+def test_the_report_names_what_is_measured() -> None:
+    measured = {cell.name for impl in ("cpu", "reference") for cell in cells(impl)} | {peer.name for peer in PEERS}
+    assert {*report.TARGETS, report.STOCHASTIC, report.WORDS, report.READS} <= measured
+    assert (*SIZES, *DTYPES) == (*report.SIZES, *report.DTYPES)
+    assert {(report.GPT2, d) for d in DTYPES} | {(report.FLAT, d) for d in DTYPES} == {
+        (step.layout, step.dtype) for step in STEPS
+    }
+
+
+def test_streams_do_what_their_bytes_say() -> None:
+    a, b = torch.zeros(100).numpy(), torch.ones(100).numpy()
+    streams.stream(a, b, 0.5, 3)
+    assert (a == 1.5).all()
+    values = torch.arange(4096).numpy()
+    assert streams.read(values, values) == 4095
+    assert streams.philox(64) != streams.philox(128)
+
+
+def test_plans_bound_the_time_of_a_benchmark() -> None:
+    quick = plan_rounds(2**25, 0.01, 0.006, 0.5)
+    assert (quick.rounds, quick.calls, quick.streams, quick.is_cold) == (31, 1, 1, True)
+    assert plan_rounds(2**25, 0.4, 0.006, 0.5).rounds == 3
+    assert plan_rounds(2**25, 35.0, 0.006, 0.5).rounds == 1
+    small = plan_rounds(2**16, 50e-6, 1e-6, 0.5)
+    assert (small.calls, small.streams, small.is_cold) == (20, 1000, False)
+    assert plan_rounds(2**10, 0.0, 0.0, 0.5).rounds == 201, "a clock may not have moved"
