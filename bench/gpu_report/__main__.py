@@ -1,0 +1,11 @@
+"""``python bench/gpu_report --help``."""
+
+import sys
+from pathlib import Path
+
+# started by its folder's name, which puts the folder itself on the path instead of the one that holds the package
+sys.path[0] = str(Path(__file__).parents[1])
+
+from gpu_report.cli import main  # noqa: E402
+
+sys.exit(main())
