@@ -35,6 +35,7 @@ def _methods() -> dict[str, Method]:
         "2-bit linf": Quantized(bits=2, norm="linf"),
         "2-bit l1 stochastic": Quantized(bits=2, norm="l1", stochastic=True),
         "2-bit l1 blocks of 256": Quantized(bits=2, norm="l1", block=256),
+        "2-bit l1 stochastic blocks of 256": Quantized(bits=2, norm="l1", stochastic=True, block=256),
         "2-bit l1 feedback": Quantized(bits=2, norm="l1", error_feedback=True),
         "4-bit l1": Quantized(bits=4, norm="l1"),
         "4-bit linf": Quantized(bits=4, norm="linf"),
@@ -48,6 +49,8 @@ def _methods() -> dict[str, Method]:
         "growing": MomentumSync(every=4, schedule="growing"),
         "staggered 4 int8": MomentumSync(every=4, schedule="staggered", dtype="int8"),
         "staggered 8 int8": MomentumSync(every=8, schedule="staggered", dtype="int8"),
+        # the most that a fifteenth of fp32's bytes leaves room for
+        "staggered 9 int8": MomentumSync(every=9, schedule="staggered", dtype="int8"),
         "staggered 16 int8": MomentumSync(every=16, schedule="staggered", dtype="int8"),
         "staggered 32 int8": MomentumSync(every=32, schedule="staggered", dtype="int8"),
         "staggered 64 int8": MomentumSync(every=64, schedule="staggered", dtype="int8"),

@@ -13,7 +13,12 @@ from convergence.training import Config
 PLAIN_VOTE = "SignVote"
 # candidates for the default, and for skewed shards, whatever the screen says
 CANDIDATES = (PLAIN_VOTE, "SignVote + staggered 64 int8", "SignVote + staggered 32 int8")
-SKEWED_CANDIDATES = (PLAIN_VOTE, "SignVote + staggered 16 int8")
+SKEWED_CANDIDATES = (
+    PLAIN_VOTE,
+    "SignVote + staggered 9 int8",
+    "SignVote + staggered 4 int8",
+    "SignVote + staggered 16 int8",
+)
 # least ratios of fp32's bytes to a method's; the best method of each joins the candidates
 RATIOS = (24.0, 7.0)
 SKEWED_RATIO = 15.0
