@@ -4,14 +4,15 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint types bench netlab study study-quick setup clean
+.PHONY: demo test lint types bench bench-save bench-compare gpu-test gpu-bench gpu-report netlab study study-quick setup clean
 
 demo: setup
 	$(BIN)/lioncub train --method lion --method lioncub --workers 4 --layers 4 --context 64 --batch 8 \
 		--steps 300 --eval-every 30 --checkpoint-every 0 --out runs/demo --overwrite
 
+# two processes, each with whole files: most tests have one busy process, or wait for several
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: setup types
 	$(BIN)/ruff check .
@@ -23,10 +24,31 @@ types: setup
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --target build/types .
 	cd build/types && ../../$(BIN)/python -m mypy --config-file ../../pyproject.toml --package lioncub
 
+# a quarter of an hour, with the machine to itself; ONLY="cpu and 16Mi" times a part and writes no tables
 bench: setup
 	mkdir -p runs
-	$(BIN)/python -m pytest bench --quiet --benchmark-json=runs/bench.json
-	$(BIN)/python bench/report.py runs/bench.json docs/benchmarks.md
+	$(BIN)/python -m pytest bench --quiet --benchmark-quiet --benchmark-disable-gc --benchmark-json=runs/bench.json \
+		$(if $(ONLY),-k "$(ONLY)")
+	$(if $(ONLY),,$(BIN)/python bench/speed report docs/benchmarks.md)
+
+bench-save: setup
+	$(BIN)/python bench/speed save $(NAME)
+
+# fails where something takes longer, in streams, than it did
+bench-compare: setup
+	$(BIN)/python bench/speed compare $(if $(OLD),--old $(OLD)) $(if $(NEW),--new $(NEW)) \
+		$(if $(TOLERANCE),--tolerance $(TOLERANCE))
+
+# on a machine with a GPU: real kernels against the reference, then achieved bandwidth
+gpu-test: setup
+	TRITON_INTERPRET=0 $(BIN)/python -m pytest -m gpu
+
+gpu-bench: setup
+	$(BIN)/python bench/gpu.py --out docs
+
+# what every Triton kernel compiles to on each GPU, without one; a quarter of an hour
+gpu-report: setup
+	$(BIN)/python bench/gpu_report --jobs 2
 
 # needs root, iproute2 and iperf3, and the machine to itself for up to an hour
 netlab: setup

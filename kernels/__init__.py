@@ -16,11 +16,13 @@ from lioncub.kernels.lion import (
 )
 from lioncub.kernels.mixing import lion_mix
 from lioncub.kernels.quantization import dequantize, lion_quantize, quantize
+from lioncub.kernels.rounding import Rounding
 from lioncub.kernels.signs import pack_signs, unpack_signs
 from lioncub.kernels.sums import add_codes, ternary_of_fields
 from lioncub.kernels.vote import majority_vote
 
 __all__ = [
+    "Rounding",
     "add_codes",
     "apply_codes_",
     "apply_votes_",

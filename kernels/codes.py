@@ -19,6 +19,7 @@ from lioncub.kernels.checks import (
 from lioncub.kernels.gates import check_gate, let_through
 from lioncub.kernels.layout import FIELD_BITS, packed_bytes
 from lioncub.kernels.registry import mark_written, register
+from lioncub.kernels.rounding import Rounding, rounding_arguments, streams_of
 from lioncub.kernels.scalars import (
     Scalar,
     beta_scalar,
@@ -44,6 +45,8 @@ def apply_codes_(
     exp_avg: Tensor | None = None,
     beta2: Scalar | None = None,
     grad_scale: Scalar = 1.0,
+    rounding: Rounding | None = None,
+    tensor: int = 0,
     impl: str = "auto",
 ) -> None:
     """param = param*(1 - lr*weight_decay) - (step*code - offset) * (lr/divisor), and the momentum that goes with it.
@@ -59,6 +62,7 @@ def apply_codes_(
         step, offset, divisor: integers; step and divisor >= 1, and every step*code - offset within 2^24.
         lr, weight_decay, beta2: numbers or 0-dim tensors.
         grad, exp_avg: both or neither, of param's shape and storage order; exp_avg fp32 or of param's dtype.
+        rounding, tensor: round bf16 and fp16 results stochastically, by the stream of this tensor; else to nearest.
         impl: "auto", "triton", "cpu" or "reference".
     """
     check_float("param", param)
@@ -86,6 +90,8 @@ def apply_codes_(
         exp_avg=momenta,
         beta2=beta2,
         grad_scale=grad_scale,
+        rounding=rounding,
+        tensors=[tensor],
         impl=impl,
     )
 
@@ -105,22 +111,26 @@ def foreach_apply_codes_(
     beta2: Scalar | None = None,
     grad_scale: Scalar = 1.0,
     gate: Tensor | None = None,
+    rounding: Rounding | None = None,
+    tensors: Sequence[int] | None = None,
     impl: str = "auto",
 ) -> None:
     """`apply_codes_` of lists of 1-d tensors in storage order, on one device; they are not checked.
 
-    Where int32[n] ``gate`` is zero, a parameter and its momentum stay as they are.
+    Where int32[n] ``gate`` is zero, a parameter and its momentum stay as they are. ``tensors`` are the numbers of the
+    streams to round by, the tensors' places unless given.
     """
+    how = rounding_arguments(rounding, tensors, param)
     _check_format(bits, step, offset, divisor)
     check_gate(gate, param)
     rates = rate_scalar("lr", lr), rate_scalar("weight_decay", weight_decay)
     form = bits, step, offset, divisor
     if grad is None or exp_avg is None or beta2 is None:
         check_all_or_none(grad=grad, exp_avg=exp_avg, beta2=beta2)
-        _APPLY(param, packed, *form, *rates, gate, impl)
+        _APPLY(param, packed, *form, *rates, gate, *how, impl)
     else:
         b2, scale = beta_scalar("beta2", beta2), factor_scalar("grad_scale", grad_scale)
-        _APPLY_MOMENTUM(param, packed, *form, *rates, grad, exp_avg, b2, scale, gate, impl)
+        _APPLY_MOMENTUM(param, packed, *form, *rates, grad, exp_avg, b2, scale, gate, *how, impl)
 
 
 def _check_format(bits: int, step: int, offset: int, divisor: int) -> None:
@@ -143,13 +153,16 @@ def _apply(
     lr: Tensor,
     weight_decay: Tensor,
     gate: Tensor | None,
+    rounding: Tensor | None,
+    rounding_step: Tensor | None,
+    numbers: Sequence[int],
     impl: str,
 ) -> None:
-    gates, (x, codes) = let_through(gate, impl, param, packed)
+    options, (x, codes) = let_through(gate, streams_of(rounding, rounding_step, numbers), impl, param, packed)
     if x:
         run = backend(impl, x[0].device)
         rate = rate_of(lr, divisor)
-        run.apply_codes_(x, codes, bits, step, offset, rate, decay_of(lr, weight_decay), None, None, None, *gates)
+        run.apply_codes_(x, codes, bits, step, offset, rate, decay_of(lr, weight_decay), None, None, None, **options)
     mark_written(param)
 
 
@@ -167,24 +180,30 @@ def _apply_momentum(
     beta2: Tensor,
     grad_scale: Tensor,
     gate: Tensor | None,
+    rounding: Tensor | None,
+    rounding_step: Tensor | None,
+    numbers: Sequence[int],
     impl: str,
 ) -> None:
-    gates, (x, codes, g, m) = let_through(gate, impl, param, packed, grad, exp_avg)
+    options, (x, codes, g, m) = let_through(
+        gate, streams_of(rounding, rounding_step, numbers), impl, param, packed, grad, exp_avg
+    )
     if x:
         run = backend(impl, x[0].device)
         rate, decay = rate_of(lr, divisor), decay_of(lr, weight_decay)
-        run.apply_codes_(x, codes, bits, step, offset, rate, decay, g, m, mix_of(beta2, grad_scale), *gates)
+        run.apply_codes_(x, codes, bits, step, offset, rate, decay, g, m, mix_of(beta2, grad_scale), **options)
     mark_written(param, exp_avg)
 
 
 _APPLY = register(
     "apply_codes_(Tensor(a!)[] param, Tensor[] packed, int bits, int step, int offset, int divisor, Tensor lr, "
-    "Tensor weight_decay, Tensor? gate, str impl) -> ()",
+    "Tensor weight_decay, Tensor? gate, "
+    "Tensor? rounding, Tensor? rounding_step, int[] numbers, str impl) -> ()",
     _apply,
 )
 _APPLY_MOMENTUM = register(
     "apply_codes_with_momentum_(Tensor(a!)[] param, Tensor[] packed, int bits, int step, int offset, int divisor, "
     "Tensor lr, Tensor weight_decay, Tensor[] grad, Tensor(b!)[] exp_avg, Tensor beta2, Tensor grad_scale, "
-    "Tensor? gate, str impl) -> ()",
+    "Tensor? gate, Tensor? rounding, Tensor? rounding_step, int[] numbers, str impl) -> ()",
     _apply_momentum,
 )

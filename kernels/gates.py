@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lioncub.kernels.backends import resolve_impl
+from lioncub.kernels.rounding import Streams
 
 Lists = tuple[Sequence[Tensor], ...]
 
@@ -25,11 +27,20 @@ def check_gate(gate: Tensor | None, param: Sequence[Tensor]) -> None:
         raise ValueError(f"gate: expected device {param[0].device} (param's), got {gate.device}")
 
 
-def let_through(gate: Tensor | None, impl: str, *lists: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], Lists]:
-    """A backend's last arguments and the lists for it: Triton reads the gate, for others only open tensors remain."""
+def let_through(
+    gate: Tensor | None, streams: Streams | None, impl: str, *lists: Sequence[Tensor]
+) -> tuple[dict[str, Any], Lists]:
+    """A backend's options and the lists for it: Triton reads the gate, for others only open tensors remain.
+
+    Without ``streams`` everything is rounded to nearest.
+    """
+    options: dict[str, Any] = {} if streams is None else {"rounding": streams}
     if gate is None or not lists[0]:
-        return (), lists
+        return options, lists
     if resolve_impl(impl, lists[0][0].device) == "triton":
-        return (gate,), lists
+        return options | {"gate": gate}, lists
     is_open = gate.tolist()
-    return (), tuple([tensor for tensor, flag in zip(tensors, is_open, strict=True) if flag] for tensors in lists)
+    if streams is not None:
+        numbers = [number for number, flag in zip(streams.numbers, is_open, strict=True) if flag]
+        options = {"rounding": streams._replace(numbers=numbers)}
+    return options, tuple([tensor for tensor, flag in zip(tensors, is_open, strict=True) if flag] for tensors in lists)

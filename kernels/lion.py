@@ -26,6 +26,7 @@ from lioncub.kernels.checks import (
 from lioncub.kernels.gates import check_gate, let_through
 from lioncub.kernels.layout import packed_bytes
 from lioncub.kernels.registry import mark_written, register
+from lioncub.kernels.rounding import Rounding, rounding_arguments, streams_of
 from lioncub.kernels.scalars import (
     Scalar,
     beta_scalar,
@@ -100,6 +101,8 @@ def apply_votes_(
     grad: Tensor | None = None,
     exp_avg: Tensor | None = None,
     beta2: Scalar | None = None,
+    rounding: Rounding | None = None,
+    tensor: int = 0,
     impl: str = "auto",
 ) -> None:
     """One pass: param *= 1 - lr*weight_decay, param -= lr*(+1 or -1); optionally the momentum advances too.
@@ -109,6 +112,7 @@ def apply_votes_(
         packed: uint8[packed_bytes(n)] of voted one-bit codes.
         lr, weight_decay: numbers >= 0 or 0-dim tensors.
         grad, exp_avg, beta2: given together, exp_avg (mutated) becomes beta2*exp_avg + (1-beta2)*grad.
+        rounding, tensor: round bf16 and fp16 results stochastically, by the stream of this tensor; else to nearest.
         impl: "auto", "triton", "cpu" or "reference".
     """
     check_float("param", param)
@@ -116,14 +120,24 @@ def apply_votes_(
     check_packed("packed", packed, packed_bytes(x.numel()))
     check_device("packed", packed, "param", param)
     check_all_or_none(grad=grad, exp_avg=exp_avg, beta2=beta2)
-    if grad is None or exp_avg is None or beta2 is None:
-        foreach_apply_votes_([x], [packed], lr=lr, weight_decay=weight_decay, impl=impl)
-        return
-    check_float("grad", grad)
-    check_same_storage_order("grad", grad, "param", param)
-    check_exp_avg(exp_avg, param)
-    g, m = storage_order_view("grad", grad), storage_order_view("exp_avg", exp_avg)
-    foreach_apply_votes_([x], [packed], lr=lr, weight_decay=weight_decay, grad=[g], exp_avg=[m], beta2=beta2, impl=impl)
+    grads = momenta = None
+    if grad is not None and exp_avg is not None:
+        check_float("grad", grad)
+        check_same_storage_order("grad", grad, "param", param)
+        check_exp_avg(exp_avg, param)
+        grads, momenta = [storage_order_view("grad", grad)], [storage_order_view("exp_avg", exp_avg)]
+    foreach_apply_votes_(
+        [x],
+        [packed],
+        lr=lr,
+        weight_decay=weight_decay,
+        grad=grads,
+        exp_avg=momenta,
+        beta2=beta2,
+        rounding=rounding,
+        tensors=[tensor],
+        impl=impl,
+    )
 
 
 def lion_step_(
@@ -135,19 +149,33 @@ def lion_step_(
     beta1: Scalar,
     beta2: Scalar,
     weight_decay: Scalar,
+    rounding: Rounding | None = None,
+    tensor: int = 0,
     impl: str = "auto",
 ) -> None:
     """The whole Lion step of one worker in one pass (Chen et al. 2023, arXiv 2302.06675, algorithm 2).
 
     Mutates param (fp32, bf16 or fp16) and exp_avg (fp32 or param's dtype); grad, any of the three float dtypes,
-    is read. All have one shape and one storage order. sign(0) = 0: such an element only decays.
+    is read. All have one shape and one storage order. sign(0) = 0: such an element only decays. ``rounding`` and
+    ``tensor`` as in `apply_votes_`.
     """
     check_float("param", param)
     check_float("grad", grad)
     check_same_storage_order("grad", grad, "param", param)
     check_exp_avg(exp_avg, param)
     x, g, m = (storage_order_view("param", t) for t in (param, grad, exp_avg))
-    foreach_lion_step_([x], [g], [m], lr=lr, beta1=beta1, beta2=beta2, weight_decay=weight_decay, impl=impl)
+    foreach_lion_step_(
+        [x],
+        [g],
+        [m],
+        lr=lr,
+        beta1=beta1,
+        beta2=beta2,
+        weight_decay=weight_decay,
+        rounding=rounding,
+        tensors=[tensor],
+        impl=impl,
+    )
 
 
 def foreach_lion_encode(
@@ -179,17 +207,23 @@ def foreach_apply_votes_(
     beta2: Scalar | None = None,
     grad_scale: Scalar = 1.0,
     gate: Tensor | None = None,
+    rounding: Rounding | None = None,
+    tensors: Sequence[int] | None = None,
     impl: str = "auto",
 ) -> None:
-    """`apply_votes_` of lists; where int32[n] ``gate`` is zero, a parameter and its momentum stay as they are."""
+    """`apply_votes_` of lists; where int32[n] ``gate`` is zero, a parameter and its momentum stay as they are.
+
+    ``tensors`` are the numbers of the streams to round by, the tensors' places unless given.
+    """
+    how = rounding_arguments(rounding, tensors, param)
     rate, decay = rate_scalar("lr", lr), rate_scalar("weight_decay", weight_decay)
     check_gate(gate, param)
     if grad is None or exp_avg is None or beta2 is None:
         check_all_or_none(grad=grad, exp_avg=exp_avg, beta2=beta2)
-        _APPLY(param, packed, rate, decay, gate, impl)
+        _APPLY(param, packed, rate, decay, gate, *how, impl)
     else:
         b2, scale = beta_scalar("beta2", beta2), factor_scalar("grad_scale", grad_scale)
-        _APPLY_MOMENTUM(param, packed, rate, decay, grad, exp_avg, b2, scale, gate, impl)
+        _APPLY_MOMENTUM(param, packed, rate, decay, grad, exp_avg, b2, scale, gate, *how, impl)
 
 
 def foreach_lion_step_(
@@ -203,13 +237,17 @@ def foreach_lion_step_(
     weight_decay: Scalar,
     grad_scale: Scalar = 1.0,
     gate: Tensor | None = None,
+    rounding: Rounding | None = None,
+    tensors: Sequence[int] | None = None,
     impl: str = "auto",
 ) -> None:
-    """`lion_step_` of lists; where int32[n] ``gate`` is zero, a parameter and its momentum stay as they are."""
+    """`lion_step_` of lists; ``gate`` and ``tensors`` as in `foreach_apply_votes_`."""
+    how = rounding_arguments(rounding, tensors, param)
     check_gate(gate, param)
     rate, decay = rate_scalar("lr", lr), rate_scalar("weight_decay", weight_decay)
     b1, b2 = beta_scalar("beta1", beta1), beta_scalar("beta2", beta2)
-    _STEP(param, grad, exp_avg, rate, decay, b1, b2, factor_scalar("grad_scale", grad_scale), gate, impl)
+    scale = factor_scalar("grad_scale", grad_scale)
+    _STEP(param, grad, exp_avg, rate, decay, b1, b2, scale, gate, *how, impl)
 
 
 def _encode_arguments(
@@ -265,12 +303,15 @@ def _apply(
     lr: Tensor,
     weight_decay: Tensor,
     gate: Tensor | None,
+    rounding: Tensor | None,
+    rounding_step: Tensor | None,
+    numbers: Sequence[int],
     impl: str,
 ) -> None:
-    gates, (x, codes) = let_through(gate, impl, param, packed)
+    options, (x, codes) = let_through(gate, streams_of(rounding, rounding_step, numbers), impl, param, packed)
     if x:
         run = backend(impl, x[0].device)
-        run.apply_votes_(x, codes, rate_of(lr), decay_of(lr, weight_decay), None, None, None, *gates)
+        run.apply_votes_(x, codes, rate_of(lr), decay_of(lr, weight_decay), None, None, None, **options)
     mark_written(param)
 
 
@@ -284,13 +325,18 @@ def _apply_momentum(
     beta2: Tensor,
     grad_scale: Tensor,
     gate: Tensor | None,
+    rounding: Tensor | None,
+    rounding_step: Tensor | None,
+    numbers: Sequence[int],
     impl: str,
 ) -> None:
-    gates, (x, codes, g, m) = let_through(gate, impl, param, packed, grad, exp_avg)
+    options, (x, codes, g, m) = let_through(
+        gate, streams_of(rounding, rounding_step, numbers), impl, param, packed, grad, exp_avg
+    )
     if x:
         rate, decay = rate_of(lr), decay_of(lr, weight_decay)
         run = backend(impl, x[0].device)
-        run.apply_votes_(x, codes, rate, decay, g, m, mix_of(beta2, grad_scale), *gates)
+        run.apply_votes_(x, codes, rate, decay, g, m, mix_of(beta2, grad_scale), **options)
     mark_written(param, exp_avg)
 
 
@@ -304,13 +350,16 @@ def _step(
     beta2: Tensor,
     grad_scale: Tensor,
     gate: Tensor | None,
+    rounding: Tensor | None,
+    rounding_step: Tensor | None,
+    numbers: Sequence[int],
     impl: str,
 ) -> None:
-    gates, (x, g, m) = let_through(gate, impl, param, grad, exp_avg)
+    options, (x, g, m) = let_through(gate, streams_of(rounding, rounding_step, numbers), impl, param, grad, exp_avg)
     if x:
         rate, decay = rate_of(lr), decay_of(lr, weight_decay)
         run = backend(impl, x[0].device)
-        run.lion_step_(x, g, m, rate, decay, mix_of(beta1, grad_scale), mix_of(beta2, grad_scale), *gates)
+        run.lion_step_(x, g, m, rate, decay, mix_of(beta1, grad_scale), mix_of(beta2, grad_scale), **options)
     mark_written(param, exp_avg)
 
 
@@ -325,16 +374,19 @@ _ENCODE_ = register(
     _encode_,
 )
 _APPLY = register(
-    "apply_votes_(Tensor(a!)[] param, Tensor[] packed, Tensor lr, Tensor weight_decay, Tensor? gate, str impl) -> ()",
+    "apply_votes_(Tensor(a!)[] param, Tensor[] packed, Tensor lr, Tensor weight_decay, Tensor? gate, "
+    "Tensor? rounding, Tensor? rounding_step, int[] numbers, str impl) -> ()",
     _apply,
 )
 _APPLY_MOMENTUM = register(
     "apply_votes_with_momentum_(Tensor(a!)[] param, Tensor[] packed, Tensor lr, Tensor weight_decay, "
-    "Tensor[] grad, Tensor(b!)[] exp_avg, Tensor beta2, Tensor grad_scale, Tensor? gate, str impl) -> ()",
+    "Tensor[] grad, Tensor(b!)[] exp_avg, Tensor beta2, Tensor grad_scale, Tensor? gate, "
+    "Tensor? rounding, Tensor? rounding_step, int[] numbers, str impl) -> ()",
     _apply_momentum,
 )
 _STEP = register(
     "lion_step_(Tensor(a!)[] param, Tensor[] grad, Tensor(b!)[] exp_avg, Tensor lr, Tensor weight_decay, "
-    "Tensor beta1, Tensor beta2, Tensor grad_scale, Tensor? gate, str impl) -> ()",
+    "Tensor beta1, Tensor beta2, Tensor grad_scale, Tensor? gate, "
+    "Tensor? rounding, Tensor? rounding_step, int[] numbers, str impl) -> ()",
     _step,
 )

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lioncub.kernels.layout import largest_level
 from lioncub.kernels.random_bits import Stream, random_words
+from lioncub.kernels.rounding import Streams, round_stochastic
 from lioncub.kernels.scalars import Mix, round_to_float32
 
 
@@ -128,12 +129,13 @@ def apply_codes_(
     grad: Sequence[Tensor] | None,
     exp_avg: Sequence[Tensor] | None,
     beta2: Mix | None,
+    rounding: Streams | None = None,
 ) -> None:
     """param = param*decay - (step*code - offset)*rate; where given, exp_avg = beta2*exp_avg + (1-beta2)*grad."""
-    for x, codes in zip(param, packed, strict=True):
+    for i, (x, codes) in enumerate(zip(param, packed, strict=True)):
         direction = _unpack_fields(codes, x.numel(), bits).to(torch.int32) * step - offset
-        x.copy_(x.float() * decay - direction.float() * rate)
-    _advance(grad, exp_avg, beta2)
+        _store(x, x.float() * decay - direction.float() * rate, None if rounding is None else rounding.of_param(i))
+    _advance(grad, exp_avg, beta2, rounding)
 
 
 def apply_votes_(
@@ -144,12 +146,13 @@ def apply_votes_(
     grad: Sequence[Tensor] | None,
     exp_avg: Sequence[Tensor] | None,
     beta2: Mix | None,
+    rounding: Streams | None = None,
 ) -> None:
     """param = param*decay - lr*(+1/-1); where given, exp_avg = beta2*exp_avg + (1-beta2)*grad."""
-    for x, votes in zip(param, packed, strict=True):
+    for i, (x, votes) in enumerate(zip(param, packed, strict=True)):
         up = _unpack_fields(votes, x.numel(), 1) == 1
-        x.copy_(x.float() * decay - torch.where(up, lr, -lr))
-    _advance(grad, exp_avg, beta2)
+        _store(x, x.float() * decay - torch.where(up, lr, -lr), None if rounding is None else rounding.of_param(i))
+    _advance(grad, exp_avg, beta2, rounding)
 
 
 def lion_step_(
@@ -160,13 +163,14 @@ def lion_step_(
     decay: float,
     beta1: Mix,
     beta2: Mix,
+    rounding: Streams | None = None,
 ) -> None:
     """The whole Lion step of one worker; the sign of zero and of NaN is 0."""
-    for x, g, m in zip(param, grad, exp_avg, strict=True):
+    for i, (x, g, m) in enumerate(zip(param, grad, exp_avg, strict=True)):
         update = _mix(beta1, m, g)
         step = torch.where(update > 0, lr, 0.0) - torch.where(update < 0, lr, 0.0)
-        x.copy_(x.float() * decay - step)
-        m.copy_(_mix(beta2, m, g))
+        _store(x, x.float() * decay - step, None if rounding is None else rounding.of_param(i))
+        _store(m, _mix(beta2, m, g), None if rounding is None else rounding.of_momentum(i))
 
 
 def block_scale(x: Tensor, norm: str, block: int, scale: Tensor) -> None:
@@ -238,11 +242,21 @@ def _mix(mix: Mix, state: Tensor, incoming: Tensor) -> Tensor:
     return mix.kept * state.float() + mix.new * incoming.float()
 
 
-def _advance(grad: Sequence[Tensor] | None, exp_avg: Sequence[Tensor] | None, beta2: Mix | None) -> None:
+def _advance(
+    grad: Sequence[Tensor] | None, exp_avg: Sequence[Tensor] | None, beta2: Mix | None, rounding: Streams | None
+) -> None:
     """exp_avg = beta2*exp_avg + (1-beta2)*grad, where there are any."""
     if grad is not None and exp_avg is not None and beta2 is not None:
-        for m, g in zip(exp_avg, grad, strict=True):
-            m.copy_(_mix(beta2, m, g))
+        for i, (m, g) in enumerate(zip(exp_avg, grad, strict=True)):
+            _store(m, _mix(beta2, m, g), None if rounding is None else rounding.of_momentum(i))
+
+
+def _store(out: Tensor, value: Tensor, stream: Stream | None) -> None:
+    """out = fp32 ``value``, rounded to nearest or, with a stream, stochastically."""
+    if stream is None or out.dtype == torch.float32:
+        out.copy_(value)
+    else:
+        out.copy_(round_stochastic(value, out.dtype, random_words(stream, out.numel(), out.device)))
 
 
 def _flag_nonfinite(update: Tensor, status: Tensor | None, i: int) -> None:

@@ -4,31 +4,42 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 from torch import Tensor
 
 from lioncub.buckets import Bucket
-from lioncub.kernels import foreach_apply_codes_, foreach_apply_votes_, foreach_lion_step_
-from lioncub.kernels.checks import storage_order_view
+from lioncub.kernels import Rounding, foreach_apply_codes_, foreach_apply_votes_, foreach_lion_step_
+from lioncub.masters import Masters
 from lioncub.synchronizing import Means
 from lioncub.voting import BucketVote, Draft
 
 
 def plan_bucket(
-    bucket: Bucket, vote: BucketVote, means: Means | None, taking_part: Sequence[bool], draft: Draft
+    bucket: Bucket,
+    vote: BucketVote,
+    means: Means | None,
+    taking_part: Sequence[bool],
+    draft: Draft,
+    masters: Masters,
+    rounding: Rounding | None,
 ) -> Callable[[], None]:
     """The move of the parameters that take part, of their momentum and residuals: by the votes, or alone by plain Lion.
 
-    ``means`` take the place of the momentum that was averaged. Everything that can be refused is done here; the call
-    that is returned only computes and writes.
+    ``means`` take the place of the momentum that was averaged. Parameters that have masters are these, rounded to
+    nearest; others are rounded as ``rounding`` says. Everything that can be refused is done here; the call that is
+    returned only computes and writes.
     """
     chosen = [i for i, takes_part in enumerate(taking_part) if takes_part]
-    params = [storage_order_view(bucket.slots[i].name, bucket.slots[i].param) for i in chosen]
+    slots = [bucket.slots[i] for i in chosen]
+    params = [masters.of(slot.name, slot.param) for slot in slots]
+    how: dict[str, Any] = {"rounding": rounding, "tensors": [slot.number for slot in slots], "impl": draft.impl}
+    write_back = partial(masters.write_back, [slot.param for slot in slots])
     grads = [vote.ballot.grads[i] for i in chosen]
     momenta = [bucket.momenta[i] for i in chosen]
     now, grad_scale = draft.now[bucket.group_index], draft.grad_scale_of(bucket)
     if vote.voted is None:
-        return partial(
+        alone = partial(
             foreach_lion_step_,
             params,
             grads,
@@ -38,8 +49,9 @@ def plan_bucket(
             beta2=now.beta2,
             weight_decay=now.weight_decay,
             grad_scale=grad_scale,
-            impl=draft.impl,
+            **how,
         )
+        return partial(_move, bucket, alone, write_back, None, None, chosen)
     codes, workers = bucket.compression.codes, len(vote.headers)
     bits = codes.result_bits(workers)
     packed = bucket.split(vote.voted, bits)
@@ -59,19 +71,21 @@ def plan_bucket(
         exp_avg=momenta,
         beta2=now.beta2,
         grad_scale=grad_scale,
-        impl=draft.impl,
+        **how,
     )
-    return partial(_move, bucket, apply, means, vote.ballot.residuals, chosen)
+    return partial(_move, bucket, apply, write_back, means, vote.ballot.residuals, chosen)
 
 
 def _move(
     bucket: Bucket,
     apply: Callable[[], None],
+    write_back: Callable[[], None],
     means: Means | None,
     residuals: Sequence[Tensor] | None,
     chosen: Sequence[int],
 ) -> None:
     apply()
+    write_back()
     if means is not None:
         means.write(bucket)
     if residuals is not None and bucket.residuals is not None:

@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lioncub.arguments import parameter_names
 from lioncub.buckets import Bucket, build_buckets, packed_sizes
+from lioncub.capturable import CapturableStep
 from lioncub.collectives import Voter
+from lioncub.collectives.graph import GRAPH_ALGORITHMS, GraphVote
 from lioncub.collectives.handshake import digest
+from lioncub.collectives.traffic import candidates
 from lioncub.compression import Compression
 from lioncub.explaining import Explanation, Message, explain
 from lioncub.stats import BucketStats
@@ -33,8 +37,10 @@ class Arrangement:
         bucket_bytes: int | None,
         state: Mapping[Tensor, dict[str, Any]],
         compressions: Sequence[Compression],
+        momentum_dtype: torch.dtype,
     ) -> None:
         self._wiring, self._state, self._compressions = wiring, state, compressions
+        self._momentum_dtype = momentum_dtype
         # None: chosen by the model when the first groups are known
         self.bucket_bytes = bucket_bytes
         self.buckets: list[Bucket] = []
@@ -83,6 +89,17 @@ class Arrangement:
         ]
         return explain(messages, self._wiring.costs, approximate=self._wiring.approximate)
 
+    def capturable_step(self, reports: bool, impl: str) -> CapturableStep:
+        """The step of all buckets as they are now."""
+        wiring, votes = self._wiring, []
+        for bucket, voter in zip(self.buckets, self.voters, strict=bool(self.voters)):
+            algorithm = voter.algorithm
+            if wiring.algorithm == "auto":
+                possible = [name for name in candidates(wiring.costs.topology) if name in GRAPH_ALGORITHMS]
+                algorithm = min(possible, key=lambda name: wiring.costs.seconds(name, bucket.n_bytes))
+            votes.append(GraphVote(bucket.n_bytes, algorithm, wiring.group, impl))
+        return CapturableStep(self.buckets, votes, wiring.group, layout=self.layout, reports=reports, impl=impl)
+
     def _lay_out(
         self, param_groups: Sequence[dict[str, Any]], groups: range, ready: Mapping[Tensor, int]
     ) -> list[Bucket]:
@@ -93,7 +110,8 @@ class Arrangement:
             alone = self._wiring.workers == 1
             self.bucket_bytes = _ALONE_BYTES if alone else self._wiring.bucket_bytes(packed_sizes(members))
         compressions = dict(enumerate(self._compressions))
-        return build_buckets(members, self.bucket_bytes, compressions, ready if self._wiring.overlap else None)
+        order = ready if self._wiring.overlap else None
+        return build_buckets(members, self.bucket_bytes, compressions, order, self._momentum_dtype)
 
     def _use(self, buckets: list[Bucket]) -> None:
         # a voter that stays may have posted receives already

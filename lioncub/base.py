@@ -13,15 +13,18 @@ from torch import Tensor
 
 from lioncub.arguments import Hyperparameters, check_no_overlap, check_parameter, parameter_names
 from lioncub.kernels.backends import IMPLS, resolve_impl
+from lioncub.masters import Masters, master_of
+from lioncub.precision import Precision
 
 Params = Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]
 
 
 class MomentumOptimizer(torch.optim.Optimizer):
-    """Base of `Lion` and `LionCub`: one fp32 ``exp_avg`` per parameter, in the parameter's storage order.
+    """Base of `Lion` and `LionCub`: one ``exp_avg`` per parameter, in the parameter's storage order.
 
     A subclass creates the momentum of a new group in ``_create_state`` and keeps what must survive in
-    ``state[p]["exp_avg"]``, in the entries of ``state[p]`` that ``_optional_state`` names, and in its param groups.
+    ``state[p]["exp_avg"]``, in the entries of ``state[p]`` that ``_optional_state`` names, and in its param groups,
+    each of which has the step counter. With master weights there is ``state[p]["master"]`` too.
     """
 
     # further tensors that `state[p]` may hold, with what they are where a checkpoint has none
@@ -35,13 +38,16 @@ class MomentumOptimizer(torch.optim.Optimizer):
         weight_decay: float,
         maximize: bool,
         impl: str,
-        **group_defaults: Any,
+        precision: Precision,
     ) -> None:
         if impl not in IMPLS:
             raise ValueError(f"impl: expected one of {IMPLS}, got {impl!r}")
-        defaults = {"lr": lr, "betas": betas, "weight_decay": weight_decay, "maximize": maximize, **group_defaults}
+        # the step stands in the param groups because those survive in every kind of checkpoint
+        defaults = {"lr": lr, "betas": betas, "weight_decay": weight_decay, "maximize": maximize, "step": 0}
         Hyperparameters.of(defaults)
-        self._impl = impl
+        self._impl, self._precision = impl, precision
+        # of parameters that are known to be their masters, rounded
+        self._versions: dict[Tensor, int] = {}
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -54,6 +60,11 @@ class MomentumOptimizer(torch.optim.Optimizer):
         except BaseException:
             self.param_groups.pop()
             raise
+        self.param_groups[-1]["step"] = self.param_groups[0]["step"]
+        if self._precision.master_weights:
+            for param in self.param_groups[-1]["params"]:
+                if param.dtype != torch.float32:
+                    self.state[param]["master"] = master_of(param)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Load a checkpoint: momentum is copied bit for bit into the memory that the optimizer already uses.
@@ -71,12 +82,31 @@ class MomentumOptimizer(torch.optim.Optimizer):
                 mine.copy_(saved)
         for group, options in zip(self.param_groups, groups, strict=True):
             group.update(options)
+        # a parameter that is loaded, before or after, counts for more than a master
+        self._versions.clear()
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
     def _create_state(self, group_index: int) -> None:
         """Make the momentum of a new group; where it raises, it has changed nothing."""
         raise NotImplementedError
+
+    @property
+    def _masters(self) -> Masters:
+        return Masters(self.state, self._versions)
+
+    def _refresh_masters(self) -> None:
+        if self._precision.master_weights:
+            self._masters.refresh(self._named_parameters())
+
+    @property
+    def _step_count(self) -> int:
+        return int(self.param_groups[0]["step"])
+
+    def _advance(self) -> None:
+        step = self._step_count + 1
+        for group in self.param_groups:
+            group["step"] = step
 
     def _named_parameters(self) -> list[tuple[str, Tensor]]:
         """All parameters with the names that errors use, in the order of the groups."""
@@ -117,15 +147,18 @@ class MomentumOptimizer(torch.optim.Optimizer):
             if "exp_avg" not in saved and not param.requires_grad:
                 # distributed checkpointing leaves out the state of frozen parameters
                 continue
-            if "residual" in saved and "residual" not in mine:
-                raise ValueError(
-                    f"state_dict: expected no residual of parameter {name}, since this optimizer was built without "
-                    "error feedback, got one"
-                )
+            for entry, option in (("residual", "error feedback"), ("master", "master_weights=True")):
+                if entry in saved and entry not in mine and (entry == "residual" or param.dtype != torch.float32):
+                    raise ValueError(
+                        f"state_dict: expected no {entry} of parameter {name}, since this optimizer was built without "
+                        f"{option}, got one"
+                    )
             for entry, tensor in mine.items():
                 if entry in saved:
                     _check_saved(name, entry, tensor, saved[entry])
                     pairs.append((tensor, saved[entry]))
+                elif entry == "master":
+                    pairs.append((tensor, param.detach()))
                 elif entry in self._optional_state:
                     pairs.append((tensor, torch.full_like(tensor, self._optional_state[entry])))
                 else:
@@ -134,6 +167,8 @@ class MomentumOptimizer(torch.optim.Optimizer):
 
     def _warn_where_lr_moves_nothing(self, group: dict[str, Any]) -> None:
         """Warn, once per group, where most low-precision weights are too large for a step of lr to change them."""
+        if self._precision.keeps_small_steps:
+            return
         lr = Hyperparameters.of(group).lr
         low = [p.detach() for p in group["params"] if p.dtype != torch.float32 and p.numel()]
         total = sum(p.numel() for p in low)
@@ -146,7 +181,8 @@ class MomentumOptimizer(torch.optim.Optimizer):
             dtypes = ", ".join(sorted({str(p.dtype) for p in low}))
             warnings.warn(
                 f"lr {lr:g} is too small for parameters of {dtypes}: {stuck / total:.0%} of their elements are rounded "
-                "back to what they were by every step; use fp32 parameters or a larger lr",
+                "back to what they were by every step; use param_rounding='stochastic', master_weights=True, fp32 "
+                "parameters or a larger lr",
                 UserWarning,
                 stacklevel=4,
             )

@@ -1,7 +1,7 @@
 """Buckets: which parameters' votes travel in one message, and where in it each one stands.
 
-A bucket holds parameters of one param group on one device. Its momentum is one flat fp32 buffer in which, as in the
-message, every parameter starts on a 64-element boundary, so that the index of a code is the index of its momentum.
+A bucket holds parameters of one param group on one device. Its momentum is one flat buffer in which, as in the message,
+every parameter starts on a 64-element boundary, so that the index of a code is the index of its momentum.
 """
 
 from __future__ import annotations
@@ -61,14 +61,21 @@ class Bucket:
     ``n_bytes`` are those of one bit per code.
     """
 
-    def __init__(self, group_index: int, slots: Sequence[Slot], device: torch.device, compression: Compression) -> None:
+    def __init__(
+        self,
+        group_index: int,
+        slots: Sequence[Slot],
+        device: torch.device,
+        compression: Compression,
+        momentum_dtype: torch.dtype = torch.float32,
+    ) -> None:
         self.group_index, self.slots, self.device = group_index, tuple(slots), device
         self.compression = compression
         self.n_bytes = slots[-1].end // 8
         self.elements = sum(slot.numel for slot in slots)
-        self.exp_avg = torch.zeros(8 * self.n_bytes, dtype=torch.float32, device=device)
+        self.exp_avg = torch.zeros(8 * self.n_bytes, dtype=momentum_dtype, device=device)
         self.momenta = self._flat_views(self.exp_avg)
-        residual = torch.zeros_like(self.exp_avg) if compression.error_feedback else None
+        residual = torch.zeros_like(self.exp_avg, dtype=torch.float32) if compression.error_feedback else None
         self.residuals = None if residual is None else self._flat_views(residual)
         # what `state` holds: views of each parameter's in the parameter's shape and strides
         buffers = {"exp_avg": self.exp_avg} | ({} if residual is None else {"residual": residual})
@@ -110,6 +117,7 @@ def build_buckets(
     bucket_bytes: int,
     compressions: Mapping[int, Compression],
     ready: Mapping[Tensor, int] | None = None,
+    momentum_dtype: torch.dtype = torch.float32,
 ) -> list[Bucket]:
     """Buckets of at most ``bucket_bytes`` of one bit per code; a parameter that is larger stands alone.
 
@@ -119,22 +127,25 @@ def build_buckets(
     """
     buckets = []
     numbers = {
-        param: group_index * _GROUP_NUMBERS + i
-        for group_index, named in members.items()
-        for i, (_, param) in enumerate(named)
+        param: number_of(group_index, i) for group_index, named in members.items() for i, (_, param) in enumerate(named)
     }
     for (group_index, device), named in _by_device(members).items():
         slots: list[Slot] = []
         compression = compressions[group_index]
         for name, param in named if ready is None else sorted(named, key=lambda pair: ready[pair[1]]):
             if slots and slots[-1].end // 8 + packed_bytes(param.numel()) > bucket_bytes:
-                buckets.append(Bucket(group_index, slots, device, compression))
+                buckets.append(Bucket(group_index, slots, device, compression, momentum_dtype))
                 slots = []
             slots.append(_next_slot(slots, numbers[param], name, param))
-        buckets.append(Bucket(group_index, slots, device, compression))
+        buckets.append(Bucket(group_index, slots, device, compression, momentum_dtype))
     if ready is not None:
         buckets.sort(key=lambda bucket: max(ready[slot.param] for slot in bucket.slots))
     return buckets
+
+
+def number_of(group_index: int, i: int) -> int:
+    """The number of the i-th parameter of a group, its own wherever buckets begin and end."""
+    return group_index * _GROUP_NUMBERS + i
 
 
 def packed_sizes(members: Members) -> list[int]:

@@ -17,6 +17,7 @@ from lioncub.applying import plan_bucket
 from lioncub.arrangement import Arrangement
 from lioncub.base import MomentumOptimizer, Params
 from lioncub.buckets import Bucket, bucket_bytes_of
+from lioncub.capturable import CapturableStep, Rates, check_capturable, keep_tensors
 from lioncub.collectives import Voter, average_, handshake
 from lioncub.collectives.header import UNVERIFIED
 from lioncub.collectives.traffic import check_approximate
@@ -26,6 +27,7 @@ from lioncub.explaining import Explanation
 from lioncub.kernels import resolve_impl
 from lioncub.momentum_sync import MomentumSync, check_momentum_sync
 from lioncub.overlap import Overlap, refuse_with_overlap
+from lioncub.precision import Precision
 from lioncub.replicas import broadcast_tensors, check_equal
 from lioncub.stats import Stats
 from lioncub.synchronizing import NOT_MEASURED, Synchronizer
@@ -66,10 +68,18 @@ class LionCub(MomentumOptimizer):
         bucket_mb: largest message, in MiB of packed votes (1 MiB is 8.4 M parameters); unless given, the model chooses.
         overlap: send each bucket's votes while backward computes the next gradients. The result is the same, bit for
             bit; gradients must not be changed between backward and step.
+        capturable: never wait for a device within `step`, so that torch.compile traces it whole and a CUDA graph
+            captures it: errors are raised by the next step, or by `raise_errors`. For sign votes alone, without
+            overlap and synchronization; lr can be a 0-dim tensor that is changed in place.
         broadcast: start from the parameters of the group's first rank.
         on_nonfinite: where any gradient, momentum or update of any worker is not finite, "raise" NonFiniteError on
             all workers or "skip" the step on all.
         maximize: ascend instead of descend.
+        param_rounding: of bf16 and fp16 parameters: "nearest", or "stochastic", up or down at random so that steps
+            smaller than their spacing add up on average; no memory, no state.
+        master_weights: keep bf16 and fp16 parameters in fp32 too, in ``state[p]["master"]``, and move those.
+        momentum_dtype: torch.float32 or torch.bfloat16; the latter is rounded as ``param_rounding`` says.
+        rounding_seed: of stochastic rounding.
         impl: kernels to use: "auto", "triton", "cpu" or "reference".
 
     Raises ValueError or TypeError for arguments that are impossible, WorkersDisagreeError on all workers where their
@@ -97,11 +107,22 @@ class LionCub(MomentumOptimizer):
         profile: PathOrProfile | None = None,
         bucket_mb: float | None = None,
         overlap: bool = False,
+        capturable: bool = False,
         broadcast: bool = True,
         on_nonfinite: str = "raise",
         maximize: bool = False,
+        param_rounding: str = "nearest",
+        master_weights: bool = False,
+        momentum_dtype: torch.dtype = torch.float32,
+        rounding_seed: int = 0,
         impl: str = "auto",
     ) -> None:
+        precision = Precision(
+            param_rounding=param_rounding,
+            master_weights=master_weights,
+            momentum_dtype=momentum_dtype,
+            rounding_seed=rounding_seed,
+        )
         if on_nonfinite not in ("raise", "skip"):
             raise ValueError(f"on_nonfinite: expected 'raise' or 'skip', got {on_nonfinite!r}")
         bucket_bytes = None if bucket_mb is None else bucket_bytes_of(bucket_mb)
@@ -127,13 +148,19 @@ class LionCub(MomentumOptimizer):
         self._skipped = 0
         self._counts = (0, 0)
         self._is_built = False
-        super().__init__(params, lr, betas, weight_decay, maximize, impl, step=0)
+        super().__init__(params, lr, betas, weight_decay, maximize, impl, precision)
         if not self._named_parameters():
             raise ValueError("params: expected at least one parameter, got none")
         device = self._named_parameters()[0][1].device
         devices = sorted({str(param.device) for _, param in self._named_parameters()})
         if overlap and (len(devices) > 1 or device.type not in ("cpu", "cuda")):
             raise ValueError(f"overlap: expected all parameters on the CPU or on one CUDA device, got {devices}")
+        self._capturable = capturable
+        self._capturable_step: CapturableStep | None = None
+        if capturable:
+            precision.refuse_capturable()
+            check_capturable(self._wiring, devices, self._compressions, policy, drift_every)
+            self.param_groups[0]["step"] = torch.zeros((), dtype=torch.int64, device=device)
         facts = self._facts(bucket_mb)
         if self._workers > 1:
             handshake(facts, group=process_group, device=device)
@@ -143,7 +170,9 @@ class LionCub(MomentumOptimizer):
                 weakref.finalize(self, courier.close)
                 # the synchronizer is made later, and an average follows a vote
                 self._overlap = Overlap(courier, self._new_draft, lambda *what: self._sync.follower(*what))
-        self._arrangement = Arrangement(self._wiring, bucket_bytes, self.state, self._compressions)
+        self._arrangement = Arrangement(
+            self._wiring, bucket_bytes, self.state, self._compressions, precision.momentum_dtype
+        )
         routes = self._wiring.routes.group if self._workers > 1 else None
         self._sync = Synchronizer(
             policy, drift_every, self._arrangement, self.state, routes, self._workers, self._overlap is not None
@@ -152,6 +181,8 @@ class LionCub(MomentumOptimizer):
         self._add_buckets(range(len(self.param_groups)))
         self._make_equal()
         self._agreed = len(self._buckets)
+        if capturable:
+            self.verify()
         self._announce()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -207,7 +238,10 @@ class LionCub(MomentumOptimizer):
             with torch.enable_grad():
                 loss = closure()
         try:
-            self._take_step(has_closure=closure is not None)
+            if self._capturable:
+                self._take_capturable_step()
+            else:
+                self._take_step(has_closure=closure is not None)
         except Exception:
             # a GradScaler takes these back only after a step that returns; left behind, they would scale the next one
             self.__dict__.pop("grad_scale", None)
@@ -220,8 +254,11 @@ class LionCub(MomentumOptimizer):
 
         Raises ValueError or TypeError, with nothing changed, where groups, shapes or dtypes do not fit.
         """
+        kept = [{name: value for name, value in g.items() if isinstance(value, Tensor)} for g in self.param_groups]
         try:
             super().load_state_dict(state_dict)
+            if self._capturable:
+                keep_tensors(self.param_groups, kept)
             self._interrupted = False
         finally:
             # a user's hook can raise when the state has been loaded
@@ -233,11 +270,15 @@ class LionCub(MomentumOptimizer):
     def stats(self) -> Stats:
         """What the last step cost and how its votes fell; see `Stats`."""
         elements = max(sum(bucket.elements for bucket in self._buckets), 1)
-        buckets = self._arrangement.stats(self._seconds)
+        buckets, sent, skipped = self._arrangement.stats(self._seconds), self._sync.bytes_sent, self._skipped
+        if self._capturable_step is not None:
+            buckets = self._capturable_step.stats(buckets)
+            sent = self._capturable_step.control_bytes_sent
+            self._counts, skipped = self._capturable_step.counted()
         return Stats(
             steps=self._step_count,
-            skipped_steps=self._skipped,
-            bytes_sent_per_step=sum(bucket.bytes_sent for bucket in buckets) + self._sync.bytes_sent,
+            skipped_steps=skipped,
+            bytes_sent_per_step=sum(bucket.bytes_sent for bucket in buckets) + sent,
             sync_bytes_sent=self._sync.bytes_sent,
             communication_seconds=sum(bucket.seconds for bucket in buckets) + self._sync.seconds,
             exposed_seconds=self._exposed,
@@ -254,13 +295,44 @@ class LionCub(MomentumOptimizer):
         """
         return self._arrangement.explain()
 
+    def verify(self) -> None:
+        """Make sure that all workers have the same layout and parameters; a collective call.
+
+        A step does it by itself after construction, `load_state_dict` and `add_param_group`, unless it is compiled or
+        captured. Raises WorkersDisagreeError on all workers where they differ.
+        """
+        if self._workers > 1:
+            facts = {"the bucket layout": self._arrangement.layout, "the step": self._step_count}
+            handshake(facts, group=self._group, device=self._buckets[0].device)
+            self._make_equal()
+            self.check_replicas()
+        self._unverified, self._agreed = False, len(self._buckets)
+        if self._capturable:
+            # what has not been told yet can only be told by the names of then
+            self.raise_errors()
+            before = self._capturable_step
+            reports = self._on_nonfinite == "raise"
+            self._capturable_step = self._arrangement.capturable_step(reports, self._impl)
+            if before is not None:
+                self._capturable_step.skipped.copy_(before.skipped)
+
+    def raise_errors(self) -> None:
+        """With ``capturable``, raise what went wrong in steps since it was last asked; waits for the device.
+
+        NonFiniteError or WorkersDisagreeError, on all workers alike; no worker changed anything in such a step.
+        """
+        if self._capturable_step is not None:
+            self._capturable_step.raise_report(self._capturable_step.report)
+
     def check_replicas(self) -> None:
-        """Verify that all workers' parameters are bit-identical; a collective call.
+        """Verify that all workers' parameters, and masters, are bit-identical; a collective call.
 
         Raises WorkersDisagreeError on all workers, naming the first parameter that differs.
         """
         if self._workers > 1:
-            check_equal(self._named_parameters(), group=self._group)
+            self._refresh_masters()
+            named = self._named_parameters()
+            check_equal([*named, *self._masters.named(named)], group=self._group)
 
     def sync_momentum(self) -> None:
         """Average momentum over workers, summed in rank order, so that all hold the same bits; a collective call.
@@ -272,7 +344,9 @@ class LionCub(MomentumOptimizer):
                 {"the bucket layout": self._arrangement.layout}, group=self._group, device=self._buckets[0].device
             )
             for bucket in self._buckets:
-                average_(bucket.exp_avg, group=self._group)
+                mean = bucket.exp_avg.float()
+                average_(mean, group=self._group)
+                bucket.exp_avg.copy_(mean)
 
     def __getstate__(self) -> dict[str, Any]:
         raise TypeError("LionCub cannot be copied or pickled, since its process group cannot; use state_dict()")
@@ -284,11 +358,6 @@ class LionCub(MomentumOptimizer):
     @property
     def _voters(self) -> list[Voter]:
         return self._arrangement.voters
-
-    @property
-    def _step_count(self) -> int:
-        # it stands in the param groups because those survive in every kind of checkpoint
-        return int(self.param_groups[0]["step"])
 
     def _create_state(self, group_index: int) -> None:
         # at construction all groups are laid out together, when it is known how their votes will travel
@@ -303,7 +372,8 @@ class LionCub(MomentumOptimizer):
                 self.state[param]["drift"] = torch.full((), NOT_MEASURED, device=param.device)
         self._sync.forget()
         for i in groups:
-            self.param_groups[i]["step"] = self._step_count
+            # with capturable, one tensor that all groups share
+            self.param_groups[i]["step"] = self.param_groups[0]["step"]
         self._unequal += params
         self._unverified, self._order_known = True, False
         if self._overlap is not None:
@@ -326,11 +396,13 @@ class LionCub(MomentumOptimizer):
             "the number of parameters": len(self._named_parameters()),
             **self._wiring.facts(),
             "bucket_mb": None if bucket_mb is None else float(bucket_mb),
+            "capturable": self._capturable,
             "compression": list(self._compressions),
             "drift_every": self._drift_every,
             **({} if self._policy is None else self._policy.facts(self._named_parameters())),
             "broadcast": self._broadcast,
             "on_nonfinite": self._on_nonfinite,
+            **self._precision.facts(),
         }
         groups = [i for i, group in enumerate(self.param_groups) for _ in group["params"]]
         for i, (group_index, (name, p)) in enumerate(zip(groups, self._named_parameters(), strict=True)):
@@ -387,10 +459,27 @@ class LionCub(MomentumOptimizer):
                 if self._order_known and not self._unverified and not self._overlap.has_begun:
                     self._overlap.begin(self._buckets, self._voters)
 
+    def _take_capturable_step(self) -> None:
+        if torch.compiler.is_compiling() or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
+            if self._unverified:
+                raise RuntimeError("expected verify() before a compiled or captured step, since parameters are new")
+        else:
+            if self._unverified:
+                self.verify()
+            self._check_state()
+            assert self._capturable_step is not None
+            self._capturable_step.raise_last()
+        assert self._capturable_step is not None
+        scale, overflow = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        rates = [Rates.of(group) for group in self.param_groups]
+        self._capturable_step.run(rates, self.param_groups[0]["step"], scale, overflow)
+
     def _apply(self, votes: Sequence[BucketVote], verdict: Verdict, draft: Draft) -> None:
         means = self._sync.run(votes, verdict, draft)
+        self._refresh_masters()
+        rounding = self._precision.rounding(draft.step, draft.rank)
         moves = [
-            plan_bucket(bucket, vote, mean, taking_part, draft)
+            plan_bucket(bucket, vote, mean, taking_part, draft, self._masters, rounding)
             for bucket, vote, mean, taking_part in zip(self._buckets, votes, means, verdict.taking_part, strict=True)
         ]
         self._interrupted = True
@@ -432,11 +521,6 @@ class LionCub(MomentumOptimizer):
         _LOG.info("step %d skipped on all workers: %s", step, nonfinite or "the gradient scaler found an overflow")
         self._skipped += 1
         self._advance()
-
-    def _advance(self) -> None:
-        step = self._step_count + 1
-        for group in self.param_groups:
-            group["step"] = step
 
     def _announce(self) -> None:
         if self._wiring.rank != 0:

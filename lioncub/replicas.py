@@ -12,6 +12,7 @@ from torch import Tensor
 from lioncub.collectives.errors import WorkersDisagreeError, by_value
 from lioncub.collectives.handshake import digest
 from lioncub.collectives.transport import Group, all_gather, gather_objects, world_size_of
+from lioncub.kernels.registry import mark_written
 
 _CHUNK_BYTES = 1 << 24
 # odd, so that multiplication by it permutes the 64-bit integers
@@ -34,6 +35,9 @@ def broadcast_tensors(tensors: Iterable[Tensor], *, group: Group = None) -> None
             dist.broadcast(whole, group=group, group_src=0)
             if whole is not tensor:
                 tensor.copy_(whole)
+            else:
+                # a collective call does not say that it wrote
+                mark_written(tensor)
 
 
 def check_equal(named: Sequence[tuple[str, Tensor]], *, group: Group = None) -> None:

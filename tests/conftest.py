@@ -1,5 +1,5 @@
-"""Set before anything imports triton: its kernels then run on CPU tensors, in the interpreter."""
+"""Set before anything imports triton: its kernels then run on CPU tensors, interpreted, unless told otherwise."""
 
 import os
 
-os.environ["TRITON_INTERPRET"] = "1"
+os.environ.setdefault("TRITON_INTERPRET", "1")

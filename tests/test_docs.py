@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo
 import torch.distributed as dist
 from gloo_workers import results_of
 from torch import Tensor, nn
@@ -107,6 +108,16 @@ def test_the_training_example_runs(tmp_path: Path) -> None:
     assert float(lines[-1][1]) < 0.7 * float(lines[0][1]), "it must have learnt something"
     message = sum(packed_bytes(n) for n in (1024, 64, 64, 1))
     assert {int(sent) for *_, sent in lines} == {bytes_sent("all_gather", message, 2, header_bytes(4))}
+
+
+@pytest.mark.skipif(not hasattr(torch._dynamo.config, "trace_autograd_ops"), reason="needs torch 2.13")
+def test_the_compiled_example_runs(tmp_path: Path) -> None:
+    printed = _under_torchrun(DOCS / "examples" / "compiled.py", tmp_path)
+    lines = re.findall(r"step (\d+): loss ([\d.]+), (\d+) bytes sent per step", printed)
+    assert [int(step) for step, *_ in lines] == [20, 40, 60, 80, 100]
+    assert float(lines[-1][1]) < 0.7 * float(lines[0][1]), "it must have learnt something"
+    control = 8 * (3 + 5 + 2 + 1)
+    assert {int(sent) for *_, sent in lines} == {sum(packed_bytes(n) for n in (1024, 64, 256, 4)) + control}
 
 
 def run_the_pieces(rank: int, world_size: int, folder: str) -> list[str]:

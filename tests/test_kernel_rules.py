@@ -189,6 +189,9 @@ def _op_arguments(impl: str) -> dict[str, tuple[Any, ...]]:
     status, scale, stream = torch.zeros(1, dtype=torch.int32), torch.ones(1), torch.tensor([1, 2, 3, 4])
     counts = torch.zeros(2, dtype=torch.int64)
     one, parity, gate = _scalar(1.0), torch.tensor(3), torch.ones(1, dtype=torch.int32)
+    low, nearest = x.bfloat16(), (None, None, [])
+    stochastic = (torch.tensor([7, 2**31 + 1]), torch.tensor(5), [9])
+    flat, codes, gates = torch.zeros(256), torch.zeros(32, dtype=torch.uint8), torch.ones(2, dtype=torch.int32)
     b1, b2, lr, wd = _scalar(0.9), _scalar(0.99), _scalar(0.1), _scalar(0.01)
     return {
         "pack_signs": (x, parity, bits, impl),
@@ -203,11 +206,14 @@ def _op_arguments(impl: str) -> dict[str, tuple[Any, ...]]:
         "majority_of_fields": (torch.zeros(64, dtype=torch.uint8), 4, 3, parity, bits, counts, impl),
         "add_codes": (torch.zeros(3, 16, dtype=torch.uint8), 1, 4, fours, impl),
         "ternary_of_fields": (fours[:32], 4, 2, 3, 3, bits, counts, impl),
-        "apply_codes_": ([x], [fours[:32]], 2, 1, 1, 1, lr, wd, None, impl),
-        "apply_codes_with_momentum_": ([x], [fours], 4, 1, 7, 7, lr, wd, [g], [m], b2, one, gate, impl),
-        "apply_votes_": ([x], [bits], lr, wd, gate, impl),
-        "apply_votes_with_momentum_": ([x], [bits], lr, wd, [g], [m], b2, one, None, impl),
-        "lion_step_": ([x], [g], [m], lr, wd, b1, b2, one, gate, impl),
+        "apply_codes_": ([low], [fours[:32]], 2, 1, 1, 1, lr, wd, None, *stochastic, impl),
+        "apply_codes_with_momentum_": ([x], [fours], 4, 1, 7, 7, lr, wd, [g], [m], b2, one, gate, *nearest, impl),
+        "apply_votes_": ([x], [bits], lr, wd, gate, *nearest, impl),
+        "apply_votes_with_momentum_": ([low], [bits], lr, wd, [g], [m], b2, one, None, *stochastic, impl),
+        "lion_step_": ([low], [g], [m], lr, wd, b1, b2, one, gate, *stochastic, impl),
+        "encode_bucket": (flat, [g, x], [0, 128], b1, parity, codes, torch.zeros(2, dtype=torch.int32), one, impl),
+        "apply_bucket_": ([x, g], codes, [0, 128], lr, wd, [m, m], flat, b2, one, gates, impl),
+        "step_bucket_": ([x, g], [m, m], flat, [0, 128], lr, wd, b1, b2, one, gates, impl),
         "block_scale": (x, scale, "l1", 0, impl),
         "lion_block_scale": (m, g, b1, one, scale, "l2", 0, impl),
         "quantize": (x, scale, stream, fields, 2, "l1", 0, True, impl),

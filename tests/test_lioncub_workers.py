@@ -64,7 +64,7 @@ def same_data_as_lion(rank: int, world_size: int, algorithm: str) -> int:
     return cub.stats().steps
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("world_size", [1, 2, 5])
 def test_with_the_same_data_everywhere_lioncub_is_lion(world_size: int) -> None:
     for algorithm in ("all_gather", "reduce_scatter"):
         assert results_of(same_data_as_lion, world_size, algorithm) == [20] * world_size

@@ -21,7 +21,7 @@ from lioncub.kernels.random_bits import Stream, random_words
 from lioncub.kernels.scalars import Mix
 from lioncub.kernels.triton_gpu.arithmetic import narrow, round_half_even, widen
 from lioncub.kernels.triton_gpu.launch import launching_on
-from lioncub.kernels.triton_gpu.quantization import random_rows, signed_words
+from lioncub.kernels.triton_gpu.random_rows import random_rows, signed_words
 from lioncub.kernels.triton_gpu.rows import element_offsets
 
 pytestmark = pytest.mark.skipif(not triton_gpu.INTERPRETED, reason="needs TRITON_INTERPRET=1")
@@ -55,7 +55,7 @@ def _round_values_kernel(x_ptr, out_ptr, BLOCK_SIZE: tl.constexpr):
 @pytest.mark.parametrize("row_start", [0, 2**12])
 def test_random_words_are_the_reference_words(stream: Stream, row_start: int) -> None:
     found = torch.full((128,), -1, dtype=torch.int64)
-    _draw_words_kernel[(1,)](found, row_start, *signed_words(stream))
+    _draw_words_kernel[(1,)](found, row_start, *signed_words(*stream.key, stream.step, stream.tensor, stream.worker))
     expected = random_words(stream, 8 * row_start + 128, torch.device("cpu"))[8 * row_start :]
     assert torch.equal(found, expected)
 

@@ -1,7 +1,7 @@
 """bf16 and fp16 in integers, exact and without branches, so that loops over them vectorize.
 
-`widen` reads an element of any storage dtype as float32; `narrow` rounds a float32 to one, half to even. A NaN
-stays a NaN; its payload is not kept.
+`widen` reads an element of any storage dtype as float32; `narrow` rounds a float32 to one, half to even, and
+`narrow_stochastic` up or down by a random word. A NaN stays a NaN; its payload is not kept.
 """
 
 from __future__ import annotations
@@ -25,6 +25,16 @@ def widen(element: Any) -> Any:
 def narrow(value: Any, dtype: Any) -> Any:
     """``value``, a float32, rounded to a storage dtype."""
     raise NotImplementedError("narrow: runs in compiled code alone")
+
+
+def narrow_stochastic(value: Any, dtype: Any, word: Any) -> Any:
+    """``value`` rounded to a storage dtype as in `lioncub.kernels.rounding.round_stochastic`, by a uint32."""
+    raise NotImplementedError("narrow_stochastic: runs in compiled code alone")
+
+
+def is_rounded(dtype: Any) -> Any:
+    """Whether float32 values are rounded when they are stored as ``dtype``."""
+    raise NotImplementedError("is_rounded: runs in compiled code alone")
 
 
 @device_function
@@ -75,6 +85,33 @@ def float32_to_fp16(value: np.float32) -> np.int16:
     return np.uint16(half | sign).view(np.int16)
 
 
+@device_function
+def float32_to_bf16_stochastic(value: np.float32, word: np.uint32) -> np.uint16:
+    bits = np.float32(value).view(np.uint32)
+    rounded = np.uint16(np.uint32(bits + np.uint32(word & np.uint32(0xFFFF))) >> np.uint32(16))
+    is_past_largest = np.uint32(bits & _MAGNITUDE) > np.uint32(0x7F7F0000)
+    return float32_to_bf16(value) if is_past_largest else rounded
+
+
+@device_function
+def float32_to_fp16_stochastic(value: np.float32, word: np.uint32) -> np.int16:
+    bits = np.float32(value).view(np.uint32)
+    sign = np.uint32((bits & np.uint32(0x80000000)) >> np.uint32(16))
+    magnitude = np.uint32(bits & _MAGNITUDE)
+    # the exponent's bias shrinks by 112
+    cut = np.uint32(np.uint32(magnitude + np.uint32(word & np.uint32(0x1FFF))) - np.uint32(0x38000000))
+    is_normal = magnitude >= np.uint32(0x38800000)
+    small = np.uint32(np.uint32(0) if is_normal else magnitude).view(np.float32)
+    count = np.float32(small * np.float32(2.0**24))
+    whole = np.int32(count)
+    uniform = np.float32(np.float32(np.int32(word >> np.uint32(8))) * np.float32(2.0**-24))
+    one_more = np.uint32(1) if uniform < np.float32(count - np.float32(whole)) else np.uint32(0)
+    subnormal = np.uint32(np.uint32(whole) + one_more)
+    half = np.uint32(cut >> np.uint32(13)) if is_normal else subnormal
+    rounded = np.uint16(half | sign).view(np.int16)
+    return float32_to_fp16(value) if magnitude > np.uint32(0x477FE000) else rounded
+
+
 @overload(widen)
 def _widen(element: Any) -> Any:
     convert = {types.float32: _same, types.uint16: bf16_to_float32, types.int16: fp16_to_float32}[element]
@@ -99,3 +136,29 @@ def _narrow(value: Any, dtype: Any) -> Any:
 @device_function
 def _same(value: np.float32) -> np.float32:
     return value
+
+
+@overload(narrow_stochastic)
+def _narrow_stochastic(value: Any, dtype: Any, word: Any) -> Any:
+    functions = {types.uint16: float32_to_bf16_stochastic, types.int16: float32_to_fp16_stochastic}
+    convert = {types.float32: _itself, **functions}[dtype.dtype]
+
+    def implementation(value: Any, dtype: Any, word: Any) -> Any:
+        return convert(value, word)
+
+    return implementation
+
+
+@device_function
+def _itself(value: np.float32, word: np.uint32) -> np.float32:
+    return value
+
+
+@overload(is_rounded)
+def _is_rounded(dtype: Any) -> Any:
+    answer = dtype.dtype != types.float32
+
+    def implementation(dtype: Any) -> Any:
+        return answer
+
+    return implementation

@@ -8,12 +8,16 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from lioncub.kernels.numba_cpu.arithmetic import mix, signed_step, voted
 from lioncub.kernels.numba_cpu.bits import any_nonfinite, pack_word, unpack_word
 from lioncub.kernels.numba_cpu.compiling import device_function, kernel
 from lioncub.kernels.numba_cpu.floats import is_finite, narrow, widen
 from lioncub.kernels.numba_cpu.lists import addresses, element_addresses, launch, nth_word, share
 from lioncub.kernels.numba_cpu.memory import STATUS, WORDS, array_at, prefetch_word
+from lioncub.kernels.numba_cpu.momentum import advance
+from lioncub.kernels.numba_cpu.rounding import move_stochastic, step_stochastic
 from lioncub.kernels.numba_cpu.signs import parity_word
+from lioncub.kernels.rounding import Streams
 from lioncub.kernels.scalars import Mix
 
 
@@ -52,8 +56,14 @@ def apply_votes_(
     grad: Sequence[Tensor] | None,
     exp_avg: Sequence[Tensor] | None,
     beta2: Mix | None,
+    rounding: Streams | None = None,
 ) -> None:
     """param = param*decay - lr*(+1/-1); where given, exp_avg = beta2*exp_avg + (1-beta2)*grad."""
+    if rounding is not None:
+        # a vote is a code of one bit, 2*code - 1
+        move_stochastic(param, packed, (1, 2, 1), lr, decay, rounding)
+        advance(grad, exp_avg, beta2, rounding)
+        return
     others = (addresses(packed),)
     if grad is None or exp_avg is None or beta2 is None:
         launch(_apply_kernel, (param,), others, lr, decay)
@@ -69,15 +79,13 @@ def lion_step_(
     decay: float,
     beta1: Mix,
     beta2: Mix,
+    rounding: Streams | None = None,
 ) -> None:
     """The whole Lion step of one worker; the sign of zero and of NaN is 0."""
+    if rounding is not None:
+        step_stochastic(param, grad, exp_avg, lr, decay, beta1, beta2, rounding)
+        return
     launch(_step_kernel, (param, grad, exp_avg), (), lr, decay, *beta1, *beta2)
-
-
-@device_function
-def mix(kept: np.float32, new: np.float32, state: np.float32, incoming: np.float32) -> np.float32:
-    """fl(fl(kept*state) + fl(new*incoming)) in fp32 (rule 1): two products, one sum, never fused."""
-    return np.float32(np.float32(kept * state) + np.float32(new * incoming))
 
 
 @device_function
@@ -92,18 +100,6 @@ def raise_status(status_ptr: int) -> None:
     """Set the int32 at an address, where there is one, to 1; threads may do so at the same time."""
     if status_ptr != 0:
         array_at(status_ptr, 0, 1, STATUS)[0] = 1
-
-
-@device_function
-def voted(x: np.float32, step: np.float32, decay: np.float32) -> np.float32:
-    return np.float32(np.float32(x * decay) - step)
-
-
-@device_function
-def _signed_step(update: np.float32, lr: np.float32) -> np.float32:
-    up = lr if update > np.float32(0.0) else np.float32(0.0)
-    down = lr if update < np.float32(0.0) else np.float32(0.0)
-    return np.float32(up - down)
 
 
 @kernel
@@ -284,6 +280,6 @@ def _step_kernel(
             m = array_at(m_ptr, start, count, m_dtype)
             for j in range(count):
                 state, incoming = widen(m[j]), widen(g[j])
-                step = _signed_step(mix(b1, b1c, state, incoming), rate)
+                step = signed_step(mix(b1, b1c, state, incoming), rate)
                 x[j] = narrow(voted(widen(x[j]), step, kept), x_dtype)
                 m[j] = narrow(mix(b2, b2c, state, incoming), m_dtype)

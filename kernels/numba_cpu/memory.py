@@ -20,6 +20,8 @@ STORAGE = {
 }
 WORDS = np.dtype(np.uint64)
 STATUS = np.dtype(np.int32)
+# codes of 16 bits
+WIDE_CODES = np.dtype(np.uint16)
 
 _CACHE_LINE = 64
 _POINTER = ir.IntType(8).as_pointer()

@@ -33,6 +33,27 @@ def narrow(value, dtype: tl.constexpr):
 
 
 @triton.jit
+def narrow_stochastic(value, dtype: tl.constexpr, random_word):
+    """fp32 ``value`` as bf16 or fp16 by a uint32, as in `lioncub.kernels.rounding.round_stochastic`."""
+    bits = value.to(tl.uint32, bitcast=True)
+    magnitude = bits & 0x7FFFFFFF
+    if dtype == tl.bfloat16:
+        rounded = (bits + (random_word & 0xFFFF)) >> 16
+        is_past_largest = magnitude > 0x7F7F0000
+    else:
+        is_normal = magnitude >= 0x38800000
+        # the exponent's bias shrinks by 112
+        normal = (magnitude + (random_word & 0x1FFF) - 0x38000000) >> 13
+        # below 2^-14 a count of 2^-24
+        count = tl.where(is_normal, 0.0, tl.abs(value)) * 16777216.0
+        subnormal = round_stochastic(count, random_word).to(tl.uint32)
+        rounded = tl.where(is_normal, normal, subnormal) | ((bits >> 16) & 0x8000)
+        is_past_largest = magnitude > 0x477FE000
+    nearest = narrow(value, dtype).to(tl.uint16, bitcast=True)
+    return tl.where(is_past_largest, nearest, rounded.to(tl.uint16)).to(dtype, bitcast=True)
+
+
+@triton.jit
 def mix(kept, new, state, incoming):
     """fl(fl(kept*state) + fl(new*incoming)) of fp32 values (rule 1); kernels are launched with fusion off."""
     return kept * state + new * incoming

@@ -8,10 +8,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lioncub.kernels.rounding import Streams
 from lioncub.kernels.scalars import Mix, Number
 from lioncub.kernels.triton_gpu.launch import BLOCK_SIZE, elementwise_threads, launching_on, options, tiles
 from lioncub.kernels.triton_gpu.lion_lists import _apply_all_votes_kernel, _encode_updates_kernel, _step_all_kernel
 from lioncub.kernels.triton_gpu.lion_tiles import apply_votes_tile, encode_tile, step_tile
+from lioncub.kernels.triton_gpu.random_rows import ROUNDING_ARGUMENTS, numbers_of, rounding_arguments, stream_number
 from lioncub.kernels.triton_gpu.rows import tile_rows
 from lioncub.kernels.triton_gpu.tables import is_shut, only_one, pointer_or, table_of
 
@@ -39,7 +41,7 @@ def _encode_update_kernel(
     encode_tile(exp_avg_ptr, grad_ptr, out_ptr, status_ptr, numbers, rows, n_elements, ADVANCE, HAS_STATUS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=[*ROUNDING_ARGUMENTS, "tensor"])
 def _apply_votes_kernel(
     param_ptr,
     packed_ptr,
@@ -50,19 +52,28 @@ def _apply_votes_kernel(
     decay,
     beta2,
     beta2_new,
+    seed_low,
+    seed_high,
+    rounding_step,
+    momentum_worker,
+    tensor,
     n_elements,
     ADVANCE: tl.constexpr,
     HAS_GATE: tl.constexpr,
+    ROUNDING: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
 ):
     if is_shut(gate_ptr, HAS_GATE):
         return
     numbers = (lr, decay, beta2, beta2_new)
+    streams = ((seed_low, seed_high, rounding_step, tensor), momentum_worker)
     rows = tile_rows(BLOCK_SIZE)
-    apply_votes_tile(param_ptr, packed_ptr, grad_ptr, exp_avg_ptr, numbers, rows, n_elements, ADVANCE)
+    apply_votes_tile(
+        param_ptr, packed_ptr, grad_ptr, exp_avg_ptr, numbers, streams, rows, n_elements, ADVANCE, ROUNDING
+    )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=[*ROUNDING_ARGUMENTS, "tensor"])
 def _step_lion_kernel(
     param_ptr,
     grad_ptr,
@@ -74,15 +85,22 @@ def _step_lion_kernel(
     beta1_new,
     beta2,
     beta2_new,
+    seed_low,
+    seed_high,
+    rounding_step,
+    momentum_worker,
+    tensor,
     n_elements,
     HAS_GATE: tl.constexpr,
+    ROUNDING: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
 ):
     if is_shut(gate_ptr, HAS_GATE):
         return
     numbers = (lr, decay, beta1, beta1_new, beta2, beta2_new)
-    offsets = tl.program_id(0).to(tl.int64) * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
-    step_tile(param_ptr, grad_ptr, exp_avg_ptr, numbers, offsets, n_elements)
+    streams = ((seed_low, seed_high, rounding_step, tensor), momentum_worker)
+    start = tl.program_id(0).to(tl.int64) * BLOCK_SIZE
+    step_tile(param_ptr, grad_ptr, exp_avg_ptr, numbers, streams, start, n_elements, ROUNDING, BLOCK_SIZE)
 
 
 def lion_encode(
@@ -119,21 +137,22 @@ def apply_votes_(
     exp_avg: Sequence[Tensor] | None,
     beta2: Mix | None,
     gate: Tensor | None = None,
+    rounding: Streams | None = None,
 ) -> None:
     """See `lioncub.kernels.reference.apply_votes_`; a parameter stays as it is where int32[n] ``gate`` is zero."""
     advance = grad is not None and exp_avg is not None and beta2 is not None
     # never read unless the momentum advances
     g, m = (param, param) if grad is None or exp_avg is None else (grad, exp_avg)
-    numbers, flags = (lr, decay, *(beta2 or UNUSED)), (advance, gate is not None)
+    how, kind = rounding_arguments(rounding)
+    numbers, flags = (lr, decay, *(beta2 or UNUSED), *how), (advance, gate is not None, kind)
     i = only_one(param)
     with launching_on(param[0]):
         threads = options(param[0].device, elementwise_threads(*param, *g, *m))
         if i is not None:
-            n, gate = param[i].numel(), None if gate is None else gate[i : i + 1]
-            _apply_votes_kernel[tiles(n)](
-                param[i], packed[i], g[i], m[i], pointer_or(gate, packed[i]), *numbers, n, *flags, BLOCK_SIZE, **threads
-            )
-        elif table := table_of(param, packed, g, m):
+            n, gate, tensor = param[i].numel(), None if gate is None else gate[i : i + 1], stream_number(rounding, i)
+            tensors = (param[i], packed[i], g[i], m[i], pointer_or(gate, packed[i]))
+            _apply_votes_kernel[tiles(n)](*tensors, *numbers, tensor, n, *flags, BLOCK_SIZE, **threads)
+        elif table := table_of(param, packed, g, m, numbers=numbers_of(rounding)):
             rows, owners, kinds = table
             _apply_all_votes_kernel[table.grid](
                 rows, owners, pointer_or(gate, owners), *numbers, kinds, *flags, BLOCK_SIZE, **threads
@@ -149,21 +168,22 @@ def lion_step_(
     beta1: Mix,
     beta2: Mix,
     gate: Tensor | None = None,
+    rounding: Streams | None = None,
 ) -> None:
     """See `lioncub.kernels.reference.lion_step_`; a parameter stays as it is where int32[n] ``gate`` is zero."""
-    numbers, has_gate = (lr, decay, *beta1, *beta2), gate is not None
+    how, kind = rounding_arguments(rounding)
+    numbers, flags = (lr, decay, *beta1, *beta2, *how), (gate is not None, kind)
     i = only_one(param)
     with launching_on(param[0]):
         threads = options(param[0].device, elementwise_threads(*param, *grad, *exp_avg))
         if i is not None:
-            n, gate = param[i].numel(), None if gate is None else gate[i : i + 1]
-            _step_lion_kernel[tiles(n)](
-                param[i], grad[i], exp_avg[i], pointer_or(gate, param[i]), *numbers, n, has_gate, BLOCK_SIZE, **threads
-            )
-        elif table := table_of(param, grad, exp_avg):
+            n, gate, tensor = param[i].numel(), None if gate is None else gate[i : i + 1], stream_number(rounding, i)
+            tensors = (param[i], grad[i], exp_avg[i], pointer_or(gate, param[i]))
+            _step_lion_kernel[tiles(n)](*tensors, *numbers, tensor, n, *flags, BLOCK_SIZE, **threads)
+        elif table := table_of(param, grad, exp_avg, numbers=numbers_of(rounding)):
             rows, owners, kinds = table
             _step_all_kernel[table.grid](
-                rows, owners, pointer_or(gate, owners), *numbers, kinds, has_gate, BLOCK_SIZE, **threads
+                rows, owners, pointer_or(gate, owners), *numbers, kinds, *flags, BLOCK_SIZE, **threads
             )
 
 

@@ -4,8 +4,9 @@ import triton
 import triton.language as tl
 
 from lioncub.kernels.triton_gpu.lion_tiles import apply_votes_tile, encode_tile, step_tile
+from lioncub.kernels.triton_gpu.random_rows import ROUNDING_ARGUMENTS
 from lioncub.kernels.triton_gpu.rows import rows_from
-from lioncub.kernels.triton_gpu.tables import form_of, is_shut, pointer_at, tile_of
+from lioncub.kernels.triton_gpu.tables import form_of, is_shut, pointer_at, stream_of, tile_of
 
 
 @triton.jit(do_not_specialize=["parity"])
@@ -61,7 +62,7 @@ def _encode(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=ROUNDING_ARGUMENTS)
 def _apply_all_votes_kernel(
     rows_ptr,
     owners_ptr,
@@ -70,9 +71,14 @@ def _apply_all_votes_kernel(
     decay,
     beta2,
     beta2_new,
+    seed_low,
+    seed_high,
+    rounding_step,
+    momentum_worker,
     KINDS: tl.constexpr,
     ADVANCE: tl.constexpr,
     HAS_GATE: tl.constexpr,
+    ROUNDING: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
 ):
     tensor, row_ptr, start, n_elements = tile_of(rows_ptr, owners_ptr, 4, BLOCK_SIZE)
@@ -80,17 +86,26 @@ def _apply_all_votes_kernel(
         return
     kind, is_wide = form_of(row_ptr, start, n_elements, 4, BLOCK_SIZE)
     numbers = (lr, decay, beta2, beta2_new)
+    streams = (stream_of(row_ptr, seed_low, seed_high, rounding_step, 4), momentum_worker)
     for k in tl.static_range(len(KINDS)):
         if kind == k:
             if is_wide:
-                _apply_votes(row_ptr, numbers, start, None, KINDS[k], ADVANCE, BLOCK_SIZE)
+                _apply_votes(row_ptr, numbers, streams, start, None, KINDS[k], ADVANCE, ROUNDING, BLOCK_SIZE)
             else:
-                _apply_votes(row_ptr, numbers, start, n_elements, KINDS[k], ADVANCE, BLOCK_SIZE)
+                _apply_votes(row_ptr, numbers, streams, start, n_elements, KINDS[k], ADVANCE, ROUNDING, BLOCK_SIZE)
 
 
 @triton.jit
 def _apply_votes(
-    row_ptr, numbers, start, n_elements, KIND: tl.constexpr, ADVANCE: tl.constexpr, BLOCK_SIZE: tl.constexpr
+    row_ptr,
+    numbers,
+    streams,
+    start,
+    n_elements,
+    KIND: tl.constexpr,
+    ADVANCE: tl.constexpr,
+    ROUNDING: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
 ):
     apply_votes_tile(
         pointer_at(row_ptr, 0, KIND, n_elements),
@@ -98,13 +113,15 @@ def _apply_votes(
         pointer_at(row_ptr, 2, KIND, n_elements),
         pointer_at(row_ptr, 3, KIND, n_elements),
         numbers,
+        streams,
         rows_from(start, BLOCK_SIZE),
         n_elements,
         ADVANCE,
+        ROUNDING,
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=ROUNDING_ARGUMENTS)
 def _step_all_kernel(
     rows_ptr,
     owners_ptr,
@@ -115,8 +132,13 @@ def _step_all_kernel(
     beta1_new,
     beta2,
     beta2_new,
+    seed_low,
+    seed_high,
+    rounding_step,
+    momentum_worker,
     KINDS: tl.constexpr,
     HAS_GATE: tl.constexpr,
+    ROUNDING: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
 ):
     tensor, row_ptr, start, n_elements = tile_of(rows_ptr, owners_ptr, 3, BLOCK_SIZE)
@@ -124,21 +146,34 @@ def _step_all_kernel(
         return
     kind, is_wide = form_of(row_ptr, start, n_elements, 3, BLOCK_SIZE)
     numbers = (lr, decay, beta1, beta1_new, beta2, beta2_new)
+    streams = (stream_of(row_ptr, seed_low, seed_high, rounding_step, 3), momentum_worker)
     for k in tl.static_range(len(KINDS)):
         if kind == k:
             if is_wide:
-                _step(row_ptr, numbers, start, None, KINDS[k], BLOCK_SIZE)
+                _step(row_ptr, numbers, streams, start, None, KINDS[k], ROUNDING, BLOCK_SIZE)
             else:
-                _step(row_ptr, numbers, start, n_elements, KINDS[k], BLOCK_SIZE)
+                _step(row_ptr, numbers, streams, start, n_elements, KINDS[k], ROUNDING, BLOCK_SIZE)
 
 
 @triton.jit
-def _step(row_ptr, numbers, start, n_elements, KIND: tl.constexpr, BLOCK_SIZE: tl.constexpr):
+def _step(
+    row_ptr,
+    numbers,
+    streams,
+    start,
+    n_elements,
+    KIND: tl.constexpr,
+    ROUNDING: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+):
     step_tile(
         pointer_at(row_ptr, 0, KIND, n_elements),
         pointer_at(row_ptr, 1, KIND, n_elements),
         pointer_at(row_ptr, 2, KIND, n_elements),
         numbers,
-        start + tl.arange(0, BLOCK_SIZE),
+        streams,
+        start,
         n_elements,
+        ROUNDING,
+        BLOCK_SIZE,
     )

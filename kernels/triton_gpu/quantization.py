@@ -11,6 +11,7 @@ from lioncub.kernels.random_bits import Stream
 from lioncub.kernels.scalars import Mix, round_to_float32
 from lioncub.kernels.triton_gpu.arithmetic import is_finite, mix, round_half_even, round_stochastic
 from lioncub.kernels.triton_gpu.launch import BLOCK_SIZE, launching_on, options, tiles
+from lioncub.kernels.triton_gpu.random_rows import random_rows, signed_words
 from lioncub.kernels.triton_gpu.rows import (
     ROW,
     element_offsets,
@@ -104,23 +105,6 @@ def clip_ratio(ratio, BITS: tl.constexpr):
     return tl.minimum(tl.maximum(ratio, -largest), largest)
 
 
-@triton.jit
-def random_rows(rows, seed_low, seed_high, step, tensor, worker):
-    """uint32[rows, 8] words of a stream (rule 8): a row takes two Philox blocks of four words."""
-    blocks = (rows[:, None] * 2 + tl.arange(0, 2)[None, :]).to(tl.uint32)
-    zero = tl.zeros_like(blocks)
-    w0, w1, w2, w3 = tl.random.philox_impl(
-        blocks,
-        zero + step.to(tl.uint32, bitcast=True),
-        zero + tensor.to(tl.uint32, bitcast=True),
-        zero + worker.to(tl.uint32, bitcast=True),
-        zero + seed_low.to(tl.uint32, bitcast=True),
-        zero + seed_high.to(tl.uint32, bitcast=True),
-    )
-    words = tl.join(tl.join(w0, w2), tl.join(w1, w3))
-    return tl.reshape(words, (rows.shape[0], ROW))
-
-
 def quantize(x: Tensor, scale: Tensor, gain: float, block: int, bits: int, stream: Stream | None, out: Tensor) -> None:
     """See `lioncub.kernels.reference.quantize`."""
     _quantize(x, None, Mix(0.0, 0.0), scale, gain, block, bits, stream, out, None)
@@ -174,7 +158,7 @@ def _quantize(
             out if status is None else status,
             *beta1,
             round_to_float32(gain * largest_level(bits)),
-            *signed_words(stream or _NO_STREAM),
+            *signed_words(*_words_of(stream or _NO_STREAM)),
             n,
             grad is not None,
             status is not None,
@@ -186,7 +170,5 @@ def _quantize(
         )
 
 
-def signed_words(stream: Stream) -> tuple[int, ...]:
-    """Seed (low, high), step, tensor and worker as int32 of the same bits, so that each has one type at launch."""
-    words = (*stream.key, stream.step, stream.tensor, stream.worker)
-    return tuple((word + 2**31) % 2**32 - 2**31 for word in words)
+def _words_of(stream: Stream) -> tuple[int, ...]:
+    return (*stream.key, stream.step, stream.tensor, stream.worker)

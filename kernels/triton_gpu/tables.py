@@ -1,13 +1,14 @@
 """Many tensors in one launch: a table on the device says which tensor a program works on, and where it lies.
 
-A table has one row per tensor: its addresses in each of the lists, its number of elements, its first program, and its
-form. A program works on one tile; ``owners`` has the row of each. Rows are made anew where an address has changed.
+A table has one row per tensor: its addresses in each of the lists, its number of elements, its first program, its
+form and the number of its random stream. A program works on one tile; ``owners`` has the row of each. Rows are made
+anew where an address has changed.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -17,8 +18,8 @@ from torch import Tensor
 
 from lioncub.kernels.triton_gpu.launch import BLOCK_SIZE
 
-# columns behind the addresses: number of elements, first program, form
-_FURTHER = 3
+# columns behind the addresses: number of elements, first program, form, number of the stream
+_FURTHER = 4
 _FURTHER_COLUMNS = tl.constexpr(_FURTHER)
 _KINDS: dict[torch.dtype, int] = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.uint8: 3}
 # bytes of a 128-bit access
@@ -30,7 +31,7 @@ _captured: list[Tensor] = []
 
 
 class Table(NamedTuple):
-    """What a launch over lists of tensors takes: ``rows`` int64[n, lists + 3], ``owners`` int32[programs], ``kinds``.
+    """What a launch over lists of tensors takes: ``rows`` int64[n, lists + 4], ``owners`` int32[programs], ``kinds``.
 
     ``kinds`` are the combinations of dtypes that occur, as numbers; kernels are compiled for each set of them.
     """
@@ -51,10 +52,11 @@ def only_one(tensors: Sequence[Tensor]) -> int | None:
     return filled[0] if len(filled) == 1 else None
 
 
-def table_of(*lists: Sequence[Tensor]) -> Table | None:
+def table_of(*lists: Sequence[Tensor], numbers: Sequence[int] | None = None) -> Table | None:
     """The table of tensors that stand at the same place in each list; None where all are empty.
 
     Numbers of elements are those of the first list. uint8 lists are of packed codes, whose addresses need not be wide.
+    ``numbers`` are those of the tensors' random streams, where a kernel takes any.
     """
     first = lists[0][0]
     device, stream = first.device, 0
@@ -66,11 +68,13 @@ def table_of(*lists: Sequence[Tensor]) -> Table | None:
         return None
     addresses = tuple([tensor.data_ptr() for tensors in lists for tensor in tensors])
     dtypes = tuple([tuple([tensor.dtype for tensor in tensors]) for tensors in lists])
-    make_rows, make_owners = _rows, _owners
+    make_rows: Callable[..., Tensor] = _rows
+    make_owners: Callable[..., Tensor] = _owners
     if first.is_cuda and torch.cuda.is_current_stream_capturing():
         # the memory of a captured copy is filled only when the graph runs, so nobody else may use it
         make_rows, make_owners = _rows.__wrapped__, _owners.__wrapped__
-    rows = make_rows(numels, addresses, dtypes, device, stream)
+    of_streams = (0,) * len(numels) if numbers is None else tuple(numbers)
+    rows = make_rows(numels, addresses, dtypes, of_streams, device, stream)
     return Table(rows, make_owners(numels, device, stream), _kinds(dtypes)[0])
 
 
@@ -98,7 +102,12 @@ def _owners(numels: tuple[int, ...], device: torch.device, stream: int) -> Tenso
 
 @functools.lru_cache(maxsize=_KEPT)
 def _rows(
-    numels: tuple[int, ...], addresses: tuple[int, ...], dtypes: Dtypes, device: torch.device, stream: int
+    numels: tuple[int, ...],
+    addresses: tuple[int, ...],
+    dtypes: Dtypes,
+    of_streams: tuple[int, ...],
+    device: torch.device,
+    stream: int,
 ) -> Tensor:
     n = len(numels)
     columns = [addresses[i * n : (i + 1) * n] for i in range(len(dtypes))]
@@ -106,7 +115,7 @@ def _rows(
     numbers, first, rows = _kinds(dtypes)[1], 0, []
     for i, numel in enumerate(numels):
         is_wide = all(column[i] % _WIDE == 0 for column in floats)
-        rows.append([*(column[i] for column in columns), numel, first, 2 * numbers[i] + is_wide])
+        rows.append([*(column[i] for column in columns), numel, first, 2 * numbers[i] + is_wide, of_streams[i]])
         first += triton.cdiv(numel, BLOCK_SIZE)
     return _on_device(torch.tensor(rows, dtype=torch.int64), device)
 
@@ -136,6 +145,12 @@ def form_of(row_ptr, start, n_elements, LISTS: tl.constexpr, BLOCK_SIZE: tl.cons
     """The number of the tensor's kind, and whether the tile is wide: whole, and its floats aligned to 128 bits."""
     form = tl.load(row_ptr + LISTS + 2)
     return form >> 1, ((form & 1) != 0) & (start + BLOCK_SIZE <= n_elements)
+
+
+@triton.jit
+def stream_of(row_ptr, seed_low, seed_high, step, LISTS: tl.constexpr):
+    """The tensor's random stream: (seed_low, seed_high, step, number); the number is loaded where it is used."""
+    return seed_low, seed_high, step, tl.load(row_ptr + LISTS + 3)
 
 
 @triton.jit

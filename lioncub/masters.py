@@ -1,0 +1,60 @@
+"""fp32 masters of bf16 and fp16 parameters: what moves in their place, and what they are rounded from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, MutableMapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lioncub.kernels.checks import storage_order_view
+
+Named = Sequence[tuple[str, Tensor]]
+
+
+def master_of(param: Tensor) -> Tensor:
+    """A new master: the parameter in fp32, in its storage order."""
+    return torch.empty_like(param, dtype=torch.float32, requires_grad=False).copy_(param.detach())
+
+
+@dataclass(frozen=True)
+class Masters:
+    """The masters in ``state[p]["master"]``; a parameter without one moves itself.
+
+    ``versions`` are those of the parameters when they were last known to be their masters, rounded to nearest.
+    """
+
+    state: Mapping[Tensor, dict[str, Any]]
+    versions: MutableMapping[Tensor, int]
+
+    def of(self, name: str, param: Tensor) -> Tensor:
+        """The 1-d view, in storage order, of what moves."""
+        master: Tensor | None = self.state[param].get("master")
+        if master is None:
+            return storage_order_view(name, param)
+        if master.dtype != torch.float32 or master.shape != param.shape or master.stride() != param.stride():
+            raise RuntimeError(f"state of parameter {name}: expected the master made at construction, got another one")
+        return storage_order_view(name, master)
+
+    def refresh(self, named: Named) -> None:
+        """Take a master from its parameter anew where that was changed from outside since `write_back`."""
+        for _, param in named:
+            master = self.state[param].get("master")
+            if master is None or self.versions.get(param) == param._version:
+                continue
+            if not torch.equal(master.to(param.dtype), param):
+                master.copy_(param)
+            self.versions[param] = param._version
+
+    def write_back(self, params: Sequence[Tensor]) -> None:
+        """Round the masters of these parameters, to nearest, into them."""
+        low = [param for param in params if "master" in self.state[param]]
+        if low:
+            torch._foreach_copy_(low, [self.state[param]["master"] for param in low])
+        self.versions.update({param: param._version for param in low})
+
+    def named(self, named: Named) -> list[tuple[str, Tensor]]:
+        """All masters, by names of their own."""
+        return [(f"{name} (master)", self.state[p]["master"]) for name, p in named if "master" in self.state[p]]
