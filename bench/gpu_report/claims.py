@@ -25,23 +25,12 @@ HELD += ("vote",)
 # what rounds as rule 1 of docs/numerics.md says
 EXACT = ("encode", "apply", "step")
 
-_BYTES = "the mask is computed for each byte of codes, so each byte is loaded by itself"
-_PAIRS = "the mask is computed for each code of two bytes, so each code is loaded by itself"
 # accesses that are narrower than a thread's share of a tensor
 NARROW = {
-    "apply 2-bit codes": _BYTES,
-    "apply 2-bit codes with momentum": _BYTES,
-    "apply 2-bit codes to a list": "codes may be at any address, so other threads load them, byte by byte",
-    "apply 16-bit codes": _PAIRS,
-    "dequantize": _BYTES,
-    "signs of 4-bit fields": _BYTES,
-    "signs of 16-bit fields": _PAIRS,
     "scale from chunks": "the number of chunks is any, so each is loaded by itself",
 }
 # more instructions than asked
-BUSY = {
-    ("encode a list", "bf16"): "4 bytes per element leave little time for the arithmetic and the table",
-}
+BUSY: dict[tuple[str, str], str] = {}
 
 
 @dataclass(frozen=True)

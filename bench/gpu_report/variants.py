@@ -163,12 +163,11 @@ def _level_variants(dtype: str) -> list[Variant]:
     plain = {**flags, "STOCHASTIC": False}
     quantize = Variant("quantize", dtype, quantization._quantize_values_kernel, codes, flags, (d, d), (2 * CODE,))
     back = Variant("dequantize", dtype, quantization._dequantize_codes_kernel, floats, flags, (2 * CODE,), (d,))
-    spread = "codes are spread over the threads that store side by side" if dtype == "fp32" else ""
     return [
         quantize,
         replace(quantize, label="quantize to nearest", constants=plain),
         replace(quantize, label="quantize to 8 bits", constants={**plain, "BITS": 8}, writes=(1,)),
-        replace(back, exchanges=spread),
+        replace(back, threads=_threads(dtype)),
     ]
 
 
@@ -177,7 +176,7 @@ def _scale_variants(dtype: str) -> list[Variant]:
     from lioncub.kernels.triton_gpu import scales
 
     d, pointers, chunk = BYTES[dtype], _pointers(dtype), 16 * BLOCK_SIZE
-    flags = {"BLOCK_SIZE": BLOCK_SIZE, "IS_UPDATE": True, "NORM": "l1", "TILES": 16, "SCALE_BLOCK": 64}
+    flags = {"BLOCK_SIZE": BLOCK_SIZE, "IS_UPDATE": True, "NORM": "l1", "SCALE_BLOCK": 64}
     blocks = Variant("scale of blocks", dtype, scales._scale_blocks_kernel, pointers, flags, (d, d), ())
     blocks = replace(blocks, exchanges=IN_NORMS, aside=4 / 64)
     chunks = replace(blocks, label="scale of chunks", kernel=scales._reduce_chunks_kernel)

@@ -155,8 +155,9 @@ def apply_codes_tile(
 def load_wide_codes(packed_ptr, rows, n_elements, BITS: tl.constexpr):
     """int32[rows, 8] codes of up to 16 bits; all bytes up to the last element's exist."""
     if BITS == 16:
+        # a row's bytes all exist if its first code does
         offsets = rows[:, None] * 16 + tl.arange(0, 16)[None, :]
-        packed = load(packed_ptr + offsets, offsets // 2, n_elements).to(tl.int32)
+        packed = load(packed_ptr + offsets, rows[:, None] * ROW, n_elements).to(tl.int32)
         # bytes do not overlap, so their sum is their union
         codes = tl.sum(tl.reshape(packed, (rows.shape[0], ROW, 2)) << (tl.arange(0, 2) * 8)[None, None, :], 2)
     else:

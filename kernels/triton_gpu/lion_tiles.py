@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from lioncub.kernels.triton_gpu.arithmetic import is_finite, is_up, mix
+from lioncub.kernels.triton_gpu.arithmetic import is_finite, mix
 from lioncub.kernels.triton_gpu.random_rows import NEAREST, PARAM_AND_MOMENTUM, PARAM_STREAM, store_rounded
 from lioncub.kernels.triton_gpu.rows import (
     element_offsets,
@@ -11,10 +11,9 @@ from lioncub.kernels.triton_gpu.rows import (
     load_codes,
     load_elements,
     load_rows,
-    parity_bits,
     rows_from,
-    store_codes,
     store_rows,
+    store_signs,
     value_of,
 )
 
@@ -38,13 +37,12 @@ def encode_tile(
     m = load_rows(exp_avg_ptr, rows, n_elements)
     g = load_rows(grad_ptr, rows, n_elements)
     update = mix(value_of(beta1), value_of(beta1_new), m, g)
-    finite = is_finite(update)
     if ADVANCE:
-        store_rows(exp_avg_ptr, rows, n_elements, tl.where(finite, mix(value_of(beta2), value_of(beta2_new), m, g), m))
-    up = is_up(update, parity_bits(parity))
-    store_codes(out_ptr, rows, n_elements, up.to(tl.int32), 1)
+        moved = tl.where(is_finite(update), mix(value_of(beta2), value_of(beta2_new), m, g), m)
+        store_rows(exp_avg_ptr, rows, n_elements, moved)
+    store_signs(out_ptr, rows, n_elements, update, parity)
     if HAS_STATUS:
-        flag_rows(status_ptr, ~finite)
+        flag_rows(status_ptr, update)
 
 
 @triton.jit

@@ -4,15 +4,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lioncub.kernels.triton_gpu.arithmetic import is_up
 from lioncub.kernels.triton_gpu.launch import BLOCK_SIZE, elementwise_threads, launching_on, options, tiles
 from lioncub.kernels.triton_gpu.rows import (
     element_offsets,
     load_codes,
     load_rows,
-    parity_bits,
-    store_codes,
     store_elements,
+    store_signs,
     tile_rows,
 )
 
@@ -20,8 +18,7 @@ from lioncub.kernels.triton_gpu.rows import (
 @triton.jit(do_not_specialize=["parity"])
 def _pack_signs_kernel(x_ptr, out_ptr, parity, n_elements, BLOCK_SIZE: tl.constexpr):
     rows = tile_rows(BLOCK_SIZE)
-    up = is_up(load_rows(x_ptr, rows, n_elements), parity_bits(parity))
-    store_codes(out_ptr, rows, n_elements, up.to(tl.int32), 1)
+    store_signs(out_ptr, rows, n_elements, load_rows(x_ptr, rows, n_elements), parity)
 
 
 @triton.jit

@@ -9,8 +9,8 @@ from torch import Tensor
 from lioncub.kernels.layout import largest_level
 from lioncub.kernels.random_bits import Stream
 from lioncub.kernels.scalars import Mix, round_to_float32
-from lioncub.kernels.triton_gpu.arithmetic import is_finite, mix, round_half_even, round_stochastic
-from lioncub.kernels.triton_gpu.launch import BLOCK_SIZE, launching_on, options, tiles
+from lioncub.kernels.triton_gpu.arithmetic import mix, round_half_even, round_stochastic
+from lioncub.kernels.triton_gpu.launch import BLOCK_SIZE, elementwise_threads, launching_on, options, tiles
 from lioncub.kernels.triton_gpu.random_rows import random_rows, signed_words
 from lioncub.kernels.triton_gpu.rows import (
     ROW,
@@ -55,7 +55,7 @@ def _quantize_values_kernel(
     if IS_UPDATE:
         x = mix(beta1, beta1_new, x, load_rows(grad_ptr, rows, n_elements))
     if HAS_STATUS:
-        flag_rows(status_ptr, ~is_finite(x))
+        flag_rows(status_ptr, x)
     scale = load_scales(scale_ptr, rows, n_elements, SCALE_BLOCK)
     factor = tl.where(scale == 0, 0.0, tl.math.div_rn(gain_level + tl.zeros_like(scale), scale))
     ratio = clip_ratio(x * factor, BITS)
@@ -132,7 +132,7 @@ def dequantize(packed: Tensor, scale: Tensor, gain: float, block: int, bits: int
     gain_level = round_to_float32(gain * largest_level(bits))
     with launching_on(out):
         _dequantize_codes_kernel[tiles(n)](
-            packed, scale, out, gain_level, n, bits, block, BLOCK_SIZE, **options(out.device)
+            packed, scale, out, gain_level, n, bits, block, BLOCK_SIZE, **options(out.device, elementwise_threads(out))
         )
 
 

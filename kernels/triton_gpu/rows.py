@@ -105,9 +105,9 @@ def store_rows(x_ptr, rows, n_elements, value):
 @triton.jit
 def load_codes(packed_ptr, rows, n_elements, BITS: tl.constexpr):
     """int32[rows, 8] codes of BITS bits, 0 past the end; all bytes up to the last element's exist, pads included."""
-    offsets = _byte_offsets(rows, BITS)
-    fields = load(packed_ptr + offsets, offsets * (8 // BITS), n_elements).to(tl.int32)[:, :, None] >> _shifts(BITS)
-    return tl.reshape(fields & (2**BITS - 1), (rows.shape[0], ROW))
+    # a row's bytes all exist if its first code does
+    packed = load(packed_ptr + _byte_offsets(rows, BITS), rows[:, None] * ROW, n_elements).to(tl.int32)
+    return tl.reshape((packed[:, :, None] >> _shifts(BITS)) & (2**BITS - 1), (rows.shape[0], ROW))
 
 
 @triton.jit
@@ -124,10 +124,30 @@ def store_codes(packed_ptr, rows, n_elements, codes, BITS: tl.constexpr):
 
 
 @triton.jit
-def flag_rows(status_ptr, bad):
-    """Set the status to 1 where any of bool[rows, 8] is true; rows store by themselves, so nothing is exchanged."""
-    bad_row = tl.sum(bad.to(tl.int32), 1)
-    tl.store(status_ptr + tl.zeros_like(bad_row), 1, mask=bad_row != 0)
+def store_signs(packed_ptr, rows, n_elements, value, parity):
+    """Store the one-bit codes of fp32[rows, 8] as `is_up` defines them, those past the end as zero, with padding.
+
+    A value is negated where ties go up: then it is past zero where its code is not the parity bit, and one operation
+    on a row's byte is left to do.
+    """
+    goes_up = parity_bits(parity)
+    differs = value * tl.where(goes_up, -1.0, 1.0) > 0
+    shifts = tl.arange(0, ROW)[None, :]
+    if n_elements is None:
+        ties = (0xAA ^ -parity_of(parity)) & 0xFF
+    else:
+        ties = tl.sum((goes_up & (element_offsets(rows) < n_elements)).to(tl.int32) << shifts, 1)
+    packed = tl.sum(differs.to(tl.int32) << shifts, 1) ^ ties
+    # a 64-bit word is written whole if its first code exists
+    store(packed_ptr + rows, packed.to(tl.uint8), rows // 8 * 64, n_elements)
+
+
+@triton.jit
+def flag_rows(status_ptr, value):
+    """Set the status to 1 where any of fp32[rows, 8] is Inf or NaN; rows store by themselves: nothing is exchanged."""
+    # 0 for what is finite, else NaN, which no sum loses
+    total = tl.sum(value * 0.0, 1)
+    tl.store(status_ptr + tl.zeros_like(total).to(tl.int32), 1, mask=total != 0)
 
 
 @triton.jit

@@ -40,7 +40,7 @@ def _scale_blocks_kernel(
     tl.store(scale_ptr + blocks, finish_norm(norm, filled, NORM), mask=blocks * SCALE_BLOCK < n_elements)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_tiles"])
 def _reduce_chunks_kernel(
     x_ptr,
     grad_ptr,
@@ -48,15 +48,16 @@ def _reduce_chunks_kernel(
     beta1,
     beta1_new,
     n_elements,
+    n_tiles,
     NORM: tl.constexpr,
     IS_UPDATE: tl.constexpr,
-    TILES: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
 ):
     chunk = tl.program_id(0).to(tl.int64)
     total = no_terms(BLOCK_SIZE, NORM)
-    for tile in range(TILES):
-        offsets = (chunk * TILES + tile) * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
+    # a number that the compiler knew would be unrolled to as many registers
+    for tile in tl.range(0, n_tiles, loop_unroll_factor=2):
+        offsets = (chunk * n_tiles + tile) * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
         x = load_values(x_ptr, grad_ptr, beta1, beta1_new, offsets, n_elements, IS_UPDATE)
         total = combine(total, terms_of(x, NORM), NORM)
     tl.store(partial_ptr + chunk, reduce_terms(total, 0, NORM))
@@ -156,7 +157,7 @@ def _scale(x: Tensor, grad: Tensor | None, beta1: Mix, norm: str, block: int, sc
         chunk = chunk_tiles * _TILE
         n_chunks = triton.cdiv(n, chunk)
         partial = torch.empty(n_chunks, dtype=torch.int32 if norm == "linf" else torch.float64, device=x.device)
-        _reduce_chunks_kernel[(n_chunks,)](x, grad, partial, *beta1, n, norm, is_update, chunk_tiles, _TILE, **launch)
+        _reduce_chunks_kernel[(n_chunks,)](x, grad, partial, *beta1, n, chunk_tiles, norm, is_update, _TILE, **launch)
         per_scale = block // chunk or n_chunks
         _combine_chunks_kernel[(scale.numel(),)](
             partial, scale, n, n_chunks, per_scale, block or n, norm, _TILE, **launch

@@ -24,6 +24,8 @@ _FURTHER_COLUMNS = tl.constexpr(_FURTHER)
 _KINDS: dict[torch.dtype, int] = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.uint8: 3}
 # bytes of a 128-bit access
 _WIDE = 16
+# codes of a tensor begin with a 64-bit word
+_CODES = 8
 # tables that are kept; an optimizer needs two for each bucket
 _KEPT = 1024
 # what captured graphs copy from whenever they are replayed
@@ -114,7 +116,7 @@ def _rows(
     floats = [column for column, of in zip(columns, dtypes, strict=True) if of[0] != torch.uint8]
     numbers, first, rows = _kinds(dtypes)[1], 0, []
     for i, numel in enumerate(numels):
-        is_wide = all(column[i] % _WIDE == 0 for column in floats)
+        is_wide = all(column[i] % (_WIDE if column in floats else _CODES) == 0 for column in columns)
         rows.append([*(column[i] for column in columns), numel, first, 2 * numbers[i] + is_wide, of_streams[i]])
         first += triton.cdiv(numel, BLOCK_SIZE)
     return _on_device(torch.tensor(rows, dtype=torch.int64), device)
@@ -177,6 +179,6 @@ def pointer_at(row_ptr, LIST: tl.constexpr, KIND: tl.constexpr, n_elements):
         pointer = address.to(tl.pointer_type(tl.float16))
     else:
         pointer = address.to(tl.pointer_type(tl.uint8))
-    if (n_elements is None) and (KIND[LIST] != 3):
-        pointer = tl.multiple_of(pointer, 16)
+    if n_elements is None:
+        pointer = tl.multiple_of(pointer, 8 if KIND[LIST] == 3 else 16)
     return pointer
