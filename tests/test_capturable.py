@@ -328,7 +328,7 @@ def steps_under_a_schedule(rank: int, size: int, algorithm: str, backend: str) -
     [(1, "auto", "aot_eager"), (2, "reduce_scatter", "inductor"), (4, "all_gather", "aot_eager")],
 )
 def test_a_compiled_step_is_one_graph_and_the_eager_step(workers: int, algorithm: str, backend: str) -> None:
-    assert results_of(steps_under_a_schedule, workers, algorithm, backend, timeout=100.0) == [1] * workers
+    assert results_of(steps_under_a_schedule, workers, algorithm, backend, timeout=200.0) == [1] * workers
 
 
 def whole_training_steps(rank: int, size: int) -> tuple[int, bool]:
@@ -362,7 +362,7 @@ def whole_training_steps(rank: int, size: int) -> tuple[int, bool]:
 
 
 def test_a_whole_training_step_is_one_graph() -> None:
-    assert results_of(whole_training_steps, 2, timeout=100.0) == [(1, True)] * 2
+    assert results_of(whole_training_steps, 2, timeout=200.0) == [(1, True)] * 2
 
 
 def test_a_compiled_step_asks_for_verification_first() -> None:

@@ -68,7 +68,8 @@ def outcomes_of(
 
 def results_of(worker: Callable[..., Any], world_size: int, *arguments: Any, timeout: float = 30.0) -> list[Any]:
     """As `outcomes_of`; a worker that raised or died fails the test with its traceback."""
-    answers = outcomes_of(worker, world_size, *arguments, timeout=timeout)
+    # a worker that waits for another must be able to say so
+    answers = outcomes_of(worker, world_size, *arguments, timeout=timeout, wait=max(120.0, timeout + 30.0))
     for rank, answer in enumerate(answers):
         if isinstance(answer, Raised):
             raise AssertionError(f"rank {rank} raised {answer.kind}: {answer.message}\n{answer.trace}")
