@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint types bench bench-save bench-compare gpu-test gpu-bench gpu-report netlab study study-quick setup clean
+.PHONY: demo test lint types docs copy bench bench-save bench-compare gpu-test gpu-bench gpu-report netlab study study-quick setup clean
 
 demo: setup
 	$(BIN)/lioncub train --method lion --method lioncub --workers 4 --layers 4 --context 64 --batch 8 \
@@ -14,15 +14,21 @@ demo: setup
 test: setup
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
-lint: setup types
+lint: setup types docs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# a type checker does not follow the package map of an editable install, so it is given an installed copy
-types: setup
-	rm -rf build/types
-	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --target build/types .
-	cd build/types && ../../$(BIN)/python -m mypy --config-file ../../pyproject.toml --package lioncub
+types: copy
+	cd build/copy && ../../$(BIN)/python -m mypy --config-file ../../pyproject.toml --package lioncub
+
+# a site in build/docs; a broken link, a name that does not exist or a docstring that does not fit its function fails
+docs: copy
+	$(BIN)/python -m mkdocs build --quiet
+
+# type checker and reference do not follow the package map of an editable install, so they read an installed copy
+copy: setup
+	rm -rf build/copy
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --target build/copy .
 
 # a quarter of an hour, with the machine to itself; ONLY="cpu and 16Mi" times a part and writes no tables
 bench: setup

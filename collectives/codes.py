@@ -33,7 +33,7 @@ class Codes:
 
     @property
     def largest(self) -> int:
-        """The largest stored code: 1 for a sign, 2*K for levels."""
+        """The largest stored code: 1 for a sign, ``2*K`` for levels."""
         return 1 if self.bits == 1 else 2 * largest_level(self.bits)
 
     def field_bits(self, workers: int) -> int:
@@ -41,7 +41,7 @@ class Codes:
         return field_bits(self.largest, workers)
 
     def value(self, workers: int) -> tuple[int, int]:
-        """(step, offset): step*field - offset is the sum of ``workers`` signs or levels whose codes sum to field."""
+        """(step, offset): ``step*field - offset`` is the sum of ``workers`` signs, or levels, of that sum of codes."""
         return (2, workers) if self.bits == 1 else (1, workers * largest_level(self.bits))
 
     def result_bits(self, workers: int) -> int:

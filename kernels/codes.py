@@ -49,20 +49,27 @@ def apply_codes_(
     tensor: int = 0,
     impl: str = "auto",
 ) -> None:
-    """param = param*(1 - lr*weight_decay) - (step*code - offset) * (lr/divisor), and the momentum that goes with it.
+    """``param = param*(1 - lr*weight_decay) - (step*code - offset) * (lr/divisor)``, and the momentum beside it.
 
-    Ternary votes have codes of 2 bits, step 1 and offset 1; the mean of N signs, whose sum is 2*code - N, step 2,
+    Ternary votes have codes of 2 bits, step 1 and offset 1; the mean of N signs, whose sum is ``2*code - N``, step 2,
     offset N and divisor N. Mutates ``param`` and, where given, ``exp_avg``, which becomes
-    beta2*exp_avg + (1-beta2)*grad_scale*grad. lr/divisor is rounded once to fp32, then each product and the difference.
+    ``beta2*exp_avg + (1-beta2)*grad_scale*grad``. lr/divisor is rounded once to fp32, then each product and the
+    difference.
 
     Args:
         param: dense fp32, bf16 or fp16 tensor of n elements, taken in storage order.
-        packed: contiguous uint8[bits * packed_bytes(n)]: a parameter begins on a boundary of 64 codes of any width.
+        packed: contiguous ``uint8[bits * packed_bytes(n)]``: a parameter begins on a boundary of 64 codes of any width.
         bits: width of a code: 1, 2, 4, 8 or 16.
-        step, offset, divisor: integers; step and divisor >= 1, and every step*code - offset within 2^24.
-        lr, weight_decay, beta2: numbers or 0-dim tensors.
-        grad, exp_avg: both or neither, of param's shape and storage order; exp_avg fp32 or of param's dtype.
-        rounding, tensor: round bf16 and fp16 results stochastically, by the stream of this tensor; else to nearest.
+        step: integer >= 1; every ``step*code - offset`` is within 2^24.
+        offset: integer.
+        divisor: integer >= 1.
+        lr: number or 0-dim tensor.
+        weight_decay: number or 0-dim tensor.
+        grad: gradient of param's shape and storage order; given together with exp_avg and beta2.
+        exp_avg: momentum, fp32 or of param's dtype, mutated.
+        beta2: number or 0-dim tensor.
+        rounding: round bf16 and fp16 results stochastically; to nearest unless given.
+        tensor: number of the tensor, which selects its stream of random words.
         impl: "auto", "triton", "cpu" or "reference".
     """
     check_float("param", param)

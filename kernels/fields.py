@@ -24,7 +24,7 @@ def spread_codes(
         packed: contiguous uint8[B], B a multiple of 8.
         bits: width of a code: 1, 2, 4 or 8.
         field_bits: width of a field: 1, 2, 4, 8 or 16, at least ``bits``.
-        out: uint8[B*field_bits//bits] to write; allocated unless given.
+        out: ``uint8[B*field_bits//bits]`` to write; allocated unless given.
         impl: "auto", "triton", "cpu" or "reference".
 
     Returns:
@@ -54,16 +54,17 @@ def unpack_fields(
     out: Tensor | None = None,
     impl: str = "auto",
 ) -> Tensor:
-    """The first n fields as integers: step*field - offset.
+    """The first n fields as integers: ``step*field - offset``.
 
     Signs of N workers, spread and summed, give the sum of +1 and -1 with step 2 and offset N; levels -K..K, stored
-    as level + K, give the sum of levels with offset N*K.
+    as level + K, give the sum of levels with offset ``N*K``.
 
     Args:
         fields: contiguous uint8[F] of at least n fields.
         n: number of fields to take.
         field_bits: width of a field: 1, 2, 4, 8 or 16.
-        step, offset: integers; no result may leave int32.
+        step: integer; no result may leave int32.
+        offset: integer.
         out: int32[n] to write; allocated unless given.
         impl: "auto", "triton", "cpu" or "reference".
 

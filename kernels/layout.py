@@ -44,8 +44,8 @@ def counter_planes(n: int) -> int:
 def field_bits(largest_code: int, workers: int, explicit: int | None = None) -> int:
     """The narrowest field of `FIELD_BITS` that the sum of ``workers`` codes of 0..largest_code fits into (rule 9).
 
-    Codes of levels -K..K have largest_code 2*K, one-bit codes 1. Raises ValueError where no field is wide enough, and
-    where ``explicit`` is not in `FIELD_BITS` or is too narrow; an explicit field that is wide enough is returned.
+    Codes of levels -K..K have largest_code ``2*K``, one-bit codes 1. Raises ValueError where no field is wide enough,
+    and where ``explicit`` is not in `FIELD_BITS` or is too narrow; an explicit field that is wide enough is returned.
     """
     if largest_code < 0:
         raise ValueError(f"largest_code: expected a number >= 0, got {largest_code}")

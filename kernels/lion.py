@@ -50,7 +50,7 @@ def lion_encode(
     status: Tensor | None = None,
     impl: str = "auto",
 ) -> Tensor:
-    """Packed sign codes of Lion's update beta1*exp_avg + (1-beta1)*grad (Chen et al. 2023, arXiv 2302.06675).
+    """Packed sign codes of Lion's update ``beta1*exp_avg + (1-beta1)*grad`` (Chen et al. 2023, arXiv 2302.06675).
 
     Reads exp_avg and grad once; changes nothing but ``out`` and ``status``.
 
@@ -82,7 +82,7 @@ def lion_encode_(
     status: Tensor | None = None,
     impl: str = "auto",
 ) -> Tensor:
-    """`lion_encode`, and in the same pass exp_avg = beta2*exp_avg + (1-beta2)*grad.
+    """`lion_encode`, and in the same pass ``exp_avg = beta2*exp_avg + (1-beta2)*grad``.
 
     Mutates exp_avg, ``out`` and ``status``; an element whose update is not finite keeps its momentum.
     """
@@ -105,14 +105,18 @@ def apply_votes_(
     tensor: int = 0,
     impl: str = "auto",
 ) -> None:
-    """One pass: param *= 1 - lr*weight_decay, param -= lr*(+1 or -1); optionally the momentum advances too.
+    """One pass: ``param *= 1 - lr*weight_decay``, ``param -= lr*(+1 or -1)``; optionally the momentum advances.
 
     Args:
         param: dense fp32, bf16 or fp16 tensor of n elements, mutated; computed in fp32, rounded once.
         packed: uint8[packed_bytes(n)] of voted one-bit codes.
-        lr, weight_decay: numbers >= 0 or 0-dim tensors.
-        grad, exp_avg, beta2: given together, exp_avg (mutated) becomes beta2*exp_avg + (1-beta2)*grad.
-        rounding, tensor: round bf16 and fp16 results stochastically, by the stream of this tensor; else to nearest.
+        lr: number >= 0 or 0-dim tensor.
+        weight_decay: number >= 0 or 0-dim tensor.
+        grad: gradient of param's shape and storage order; given together with exp_avg and beta2.
+        exp_avg: momentum, mutated: it becomes ``beta2*exp_avg + (1-beta2)*grad``.
+        beta2: number or 0-dim tensor.
+        rounding: round bf16 and fp16 results stochastically; to nearest unless given.
+        tensor: number of the tensor, which selects its stream of random words.
         impl: "auto", "triton", "cpu" or "reference".
     """
     check_float("param", param)

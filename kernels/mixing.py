@@ -10,7 +10,9 @@ from lioncub.kernels.scalars import Scalar, beta_scalar, factor_scalar, mix_of
 
 
 def lion_mix(exp_avg: Tensor, grad: Tensor, *, beta: Scalar, grad_scale: Scalar = 1.0) -> Tensor:
-    """fl(fl(beta*exp_avg) + fl((1-beta)*grad_scale*grad)) in fp32: c with beta1, the next momentum with beta2 (rule 1).
+    """``fl(fl(beta*exp_avg) + fl((1-beta)*grad_scale*grad))`` in fp32 (rule 1).
+
+    With beta1 this is c, whose sign is the vote; with beta2 the next momentum.
 
     Two products and a sum, each an operation of its own on every device, so nothing is fused; the bits are those of
     `lion_encode` and `apply_votes_`. Takes fp32, bf16 or fp16 tensors of one shape, changes neither.

@@ -41,7 +41,7 @@ def quantize(
 ) -> tuple[Tensor, Tensor]:
     """Quantize ``x`` to levels -K..K, K = 2^(bits-1) - 1, stored as level + K (Lion Cub, arXiv 2411.16462, sec. 2).
 
-    level = clip(round(gain*K*x/scale), -K, K), half to even; gain is 1/2 for "l1" and "l2", 1 for "linf". An
+    ``level = clip(round(gain*K*x/scale), -K, K)``, half to even; gain is 1/2 for "l1" and "l2", 1 for "linf". An
     element that is NaN, and every element of a block whose scale is 0, has level 0.
 
     Args:
@@ -87,7 +87,7 @@ def lion_quantize(
     grad_scale: Scalar = 1.0,
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """`quantize` of Lion's update beta1*exp_avg + (1-beta1)*grad_scale*grad, which is never stored.
+    """`quantize` of Lion's update ``beta1*exp_avg + (1-beta1)*grad_scale*grad``, which is never stored.
 
     One pass over exp_avg and grad, two where the scale is not given. Mutates only ``status``, int32[1], set to 1
     where any element of grad, exp_avg or the update is not finite.
@@ -120,7 +120,7 @@ def dequantize(
     dtype: torch.dtype = torch.float32,
     impl: str = "auto",
 ) -> Tensor:
-    """level * scale / (gain*K) of the first n codes of ``packed`` (uint8[packed_bytes(n, bits)]), shape [n]."""
+    """``level * scale / (gain*K)`` of the first n codes of ``packed`` (uint8[packed_bytes(n, bits)]), shape [n]."""
     if dtype not in FLOAT_DTYPES:
         raise TypeError(f"dtype: expected float32, bfloat16 or float16, got {dtype}")
     size = _check_fields(bits, norm, block, n, False)

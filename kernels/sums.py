@@ -23,7 +23,7 @@ def add_codes(packed: Tensor, *, bits: int, field_bits: int, out: Tensor | None 
         packed: uint8[G, B], rows of adjacent bytes with any distance between them, G >= 1, B a multiple of 8.
         bits: width of a code: 1, 2, 4, 8 or 16.
         field_bits: width of a field: 1, 2, 4, 8 or 16, at least ``bits``.
-        out: uint8[B*field_bits//bits] to write; allocated unless given.
+        out: ``uint8[B*field_bits//bits]`` to write; allocated unless given.
         impl: "auto", "triton", "cpu" or "reference".
 
     Returns:
@@ -57,7 +57,7 @@ def ternary_of_fields(
     counts: Tensor | None = None,
     impl: str = "auto",
 ) -> Tensor:
-    """The sign of every step*field - offset as a 2-bit code 1 + sign: 0, 1 or 2.
+    """The sign of every ``step*field - offset`` as a 2-bit code 1 + sign: 0, 1 or 2.
 
     Args:
         fields: contiguous uint8[F] of n fields, n a multiple of 32.

@@ -82,7 +82,7 @@ class TernaryVote(Compression):
 class Quantized(Compression):
     """c in levels -K..K of ``bits`` bits up, the sign of their sum in 2 bits down (arXiv 2411.16462, section 2).
 
-    level = clip(round(gain*K*c/s), -K, K) with K = 2^(bits-1) - 1; gain is 1/2 for "l1" and "l2", 1 for "linf".
+    ``level = clip(round(gain*K*c/s), -K, K)`` with K = 2^(bits-1) - 1; gain is 1/2 for "l1" and "l2", 1 for "linf".
 
     Args:
         bits: 2, 4 or 8.

@@ -20,7 +20,7 @@ from lioncub.precision import Precision
 class Lion(MomentumOptimizer):
     """Lion (Chen et al. 2023, arXiv 2302.06675) in one pass over memory per step.
 
-    c = b1*m + (1-b1)*g; p = p*(1 - lr*wd) - lr*sign(c), sign(0) = 0; m = b2*m + (1-b2)*g, all in fp32, rounded once
+    ``c = b1*m + (1-b1)*g; p = p*(1 - lr*wd) - lr*sign(c); m = b2*m + (1-b2)*g``, sign(0) = 0, all in fp32, rounded once
     to the dtypes of p and m.
 
     Args:

@@ -23,7 +23,7 @@ class MomentumSync:
         every: k, in steps.
         schedule: "fixed": in every k-th step; "growing": after gaps of 2^(j/k) steps, j = 0, 1, ...; "staggered": in
             each step the next 1/k of the elements, so that traffic is even.
-        select: which parameters: all (None), those whose names match one of these patterns (as in a shell: "*.bias"),
+        select: which parameters: all (None), those whose names match one of these patterns (as in a shell: ``*.bias``),
             those for which a function of name and parameter is true, or "auto": those whose momentum differs most
             between workers, measured every ``drift_every`` steps (see `LionCub`), as many as ``budget`` allows.
         budget: with "auto", the bytes of synchronization as a fraction of the votes', both as one worker's messages

@@ -43,7 +43,7 @@ class LionCub(MomentumOptimizer):
     """Lion whose workers agree by majority vote on packed signs (Lion Cub, arXiv 2411.16462).
 
     Every worker keeps its own gradients and momentum, votes with the sign of its update, and moves by the majority:
-    p = p*(1 - lr*wd) - lr*(+1 or -1). Replicas stay bit-identical. A step is taken by all workers or by none. One
+    ``p = p*(1 - lr*wd) - lr*(+1 or -1)``. Replicas stay bit-identical. A step is taken by all workers or by none. One
     worker alone takes plain Lion steps, bit for bit those of `Lion`.
 
     Construction is a collective call (a handshake, then the broadcast), `step` too. The model is not wrapped in
@@ -51,7 +51,9 @@ class LionCub(MomentumOptimizer):
 
     Args:
         params: dense fp32, bf16 or fp16 parameters of any dense strides, named ones, or param groups.
-        lr, betas, weight_decay: as in `Lion`; those of every group are read at each step.
+        lr: learning rate, as in `Lion`; like betas and weight_decay those of every group are read at each step.
+        betas: (beta1, beta2) of the update and of the momentum, as in `Lion`.
+        weight_decay: decoupled weight decay, as in `Lion`.
         compression: what workers say about their updates, and what all make of it: `SignVote`, `SignMean`,
             `TernaryVote` or `Quantized`; a param group can have one of its own.
         momentum_sync: when momentum, which drifts apart since every worker sees its own gradients, is averaged over

@@ -29,7 +29,7 @@ from lioncub.kernels import packed_bytes
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
-PAGES = sorted(DOCS.glob("*.md"))
+PAGES = sorted(DOCS.rglob("*.md"))
 EXAMPLES = sorted((DOCS / "examples").glob("*.py"))
 
 
@@ -64,6 +64,19 @@ def test_examples_stand_in_the_pages_as_they_are() -> None:
             included[name] = code
             assert code == (DOCS / name).read_text(), f"{page.name} shows another {name}"
     assert sorted(included) == [f"examples/{path.name}" for path in EXAMPLES]
+
+
+def test_the_reference_has_every_public_name() -> None:
+    for module in (lioncub, lioncub.collectives, lioncub.kernels, lioncub.simulate):
+        page = DOCS / "api" / f"{module.__name__.rpartition('.')[2]}.md"
+        listed = [
+            name.rpartition(".")[2] for name in re.findall(rf"^::: {module.__name__}\.(\S+)$", page.read_text(), re.M)
+        ]
+        # a module has a page of its own
+        public = {name for name in module.__all__ if not isinstance(getattr(module, name), ModuleType)} - {
+            "__version__"
+        }
+        assert sorted(listed) == sorted(public), page.name
 
 
 def test_every_rule_that_the_code_names_exists() -> None:
@@ -162,43 +175,6 @@ def test_the_pieces_of_the_pages_run(tmp_path: Path) -> None:
     assert all("checkpoint-0.pt" in names or "checkpoint-1.pt" in names for names in files)
     written = {path.name for path in tmp_path.glob("*.pt")}
     assert written == {"checkpoint-0.pt", "checkpoint-1.pt", "checkpoint.pt"}
-
-
-def signum_by_hand(rank: int, world_size: int) -> bool:
-    """The example against all workers' steps in plain torch: zeros, ties, a parameter without gradient, odd sizes."""
-    signum = _load(DOCS / "examples" / "signum.py").Signum
-    shapes = [(7, 19), (64,), (5,)]
-    params = [torch.ones(shape).requires_grad_() for shape in shapes]
-    opt = signum(params, lr=0.5, beta=0.8, weight_decay=0.1)
-    expected = [torch.ones(shape) for shape in shapes]
-    momenta = [torch.zeros(world_size, *shape) for shape in shapes]
-    for t in range(6):
-        for i, shape in enumerate(shapes):
-            generators = [torch.Generator().manual_seed(100 * t + 10 * i + r) for r in range(world_size)]
-            grads = torch.stack([torch.randint(-1, 2, shape, generator=g).float() for g in generators])
-            # the last parameter has no gradient on the last worker
-            if i == 2:
-                grads[-1] = 0
-            params[i].grad = None if i == 2 and rank == world_size - 1 else grads[rank].clone()
-            momenta[i] = torch.tensor(0.8) * momenta[i] + torch.tensor(1 - 0.8) * grads
-            parity = 2 * ((torch.arange(expected[i].numel()) + t) % 2).view(shape) - 1
-            total = torch.where(momenta[i] == 0, parity, momenta[i].sign()).sum(dim=0)
-            direction = torch.where(total == 0, parity, total.sign())
-            expected[i] = torch.tensor(1 - 0.5 * 0.1) * expected[i] - 0.5 * direction
-        opt.step()
-        for p, x, m in zip(params, expected, momenta, strict=True):
-            assert torch.equal(p, x), f"step {t}"
-            assert torch.equal(opt.state[p]["exp_avg"], m[rank]), f"step {t}"
-    for p in params:
-        everyone = [torch.empty_like(p) for _ in range(world_size)]
-        dist.all_gather(everyone, p.detach())
-        assert all(torch.equal(replica, everyone[0]) for replica in everyone)
-    return True
-
-
-@pytest.mark.parametrize("world_size", [2, 3])
-def test_the_signum_example_is_signum(world_size: int) -> None:
-    assert results_of(signum_by_hand, world_size) == [True] * world_size
 
 
 def _worked_examples() -> list[tuple[str, int, int, str, str]]:

@@ -1,9 +1,10 @@
-"""Signum with majority vote (Bernstein et al. 2018, arXiv 1802.04434; 2019, arXiv 1810.05291)."""
+"""Signum by majority vote (Bernstein et al. 2018, arXiv 1802.04434; 2019, arXiv 1810.05291). Run it with torchrun."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from lioncub.collectives import vote
@@ -37,3 +38,19 @@ class Signum(torch.optim.Optimizer):
         grad = torch.zeros_like(p) if p.grad is None else p.grad
         # with equal betas, the update whose sign is packed is the new momentum itself
         return lion_encode_(state["exp_avg"], grad, beta1=group["beta"], beta2=group["beta"], parity=group["step"])
+
+
+if __name__ == "__main__":
+    dist.init_process_group("gloo")
+    weight = torch.zeros(64, 10, requires_grad=True)
+    opt = Signum([weight], lr=1e-2)
+    torch.manual_seed(dist.get_rank())
+    for step in range(1, 101):
+        x = torch.randn(32, 64)
+        loss = torch.nn.functional.cross_entropy(x @ weight, x[:, :10].argmax(1))
+        opt.zero_grad()
+        loss.backward()
+        opt.step()
+        if step % 20 == 0 and dist.get_rank() == 0:
+            print(f"step {step}: loss {loss.item():.3f}")
+    dist.destroy_process_group()

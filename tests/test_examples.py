@@ -1,0 +1,167 @@
+"""The examples of docs/composing.md against the same in plain torch, and as programs."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+import torch.distributed as dist
+from gloo_workers import results_of
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+
+from lioncub.kernels import pack_signs, packed_bytes, quantize, unpack_signs
+
+EXAMPLES = Path(__file__).parents[1] / "docs" / "examples"
+
+
+def _load(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
+def test_examples_are_short_and_use_public_names_alone(path: Path) -> None:
+    code = path.read_text()
+    assert len(code.splitlines()) < 60
+    modules = set(re.findall(r"^(?:from|import) (lioncub[\w.]*)", code, re.MULTILINE))
+    assert modules
+    assert modules <= {"lioncub", "lioncub.collectives", "lioncub.kernels"}
+
+
+@pytest.mark.parametrize("name", ["signum", "ddp_hook"])
+def test_the_training_examples_learn(name: str, tmp_path: Path) -> None:
+    losses = [float(loss) for loss in re.findall(r"^step \d+: loss ([\d.]+)", _under_torchrun(name, 2, tmp_path), re.M)]
+    assert len(losses) == 5
+    assert losses[-1] < 0.8 * losses[0]
+
+
+def test_the_two_level_vote_runs_as_a_program(tmp_path: Path) -> None:
+    printed = _under_torchrun("two_level_vote", 4, tmp_path)
+    assert printed.splitlines() == [f"12504 bytes of votes, parity {parity}: the same result" for parity in range(2)]
+
+
+def _under_torchrun(name: str, workers: int, folder: Path) -> str:
+    script = str(EXAMPLES / f"{name}.py")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(workers), script]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=200, check=False, cwd=folder, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def signum_by_hand(rank: int, world_size: int) -> bool:
+    """The example against all workers' steps in plain torch: zeros, ties, a parameter without gradient, odd sizes."""
+    signum = _load("signum").Signum
+    shapes = [(7, 19), (64,), (5,)]
+    params = [torch.ones(shape).requires_grad_() for shape in shapes]
+    opt = signum(params, lr=0.5, beta=0.8, weight_decay=0.1)
+    expected = [torch.ones(shape) for shape in shapes]
+    momenta = [torch.zeros(world_size, *shape) for shape in shapes]
+    for t in range(6):
+        for i, shape in enumerate(shapes):
+            generators = [torch.Generator().manual_seed(100 * t + 10 * i + r) for r in range(world_size)]
+            grads = torch.stack([torch.randint(-1, 2, shape, generator=g).float() for g in generators])
+            # the last parameter has no gradient on the last worker
+            if i == 2:
+                grads[-1] = 0
+            params[i].grad = None if i == 2 and rank == world_size - 1 else grads[rank].clone()
+            momenta[i] = torch.tensor(0.8) * momenta[i] + torch.tensor(1 - 0.8) * grads
+            parity = 2 * ((torch.arange(expected[i].numel()) + t) % 2).view(shape) - 1
+            total = torch.where(momenta[i] == 0, parity, momenta[i].sign()).sum(dim=0)
+            direction = torch.where(total == 0, parity, total.sign())
+            expected[i] = torch.tensor(1 - 0.5 * 0.1) * expected[i] - 0.5 * direction
+        opt.step()
+        for p, x, m in zip(params, expected, momenta, strict=True):
+            assert torch.equal(p, x), f"step {t}"
+            assert torch.equal(opt.state[p]["exp_avg"], m[rank]), f"step {t}"
+    for p in params:
+        everyone = [torch.empty_like(p) for _ in range(world_size)]
+        dist.all_gather(everyone, p.detach())
+        assert all(torch.equal(replica, everyone[0]) for replica in everyone)
+    return True
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_the_signum_example_is_signum(world_size: int) -> None:
+    assert results_of(signum_by_hand, world_size) == [True] * world_size
+
+
+def two_levels_by_hand(rank: int, world_size: int) -> None:
+    example = _load("two_level_vote")
+    for nodes in (1, 2, 4):
+        mesh = init_device_mesh("cpu", (nodes, world_size // nodes), mesh_dim_names=("node", "place"))
+        for n, parity in ((1, 0), (64, 1), (1000, 0), (1000, 1)):
+            signs = torch.randint(2, (world_size, n), generator=torch.Generator().manual_seed(n)).mul(2).sub(1)
+            total = signs.sum(dim=0)
+            majority = torch.where(total == 0, 2 * ((torch.arange(n) + parity) % 2) - 1, total.sign())
+            voted = example.two_level_vote(pack_signs(signs[rank].float()), mesh, parity)
+            assert torch.equal(unpack_signs(voted, n), majority.float()), f"{nodes} nodes, {n} codes, parity {parity}"
+            assert torch.equal(pack_signs(majority.float()), voted), "pad codes must be 0"
+
+
+def test_the_two_level_vote_is_the_majority() -> None:
+    assert results_of(two_levels_by_hand, 4) == [None] * 4
+
+
+def hook_by_hand(rank: int, world_size: int) -> float:
+    """Every step against levels drawn by the reference; gives how far the mean over steps is from the true mean."""
+    example, n, steps = _load("ddp_hook"), 700, 200
+    torch.manual_seed(0)
+    grads = torch.randn(world_size, n) * torch.rand(n).square()
+    parameter = nn.ParameterList([torch.zeros(n)])
+    ddp = nn.parallel.DistributedDataParallel(Sum(parameter))
+    state = example.HookState(seed=5)
+    ddp.register_comm_hook(state, example.two_bit_hook)
+    sizes = torch.stack([torch.cat([b.abs().max().expand(len(b)) for b in grad.split(256)]) for grad in grads])
+    total = torch.zeros(n)
+    for step in range(steps):
+        parameter[0].grad = None
+        ddp(grads[rank]).backward()
+        grad = parameter[0].grad
+        expected = torch.zeros(n)
+        for r in range(world_size):
+            stream = {"seed": 5, "worker": r, "step": step, "tensor": 0, "stochastic": True, "impl": "reference"}
+            codes, scale = quantize(grads[r], bits=2, norm="linf", block=256, **stream)
+            assert torch.equal(scale.repeat_interleave(256)[:n], sizes[r])
+            levels = (codes[:, None] >> torch.tensor([0, 2, 4, 6], dtype=torch.uint8)).bitwise_and(3).flatten()[:n]
+            expected += (levels.float() - 1) * sizes[r]
+        assert torch.equal(grad, expected / world_size), f"step {step}"
+        total += grad
+    assert state.step == steps
+    assert state.bytes_sent == steps * (world_size - 1) * (packed_bytes(n, bits=2) + 4 * 3)
+    # what one worker sends of an element has the variance s*|g| - g^2
+    deviation = ((sizes * grads.abs() - grads.square()).sum(dim=0) / world_size**2 / steps).sqrt()
+    return float(((total / steps - grads.mean(dim=0)) / deviation.clamp(min=1e-6)).abs().max())
+
+
+class Sum(nn.Module):
+    """Its gradient is what it is called with."""
+
+    def __init__(self, parameters: nn.ParameterList) -> None:
+        super().__init__()
+        self.weights = parameters
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.weights[0] * x).sum()
+
+
+def test_the_hook_sends_what_it_says_and_is_unbiased() -> None:
+    distances = results_of(hook_by_hand, 3)
+    assert all(a == b for a, b in pairwise(distances)), "all workers must have the same gradients"
+    # the largest of 700 normal variables is above 5 once in 2,500 runs; the draws are the same in each
+    assert distances[0] < 5
