@@ -103,11 +103,13 @@ def kernel_jobs(n: int, device: torch.device) -> list[Job]:
         def step(x: Tensor = x, g: Tensor = g, m: Tensor = m) -> object:
             return kernels.lion_step_(x, g, m, lr=1e-4, beta1=0.9, beta2=0.99, weight_decay=0.1)
 
-        def quantize(x: Tensor = x, scale: Tensor = scale) -> object:
-            return kernels.quantize(x, bits=2, norm="l1", scale=scale)
+        levels = torch.empty(packed_bytes(n, 2), dtype=torch.uint8, device=device)
 
-        def quantize_stochastic(x: Tensor = x, scale: Tensor = scale) -> object:
-            return kernels.quantize(x, bits=2, norm="l1", scale=scale, stochastic=True)
+        def quantize(x: Tensor = x, scale: Tensor = scale, levels: Tensor = levels) -> object:
+            return kernels.quantize(x, bits=2, norm="l1", scale=scale, out=levels)
+
+        def quantize_stochastic(x: Tensor = x, scale: Tensor = scale, levels: Tensor = levels) -> object:
+            return kernels.quantize(x, bits=2, norm="l1", scale=scale, stochastic=True, out=levels)
 
         job("encode", n * (4 + size) + codes, encode)
         job("encode, momentum advances", n * (8 + size) + codes, encode_)

@@ -14,8 +14,9 @@ from lioncub.kernels.lion import (
     lion_encode_,
     lion_step_,
 )
+from lioncub.kernels.lion_levels import foreach_lion_quantize, lion_quantize
 from lioncub.kernels.mixing import lion_mix
-from lioncub.kernels.quantization import dequantize, lion_quantize, quantize
+from lioncub.kernels.quantization import dequantize, quantize
 from lioncub.kernels.rounding import Rounding
 from lioncub.kernels.signs import pack_signs, unpack_signs
 from lioncub.kernels.sums import add_codes, ternary_of_fields
@@ -33,6 +34,7 @@ __all__ = [
     "foreach_apply_codes_",
     "foreach_apply_votes_",
     "foreach_lion_encode",
+    "foreach_lion_quantize",
     "foreach_lion_step_",
     "lion_encode",
     "lion_encode_",

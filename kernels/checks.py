@@ -50,6 +50,15 @@ def check_device(name: str, tensor: Tensor, peer_name: str, peer: Tensor) -> Non
         raise ValueError(f"{name}: expected device {peer.device} ({peer_name}'s), got {tensor.device}")
 
 
+def packed_out(out: Tensor | None, n_bytes: int, source: str, tensor: Tensor) -> Tensor:
+    """``out`` if it can hold ``n_bytes`` of codes of ``tensor``, whose name is ``source``; a new tensor for None."""
+    if out is None:
+        return torch.empty(n_bytes, dtype=torch.uint8, device=tensor.device)
+    check_packed("out", out, n_bytes)
+    check_device("out", out, source, tensor)
+    return out
+
+
 def check_packed(name: str, packed: Tensor, n_bytes: int) -> None:
     """Raise unless ``packed`` is a contiguous uint8 tensor of exactly ``n_bytes`` bytes."""
     if not isinstance(packed, Tensor) or packed.dtype != torch.uint8:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from lioncub.kernels.backends import backend
@@ -21,6 +20,7 @@ from lioncub.kernels.checks import (
     check_packed,
     check_same_storage_order,
     check_status,
+    packed_out,
     storage_order_view,
 )
 from lioncub.kernels.gates import check_gate, let_through
@@ -261,11 +261,7 @@ def _encode_arguments(
     check_float("exp_avg", exp_avg)
     check_same_storage_order("exp_avg", exp_avg, "grad", grad)
     check_status(status, grad)
-    n_bytes = packed_bytes(grad.numel())
-    if out is None:
-        out = torch.empty(n_bytes, dtype=torch.uint8, device=grad.device)
-    check_packed("out", out, n_bytes)
-    check_device("out", out, "grad", grad)
+    out = packed_out(out, packed_bytes(grad.numel()), "grad", grad)
     return storage_order_view("exp_avg", exp_avg), storage_order_view("grad", grad), out
 
 

@@ -1,6 +1,9 @@
-"""quantize, lion_quantize and dequantize: values to a few integer levels in p-bit fields, and back."""
+"""quantize and dequantize: values to a few integer levels in p-bit fields, and back."""
 
 from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -11,14 +14,12 @@ from lioncub.kernels.checks import (
     check_device,
     check_float,
     check_packed,
-    check_same_storage_order,
-    check_status,
+    packed_out,
     storage_order_view,
 )
 from lioncub.kernels.layout import packed_bytes
 from lioncub.kernels.random_bits import MAX_ELEMENTS, Stream
 from lioncub.kernels.registry import mark_written, register
-from lioncub.kernels.scalars import Scalar, beta_scalar, factor_scalar, mix_of
 
 FIELD_BITS = (2, 4, 8)
 # gain*K*x/scale is rounded; with 1/2 and K = 1 every "linf" code would be zero
@@ -37,6 +38,7 @@ def quantize(
     step: int = 0,
     tensor: int = 0,
     block: int | None = None,
+    out: Tensor | None = None,
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Quantize ``x`` to levels -K..K, K = 2^(bits-1) - 1, stored as level + K (Lion Cub, arXiv 2411.16462, sec. 2).
@@ -52,60 +54,21 @@ def quantize(
         stochastic: round up with probability equal to the fraction, with Philox words that are a pure function of
             (seed, worker, step, tensor, element).
         block: elements per scale, a power of two; one scale for the whole tensor unless given.
+        out: uint8[packed_bytes(n, bits)] to write; allocated unless given.
         impl: "auto", "triton", "cpu" or "reference". Codes are bit-identical for the same scale, scales within 1e-6.
 
     Returns:
-        (uint8[packed_bytes(n, bits)], fp32[blocks]).
+        (``out``, fp32[blocks]).
     """
     check_float("x", x)
     flat = storage_order_view("x", x)
-    size = _check_fields(bits, norm, block, flat.numel(), stochastic)
+    size = check_fields(bits, norm, block, flat.numel(), stochastic)
     if scale is None:
-        scale = _empty_scale(flat, size)
+        (scale,) = empty_scales([flat], size)
         _SCALE(flat, scale, norm, size, impl)
-    _check_scale(scale, flat, size)
-    out = torch.empty(packed_bytes(flat.numel(), bits), dtype=torch.uint8, device=x.device)
-    _QUANTIZE(flat, scale, _stream(seed, worker, step, tensor), out, bits, norm, size, stochastic, impl)
-    return out, scale
-
-
-def lion_quantize(
-    exp_avg: Tensor,
-    grad: Tensor,
-    *,
-    beta1: Scalar,
-    bits: int = 2,
-    norm: str = "l1",
-    scale: Tensor | None = None,
-    stochastic: bool = False,
-    seed: int = 0,
-    worker: int = 0,
-    step: int = 0,
-    tensor: int = 0,
-    block: int | None = None,
-    status: Tensor | None = None,
-    grad_scale: Scalar = 1.0,
-    impl: str = "auto",
-) -> tuple[Tensor, Tensor]:
-    """`quantize` of Lion's update ``beta1*exp_avg + (1-beta1)*grad_scale*grad``, which is never stored.
-
-    One pass over exp_avg and grad, two where the scale is not given. Mutates only ``status``, int32[1], set to 1
-    where any element of grad, exp_avg or the update is not finite.
-    """
-    check_float("grad", grad)
-    check_float("exp_avg", exp_avg)
-    check_same_storage_order("exp_avg", exp_avg, "grad", grad)
-    check_status(status, grad)
-    m, g = storage_order_view("exp_avg", exp_avg), storage_order_view("grad", grad)
-    size = _check_fields(bits, norm, block, g.numel(), stochastic)
-    b1, multiplier = beta_scalar("beta1", beta1), factor_scalar("grad_scale", grad_scale)
-    if scale is None:
-        scale = _empty_scale(g, size)
-        _LION_SCALE(m, g, b1, multiplier, scale, norm, size, impl)
-    _check_scale(scale, g, size)
-    out = torch.empty(packed_bytes(g.numel(), bits), dtype=torch.uint8, device=grad.device)
-    stream = _stream(seed, worker, step, tensor)
-    _LION_QUANTIZE(m, g, b1, multiplier, scale, stream, out, status, bits, norm, size, stochastic, impl)
+    check_scale(scale, flat, size)
+    out = packed_out(out, packed_bytes(flat.numel(), bits), "x", x)
+    _QUANTIZE(flat, scale, stream_tensor(seed, worker, step, tensor), out, bits, norm, size, stochastic, impl)
     return out, scale
 
 
@@ -118,15 +81,23 @@ def dequantize(
     norm: str = "l1",
     block: int | None = None,
     dtype: torch.dtype = torch.float32,
+    out: Tensor | None = None,
     impl: str = "auto",
 ) -> Tensor:
-    """``level * scale / (gain*K)`` of the first n codes of ``packed`` (uint8[packed_bytes(n, bits)]), shape [n]."""
+    """``level * scale / (gain*K)`` of the first n codes of ``packed`` (uint8[packed_bytes(n, bits)]).
+
+    ``out`` is a contiguous [n] of ``dtype`` to write, allocated unless given; it is returned.
+    """
     if dtype not in FLOAT_DTYPES:
         raise TypeError(f"dtype: expected float32, bfloat16 or float16, got {dtype}")
-    size = _check_fields(bits, norm, block, n, False)
+    size = check_fields(bits, norm, block, n, False)
     check_packed("packed", packed, packed_bytes(n, bits))
-    out = torch.empty(n, dtype=dtype, device=packed.device)
-    _check_scale(scale, out, size)
+    if out is None:
+        out = torch.empty(n, dtype=dtype, device=packed.device)
+    elif out.dtype != dtype or out.shape != (n,) or not out.is_contiguous():
+        raise ValueError(f"out: expected a contiguous {dtype} of shape ({n},), got {out.dtype} of {tuple(out.shape)}")
+    check_device("out", out, "packed", packed)
+    check_scale(scale, out, size)
     _DEQUANTIZE(packed, scale, out, bits, norm, size, impl)
     return out
 
@@ -141,7 +112,7 @@ def check_format(bits: int, norm: str, block: int | None) -> None:
         raise ValueError(f"block: expected a power of two or None, got {block}")
 
 
-def _check_fields(bits: int, norm: str, block: int | None, n: int, stochastic: bool) -> int:
+def check_fields(bits: int, norm: str, block: int | None, n: int, stochastic: bool) -> int:
     """Check what the fields are made of; the block size, 0 for one scale per tensor."""
     check_format(bits, norm, block)
     if stochastic and n > MAX_ELEMENTS:
@@ -149,15 +120,22 @@ def _check_fields(bits: int, norm: str, block: int | None, n: int, stochastic: b
     return block or 0
 
 
-def _empty_scale(like: Tensor, block: int) -> Tensor:
-    return torch.empty(_scale_count(like.numel(), block), dtype=torch.float32, device=like.device)
+def empty_scales(likes: Sequence[Tensor], block: int) -> list[Tensor]:
+    """Scales of each tensor, fp32[blocks], in one allocation; each begins at a multiple of 16 bytes."""
+    if not likes:
+        return []
+    counts = [_scale_count(like.numel(), block) for like in likes]
+    starts = [0, *itertools.accumulate(-(-count // 4) * 4 for count in counts)]
+    memory = torch.empty(starts[-1], dtype=torch.float32, device=likes[0].device)
+    return [memory[start : start + count] for start, count in zip(starts, counts, strict=False)]
 
 
 def _scale_count(n: int, block: int) -> int:
     return max(-(-n // block), 1) if block else 1
 
 
-def _check_scale(scale: Tensor, like: Tensor, block: int) -> None:
+def check_scale(scale: Tensor, like: Tensor, block: int) -> None:
+    """Raise unless ``scale`` holds the scales of ``like``, a tensor of elements, in blocks of ``block``, 0 for one."""
     expected = (_scale_count(like.numel(), block),)
     if not isinstance(scale, Tensor):
         raise TypeError(f"scale: expected a float32 tensor of shape {expected}, got {type(scale).__name__}")
@@ -169,14 +147,17 @@ def _check_scale(scale: Tensor, like: Tensor, block: int) -> None:
     check_device("scale", scale, "data", like)
 
 
-def _stream(*parts: int) -> Tensor:
+def stream_tensor(*parts: int) -> Tensor:
+    """int64 of what a stream is a function of."""
     # any integer is taken modulo 2^64, so that a seed from os.urandom is as good as a small one
     signed = [(part + 2**63) % 2**64 - 2**63 for part in parts]
     return torch.tensor(signed, dtype=torch.int64, device="cpu")
 
 
-def _stream_of(words: Tensor, stochastic: bool) -> Stream | None:
-    return Stream(*words.tolist()) if stochastic else None
+def streams_of(words: Tensor, numbers: Sequence[int]) -> list[Stream]:
+    """A stream for each number, from `stream_tensor` (seed, worker, step)."""
+    seed, worker, step = words.tolist()
+    return [Stream(seed, worker, step, number) for number in numbers]
 
 
 def _scale(x: Tensor, scale: Tensor, norm: str, block: int, impl: str) -> None:
@@ -188,46 +169,14 @@ def _scale(x: Tensor, scale: Tensor, norm: str, block: int, impl: str) -> None:
     mark_written(scale)
 
 
-def _lion_scale(
-    exp_avg: Tensor, grad: Tensor, beta1: Tensor, grad_scale: Tensor, scale: Tensor, norm: str, block: int, impl: str
-) -> None:
-    run = backend(impl, grad.device)
-    if grad.numel():
-        run.lion_block_scale(exp_avg, grad, mix_of(beta1, grad_scale), norm, block, scale)
-    else:
-        scale.zero_()
-    mark_written(scale)
-
-
 def _quantize(
     x: Tensor, scale: Tensor, stream: Tensor, out: Tensor, bits: int, norm: str, block: int, stochastic: bool, impl: str
 ) -> None:
     run = backend(impl, x.device)
     if x.numel():
-        run.quantize(x, scale, GAINS[norm], block, bits, _stream_of(stream, stochastic), out)
+        words = Stream(*stream.tolist()) if stochastic else None
+        run.quantize(x, scale, GAINS[norm], block, bits, words, out)
     mark_written(out)
-
-
-def _lion_quantize(
-    exp_avg: Tensor,
-    grad: Tensor,
-    beta1: Tensor,
-    grad_scale: Tensor,
-    scale: Tensor,
-    stream: Tensor,
-    out: Tensor,
-    status: Tensor | None,
-    bits: int,
-    norm: str,
-    block: int,
-    stochastic: bool,
-    impl: str,
-) -> None:
-    run = backend(impl, grad.device)
-    if grad.numel():
-        words = _stream_of(stream, stochastic)
-        run.lion_quantize(exp_avg, grad, mix_of(beta1, grad_scale), scale, GAINS[norm], block, bits, words, out, status)
-    mark_written(out, status)
 
 
 def _dequantize(packed: Tensor, scale: Tensor, out: Tensor, bits: int, norm: str, block: int, impl: str) -> None:
@@ -238,20 +187,10 @@ def _dequantize(packed: Tensor, scale: Tensor, out: Tensor, bits: int, norm: str
 
 
 _SCALE = register("block_scale(Tensor x, Tensor(a!) scale, str norm, int block, str impl) -> ()", _scale)
-_LION_SCALE = register(
-    "lion_block_scale(Tensor exp_avg, Tensor grad, Tensor beta1, Tensor grad_scale, Tensor(a!) scale, str norm, "
-    "int block, str impl) -> ()",
-    _lion_scale,
-)
 _QUANTIZE = register(
     "quantize(Tensor x, Tensor scale, Tensor stream, Tensor(a!) out, int bits, str norm, int block, "
     "bool stochastic, str impl) -> ()",
     _quantize,
-)
-_LION_QUANTIZE = register(
-    "lion_quantize(Tensor exp_avg, Tensor grad, Tensor beta1, Tensor grad_scale, Tensor scale, Tensor stream, "
-    "Tensor(a!) out, Tensor(b!)? status, int bits, str norm, int block, bool stochastic, str impl) -> ()",
-    _lion_quantize,
 )
 _DEQUANTIZE = register(
     "dequantize(Tensor packed, Tensor scale, Tensor(a!) out, int bits, str norm, int block, str impl) -> ()",

@@ -190,9 +190,12 @@ def block_scale(x: Tensor, norm: str, block: int, scale: Tensor) -> None:
     scale.copy_(mean if norm == "l1" else mean.sqrt())
 
 
-def lion_block_scale(exp_avg: Tensor, grad: Tensor, beta1: Mix, norm: str, block: int, scale: Tensor) -> None:
-    """block_scale of the update."""
-    block_scale(_mix(beta1, exp_avg, grad), norm, block, scale)
+def lion_block_scale(
+    exp_avg: Sequence[Tensor], grad: Sequence[Tensor], beta1: Mix, norm: str, block: int, scale: Sequence[Tensor]
+) -> None:
+    """block_scale of each update."""
+    for m, g, s in zip(exp_avg, grad, scale, strict=True):
+        block_scale(_mix(beta1, m, g), norm, block, s)
 
 
 def quantize(x: Tensor, scale: Tensor, gain: float, block: int, bits: int, stream: Stream | None, out: Tensor) -> None:
@@ -212,21 +215,22 @@ def quantize(x: Tensor, scale: Tensor, gain: float, block: int, bits: int, strea
 
 
 def lion_quantize(
-    exp_avg: Tensor,
-    grad: Tensor,
+    exp_avg: Sequence[Tensor],
+    grad: Sequence[Tensor],
     beta1: Mix,
-    scale: Tensor,
+    scale: Sequence[Tensor],
     gain: float,
     block: int,
     bits: int,
-    stream: Stream | None,
-    out: Tensor,
+    streams: Sequence[Stream] | None,
+    out: Sequence[Tensor],
     status: Tensor | None,
 ) -> None:
-    """quantize of the update; status[0] = 1 where an element of it is not finite."""
-    update = _mix(beta1, exp_avg, grad)
-    _flag_nonfinite(update, status, 0)
-    quantize(update, scale, gain, block, bits, stream, out)
+    """quantize of each update; status[i] = 1 where an element of update i is not finite."""
+    for i, (m, g) in enumerate(zip(exp_avg, grad, strict=True)):
+        update = _mix(beta1, m, g)
+        _flag_nonfinite(update, status, i)
+        quantize(update, scale[i], gain, block, bits, None if streams is None else streams[i], out[i])
 
 
 def dequantize(packed: Tensor, scale: Tensor, gain: float, block: int, bits: int, out: Tensor) -> None:

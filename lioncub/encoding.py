@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lioncub.buckets import Bucket, Slot
+from lioncub.buckets import Bucket
 from lioncub.compression import Compression, Quantized, TernaryVote
-from lioncub.kernels import dequantize, foreach_lion_encode, lion_mix, lion_quantize, pack_signs, quantize, unpack_signs
+from lioncub.kernels import (
+    dequantize,
+    foreach_lion_encode,
+    foreach_lion_quantize,
+    lion_mix,
+    pack_signs,
+    packed_bytes,
+    quantize,
+    unpack_signs,
+)
 
 # with the least normal number as scale, every other one is past the largest level
 _LEAST_NORMAL = 2.0**-126
@@ -54,16 +64,19 @@ def encode(
             impl=terms.impl,
         )
         return None
-    for i, (slot, momentum, grad, part) in enumerate(zip(bucket.slots, bucket.momenta, grads, parts, strict=True)):
-        codes, _ = lion_quantize(
-            momentum,
-            grad,
-            beta1=terms.beta1,
-            grad_scale=terms.grad_scale,
-            status=status[i : i + 1],
-            **_quantization(bucket.compression, slot, terms, momentum.device),
-        )
-        part[: codes.numel()] = codes
+    compression, slots = bucket.compression, bucket.slots
+    how = _quantization(compression, terms)
+    foreach_lion_quantize(
+        bucket.momenta,
+        grads,
+        beta1=terms.beta1,
+        tensors=[slot.number for slot in slots],
+        scale=_least_scales(len(slots), bucket.device) if isinstance(compression, TernaryVote) else None,
+        out=[part[: packed_bytes(slot.numel, how["bits"])] for slot, part in zip(slots, parts, strict=True)],
+        status=status,
+        grad_scale=terms.grad_scale,
+        **how,
+    )
     return None
 
 
@@ -77,8 +90,9 @@ def _with_feedback(bucket: Bucket, i: int, grad: Tensor, part: Tensor, status: T
         codes = pack_signs(update, parity=terms.step, impl=terms.impl)
         said = unpack_signs(codes, slot.numel, impl=terms.impl) * _mean_magnitude(update)
     else:
-        options = _quantization(compression, slot, terms, update.device)
-        codes, scale = quantize(update, **options)
+        options = _quantization(compression, terms)
+        given = _least_scales(1, update.device)[0] if isinstance(compression, TernaryVote) else None
+        codes, scale = quantize(update, scale=given, tensor=slot.number, **options)
         known = {name: options[name] for name in ("bits", "norm", "block", "impl")}
         if isinstance(compression, TernaryVote):
             said = dequantize(codes, torch.ones_like(scale), slot.numel, **known) * _mean_magnitude(update)
@@ -93,8 +107,8 @@ def _mean_magnitude(update: Tensor) -> Tensor:
     return update.double().abs().mean().float() if update.numel() else update.new_zeros(())
 
 
-def _quantization(compression: Compression, slot: Slot, terms: Terms, device: torch.device) -> dict[str, Any]:
-    """How a parameter's update is quantized to levels."""
+def _quantization(compression: Compression, terms: Terms) -> dict[str, Any]:
+    """How updates are quantized to levels."""
     if isinstance(compression, Quantized):
         return {
             "bits": compression.bits,
@@ -104,9 +118,13 @@ def _quantization(compression: Compression, slot: Slot, terms: Terms, device: to
             "seed": compression.seed,
             "worker": terms.rank,
             "step": terms.step,
-            "tensor": slot.number,
             "impl": terms.impl,
         }
     assert isinstance(compression, TernaryVote)
-    scale = torch.full((1,), _LEAST_NORMAL, device=device)
-    return {"bits": 2, "norm": "linf", "block": None, "scale": scale, "impl": terms.impl}
+    return {"bits": 2, "norm": "linf", "block": None, "impl": terms.impl}
+
+
+@functools.cache
+def _least_scales(count: int, device: torch.device) -> list[Tensor]:
+    """fp32[1] of the least normal number for each of ``count`` tensors, to be read only."""
+    return [torch.full((1,), _LEAST_NORMAL, device=device)] * count

@@ -56,6 +56,7 @@ BYTES_PER_ELEMENT = {
     "lion_quantize:2_bits": 8 + 2 / 8,
     "lion_quantize:2_bits_own_scale": 16 + 2 / 8,
     "lion_quantize:2_bits_stochastic": 8 + 2 / 8,
+    "foreach_lion_quantize": 8 + 2 / 8,
     "dequantize:2_bits": 4 + 2 / 8,
     "dequantize:8_bits": 4 + 8 / 8,
 }

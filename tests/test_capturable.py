@@ -322,10 +322,10 @@ def steps_under_a_schedule(rank: int, size: int, algorithm: str, backend: str) -
     return int(counter.frame_count)
 
 
-# machine code takes each worker half a minute, on which its number has no influence
+# machine code takes each worker half a minute and a trace five seconds; on neither has their number any influence
 @pytest.mark.parametrize(
     ("workers", "algorithm", "backend"),
-    [(1, "auto", "aot_eager"), (2, "reduce_scatter", "inductor"), (4, "all_gather", "aot_eager")],
+    [(1, "auto", "aot_eager"), (2, "reduce_scatter", "inductor"), (4, "all_gather", "eager")],
 )
 def test_a_compiled_step_is_one_graph_and_the_eager_step(workers: int, algorithm: str, backend: str) -> None:
     assert results_of(steps_under_a_schedule, workers, algorithm, backend, timeout=200.0) == [1] * workers

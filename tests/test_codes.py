@@ -15,6 +15,7 @@ from lioncub.kernels import (
     apply_codes_,
     apply_votes_,
     foreach_apply_codes_,
+    foreach_lion_quantize,
     lion_mix,
     lion_quantize,
     pack_signs,
@@ -267,6 +268,31 @@ def test_a_tiny_scale_makes_signs(dtype: torch.dtype, beta1: float, grad_scale: 
         assert bool(status) == (not np.isfinite(update).all())
     for impl in ALL_IMPLS[1:]:
         np.testing.assert_array_equal(found[impl], found["reference"], impl)
+
+
+@pytest.mark.parametrize("impl", ALL_IMPLS)
+@pytest.mark.parametrize("block", [None, 8, 1024, 32768])
+@pytest.mark.parametrize(("bits", "norm"), [(2, "l1"), (4, "linf"), (8, "l2")])
+def test_quantization_of_lists(impl: str, block: int | None, bits: int, norm: str) -> None:
+    """Mixed sizes and dtypes at once are what each is alone, for the reference; codes for the same scale bit by bit."""
+    sizes = (0, 1, 63, 65, 1009, 16384, 40000)
+    m = [sample(n, (torch.float32, torch.bfloat16)[i % 2], seed=n, finite=True) for i, n in enumerate(sizes)]
+    g = [sample(n, DTYPES[i % 3], seed=n + 1, finite=True) for i, n in enumerate(sizes)]
+    g[3][5], g[5][-1] = float("nan"), float("inf")
+    how = {"bits": bits, "norm": norm, "block": block, "beta1": 0.9, "seed": 5, "worker": 1, "step": 3}
+    for stochastic in (False, True):
+        numbers = [2**32 - 1 - i for i in range(len(sizes))]
+        status, out = torch.zeros(len(sizes), dtype=torch.int32), [poisoned(packed_bytes(n, bits)) for n in sizes]
+        scales = foreach_lion_quantize(
+            m, g, stochastic=stochastic, tensors=numbers, out=out, status=status, impl=impl, **how
+        )
+        assert status.nonzero().flatten().tolist() == [3, 5]
+        for i, number in enumerate(numbers):
+            alone = {**how, "stochastic": stochastic, "tensor": number, "impl": "reference"}
+            expected, _ = lion_quantize(m[i], g[i], scale=scales[i], **alone)
+            assert_same_bits(out[i], expected, f"codes of {sizes[i]}")
+            _, scale = lion_quantize(m[i], g[i], **alone)
+            torch.testing.assert_close(scales[i], scale, rtol=1e-6, atol=0, equal_nan=True)
 
 
 @each_impl

@@ -65,9 +65,9 @@ def _other_results() -> list[Tensor]:
     numba_cpu.pack_signs(x, 0, packed)
     numba_cpu.unpack_signs(packed, unpacked)
     numba_cpu.block_scale(x, "l1", 0, scale)
-    numba_cpu.lion_block_scale(exp_avg, x, BETA1, "l2", 128, lion_scale)
+    numba_cpu.lion_block_scale([exp_avg], [x], BETA1, "l2", 128, [lion_scale])
     numba_cpu.quantize(x, scale, 0.5, 0, 2, stream, fields)
-    numba_cpu.lion_quantize(exp_avg, x, BETA1, lion_scale, 0.5, 128, 2, None, lion_fields, None)
+    numba_cpu.lion_quantize([exp_avg], [x], BETA1, [lion_scale], 0.5, 128, 2, None, [lion_fields], None)
     numba_cpu.dequantize(fields, scale, 0.5, 0, 2, restored)
     return [packed, unpacked, scale, lion_scale, fields, lion_fields, restored]
 

@@ -215,9 +215,9 @@ def _op_arguments(impl: str) -> dict[str, tuple[Any, ...]]:
         "apply_bucket_": ([x, g], codes, [0, 128], lr, wd, [m, m], flat, b2, one, gates, impl),
         "step_bucket_": ([x, g], [m, m], flat, [0, 128], lr, wd, b1, b2, one, gates, impl),
         "block_scale": (x, scale, "l1", 0, impl),
-        "lion_block_scale": (m, g, b1, one, scale, "l2", 0, impl),
+        "lion_block_scale": ([m], [g], b1, one, [scale], "l2", 0, impl),
         "quantize": (x, scale, stream, fields, 2, "l1", 0, True, impl),
-        "lion_quantize": (m, g, b1, one, scale, stream, fields, status, 2, "l1", 0, False, impl),
+        "lion_quantize": ([m], [g], b1, one, [scale], stream[:3], [7], [fields], status, 2, "l1", 0, False, impl),
         "dequantize": (fields, scale, x, 2, "l1", 0, impl),
     }
 

@@ -23,6 +23,8 @@ from lioncub.kernels import (
 )
 
 IMPLS = ("cpu", "triton")
+# tails of every kind, and more than one tile of the interpreter
+FEW_SIZES = (0, 1, 9, 63, 65, 1009, 16411)
 PAIRS = [(dtype, dtype) for dtype in DTYPES] + [(torch.bfloat16, torch.float32), (torch.float16, torch.float32)]
 
 each_impl = pytest.mark.parametrize("impl", IMPLS)
@@ -149,8 +151,8 @@ def test_lion_step_is_the_papers_algorithm(impl: str) -> None:
 
 
 @each_impl
-@pytest.mark.parametrize("workers", [1, 2, 3, 4, 7, 8, 9, 16, 33])
-@each_size
+@pytest.mark.parametrize("workers", [1, 2, 3, 7, 8, 9, 33])
+@pytest.mark.parametrize("n", FEW_SIZES)
 def test_majority_vote(impl: str, workers: int, n: int) -> None:
     rows = torch.stack(
         [pack_signs(sample(n, torch.float32, seed=100 * w + n), parity=1, impl="reference") for w in range(workers)]
@@ -172,7 +174,9 @@ def test_majority_vote(impl: str, workers: int, n: int) -> None:
 @pytest.mark.parametrize("bits", [2, 4, 8])
 @each_dtype
 def test_quantize(impl: str, dtype: torch.dtype, bits: int, norm: str, block: int | None) -> None:
-    for n in (s for s in SIZES if s != 70001 or block != 8):
+    # a scale of more than one chunk once for each norm
+    whole = block is None and (impl == "cpu" or (dtype == torch.float32 and bits == 2))
+    for n in SIZES if whole else FEW_SIZES:
         x = sample(n, dtype, seed=n, finite=True)
         options = {"bits": bits, "norm": norm, "block": block}
         packed, scale = quantize(x, impl="reference", **options)
@@ -207,7 +211,7 @@ def test_stochastic_quantize(impl: str, dtype: torch.dtype, bits: int) -> None:
 @pytest.mark.parametrize("stochastic", [False, True])
 @each_pair
 def test_lion_quantize(impl: str, dtype: torch.dtype, momentum: torch.dtype, stochastic: bool) -> None:
-    for n in SIZES:
+    for n in SIZES if impl == "cpu" else FEW_SIZES:
         for finite in (True, False):
             m, g = sample(n, momentum, seed=n + 1, finite=finite), sample(n, dtype, seed=n + 2, finite=finite)
             update = (torch.tensor(0.9) * m.float()) + torch.tensor(1 - 0.9) * g.float()

@@ -163,8 +163,12 @@ def _level_variants(dtype: str) -> list[Variant]:
     plain = {**flags, "STOCHASTIC": False}
     quantize = Variant("quantize", dtype, quantization._quantize_values_kernel, codes, flags, (d, d), (2 * CODE,))
     back = Variant("dequantize", dtype, quantization._dequantize_codes_kernel, floats, flags, (2 * CODE,), (d,))
+    listed = {**flags, "KINDS": ((KINDS[dtype], KINDS[dtype], KINDS["fp32"], KINDS["u8"]),)}
+    tables = {"rows_ptr": "i64", "owners_ptr": "i32", "status_ptr": "i32"}
+    of_list = replace(quantize, label="quantize a list", kernel=quantization._quantize_updates_kernel)
     return [
         quantize,
+        replace(of_list, pointers=tables, constants=listed, exchanges=IN_CUT_TILES),
         replace(quantize, label="quantize to nearest", constants=plain),
         replace(quantize, label="quantize to 8 bits", constants={**plain, "BITS": 8}, writes=(1,)),
         replace(back, threads=_threads(dtype)),
@@ -182,7 +186,11 @@ def _scale_variants(dtype: str) -> list[Variant]:
     chunks = replace(blocks, label="scale of chunks", kernel=scales._reduce_chunks_kernel)
     chunks = replace(chunks, elements=chunk, aside=8 / chunk)
     largest = replace(chunks, label="scale of chunks, linf", constants={**flags, "NORM": "linf"})
-    return [blocks, chunks, replace(largest, pointers={**pointers, "partial_ptr": "i32"}, aside=4 / chunk)]
+    tables = {"rows_ptr": "i64", "owners_ptr": "i32", "partial_ptr": "fp64"}
+    listed = {**flags, "KINDS": ((KINDS[dtype], KINDS[dtype], KINDS["fp32"]),), "SCALE_BLOCK": 0}
+    tiles = replace(blocks, label="scale of tiles of a list", kernel=scales._scale_updates_kernel, aside=8 / BLOCK_SIZE)
+    tiles = replace(tiles, pointers=tables, constants=listed)
+    return [blocks, tiles, chunks, replace(largest, pointers={**pointers, "partial_ptr": "i32"}, aside=4 / chunk)]
 
 
 def _pointers(dtype: str) -> dict[str, str]:

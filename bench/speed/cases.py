@@ -96,6 +96,7 @@ CASES = (
     Case("lion_quantize", float_ops.lion_quantize, "2_bits"),
     Case("lion_quantize", partial(float_ops.lion_quantize, scaled=False), "2_bits_own_scale"),
     Case("lion_quantize", partial(float_ops.lion_quantize, stochastic=True), "2_bits_stochastic"),
+    Case("foreach_lion_quantize", float_ops.foreach_lion_quantize),
     Case("dequantize", float_ops.dequantize, "2_bits"),
     Case("dequantize", partial(float_ops.dequantize, bits=8), "8_bits"),
 )

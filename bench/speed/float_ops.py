@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lioncub import kernels
 from lioncub.kernels import Rounding, packed_bytes
-from speed.data import BETA1, BETA2, DECAY, LR, Call, Data, new, parts
+from speed.data import BETA1, BETA2, DECAY, LR, PARTS, Call, Data, new, parts
 
 _RATES: dict[str, Any] = {"lr": LR, "weight_decay": DECAY}
 _BETAS = {"beta1": BETA1, "beta2": BETA2}
@@ -106,31 +107,44 @@ def foreach_lion_step_(data: Data, impl: str) -> Call:
 
 
 def quantize(data: Data, impl: str, *, bits: int = 2, stochastic: bool = False, scaled: bool = True) -> Call:
-    x, scale = data.grad, data.scale if scaled else None
+    x, scale, out = (
+        data.grad,
+        data.scale if scaled else None,
+        torch.empty(packed_bytes(data.n, bits), dtype=torch.uint8),
+    )
     return Call(
-        lambda: kernels.quantize(x, bits=bits, scale=scale, stochastic=stochastic, impl=impl),
+        lambda: kernels.quantize(x, bits=bits, scale=scale, stochastic=stochastic, out=out, impl=impl),
         (x,) if scaled else (x, x),
-        (new(packed_bytes(data.n, bits)),),
+        (out,),
     )
 
 
 def lion_quantize(data: Data, impl: str, *, bits: int = 2, stochastic: bool = False, scaled: bool = True) -> Call:
     m, g, status, scale = data.exp_avg, data.grad, data.status, data.scale if scaled else None
+    out = torch.empty(packed_bytes(data.n, bits), dtype=torch.uint8)
     return Call(
         lambda: kernels.lion_quantize(
-            m, g, beta1=BETA1, bits=bits, scale=scale, stochastic=stochastic, status=status, impl=impl
+            m, g, beta1=BETA1, bits=bits, scale=scale, stochastic=stochastic, out=out, status=status, impl=impl
         ),
         (m, g) if scaled else (m, g, m, g),
-        (new(packed_bytes(data.n, bits)),),
+        (out,),
+    )
+
+
+def foreach_lion_quantize(data: Data, impl: str) -> Call:
+    m, g, out = data.exp_avg, data.grad, torch.empty(packed_bytes(data.n, 2), dtype=torch.uint8)
+    ms, gs, outs, scales = parts(m), parts(g), parts(out), [data.scale] * PARTS
+    return Call(
+        lambda: kernels.foreach_lion_quantize(ms, gs, beta1=BETA1, scale=scales, out=outs, impl=impl), (m, g), (out,)
     )
 
 
 def dequantize(data: Data, impl: str, *, bits: int = 2) -> Call:
-    codes, scale = data.codes(bits), data.scale
+    codes, scale, out = data.codes(bits), data.scale, torch.empty(data.n, dtype=data.dtype)
     return Call(
-        lambda: kernels.dequantize(codes, scale, data.n, bits=bits, dtype=data.dtype, impl=impl),
+        lambda: kernels.dequantize(codes, scale, data.n, bits=bits, dtype=data.dtype, out=out, impl=impl),
         (codes,),
-        (new(data.n, data.dtype),),
+        (out,),
     )
 
 

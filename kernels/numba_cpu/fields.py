@@ -1,58 +1,127 @@
-"""p-bit codes to words and back, eight at a time: a word of eight byte-wide codes is folded in three halvings."""
+"""p-bit codes to words and back: 64 bytes of one code each, on vectors whose lanes are the codes of a packed byte."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+from numba.np.arrayobj import make_array
 
 from lioncub.kernels.numba_cpu.compiling import device_function
+
+_BYTE = ir.IntType(8)
 
 
 @device_function
 def pack_codes(codes: Any, bits: int, out: Any) -> None:
-    """out[words] = the fields of codes, uint8[64]; bits is 1, 2, 4 or 8."""
-    eights = codes.view(np.uint64)
-    out[:] = 0
-    width = 8 * bits
-    for i in range((out.size * 64 + width - 1) // width):
-        place = i * width
-        out[place >> 6] |= _fold(eights[i], np.uint64(bits)) << np.uint64(place & 63)
+    """out[words] = the fields of codes, uint8[64], which are overwritten; bits is 1, 2, 4 or 8."""
+    if bits == 4:
+        _fold(codes, 4)
+    elif bits == 2:
+        _fold(codes, 2)
+    elif bits == 1:
+        _fold(codes, 1)
+    for i in range(out.size):
+        out[i] = _word(codes, i)
 
 
 @device_function
 def unpack_codes(words: Any, bits: int, codes: Any) -> None:
-    """codes, uint8[64], from the fields of words."""
-    eights = codes.view(np.uint64)
-    width = 8 * bits
-    for i in range((words.size * 64 + width - 1) // width):
-        place = i * width
-        eights[i] = _unfold(words[place >> 6] >> np.uint64(place & 63), np.uint64(bits))
+    """codes, uint8[64], from the fields of words; of fewer than 64 codes the others are left without meaning."""
+    if words.size == bits and bits < 8:
+        _unfold_by(words, bits, codes)
+        return
+    for i in range(words.size):
+        _set_word(codes, i, words[i])
+    _unfold_by(codes, bits, codes)
 
 
 @device_function
-def _fold(eight: np.uint64, bits: np.uint64) -> np.uint64:
-    """The low ``bits`` bits of each byte, moved together."""
-    eight = (eight | (eight >> (np.uint64(8) - bits))) & _mask(np.uint64(2) * bits, np.uint64(0x0001000100010001))
-    eight = (eight | (eight >> (np.uint64(16) - np.uint64(2) * bits))) & _mask(
-        np.uint64(4) * bits, np.uint64(0x0000000100000001)
-    )
-    folded = eight | (eight >> (np.uint64(32) - np.uint64(4) * bits))
-    return np.uint64(folded & _mask(np.uint64(8) * bits, np.uint64(1)))
+def _unfold_by(source: Any, bits: int, codes: Any) -> None:
+    if bits == 4:
+        _unfold(source, 4, codes)
+    elif bits == 2:
+        _unfold(source, 2, codes)
+    elif bits == 1:
+        _unfold(source, 1, codes)
 
 
-@device_function
-def _unfold(folded: np.uint64, bits: np.uint64) -> np.uint64:
-    """The inverse of `_fold`; bits above the eighth field are ignored."""
-    four, two = np.uint64(4) * bits, np.uint64(2) * bits
-    eight = folded & _mask(np.uint64(8) * bits, np.uint64(1))
-    eight = (eight | (eight << (np.uint64(32) - four))) & _mask(four, np.uint64(0x0000000100000001))
-    eight = (eight | (eight << (np.uint64(16) - two))) & _mask(two, np.uint64(0x0001000100010001))
-    return np.uint64((eight | (eight << (np.uint64(8) - bits))) & _mask(bits, np.uint64(0x0101010101010101)))
+@intrinsic
+def _word(typingctx: Any, codes: Any, i: Any) -> Any:
+    """Bytes 8*i to 8*i + 7; a view of words would cost more than all that is done with them."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.load(_word_at(context, builder, signature, args), align=1)
+
+    return types.uint64(codes, types.intp), codegen
 
 
-@device_function
-def _mask(width: np.uint64, places: np.uint64) -> np.uint64:
-    """``width`` ones from each of ``places`` up; a shift by 64 would be undefined, so 64 ones are taken apart."""
-    ones = ~np.uint64(0) if width == np.uint64(64) else (np.uint64(1) << width) - np.uint64(1)
-    return ones * places
+@intrinsic
+def _set_word(typingctx: Any, codes: Any, i: Any, word: Any) -> Any:
+    """Bytes 8*i to 8*i + 7 = those of ``word``."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        builder.store(args[2], _word_at(context, builder, signature, args), align=1)
+        return context.get_dummy_value()
+
+    return types.void(codes, types.intp, types.uint64), codegen
+
+
+@intrinsic(prefer_literal=True)
+def _fold(typingctx: Any, codes: Any, bits: Any) -> Any:
+    """The low ``bits`` of each of 64 bytes, moved together at the front; their other bits are 0."""
+    if not isinstance(bits, types.IntegerLiteral):
+        return None
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        base = _data(context, builder, signature.args[0], args[0])
+        wide, narrow, gaps = _lanes(bits.literal_value)
+        apart = builder.load(builder.bitcast(base, wide.as_pointer()), align=1)
+        fields = apart
+        for gap in gaps:
+            fields = builder.or_(fields, builder.lshr(apart, gap))
+        builder.store(builder.trunc(fields, narrow), builder.bitcast(base, narrow.as_pointer()), align=1)
+        return context.get_dummy_value()
+
+    return types.void(codes, bits), codegen
+
+
+@intrinsic(prefer_literal=True)
+def _unfold(typingctx: Any, source: Any, bits: Any, codes: Any) -> Any:
+    """64 bytes from as many fields of ``bits`` at the front of ``source``, which may be ``codes``."""
+    if not isinstance(bits, types.IntegerLiteral):
+        return None
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        origin = _data(context, builder, signature.args[0], args[0])
+        target = _data(context, builder, signature.args[2], args[2])
+        wide, narrow, gaps = _lanes(bits.literal_value)
+        together = builder.zext(builder.load(builder.bitcast(origin, narrow.as_pointer()), align=1), wide)
+        fields = together
+        for gap in gaps:
+            fields = builder.or_(fields, builder.shl(together, gap))
+        low = int.from_bytes(bytes([2**bits.literal_value - 1]) * (8 // bits.literal_value))
+        apart = builder.and_(fields, ir.Constant(wide, [low] * wide.count))
+        builder.store(apart, builder.bitcast(target, wide.as_pointer()), align=1)
+        return context.get_dummy_value()
+
+    return types.void(source, bits, codes), codegen
+
+
+def _lanes(bits: int) -> tuple[ir.VectorType, ir.VectorType, list[ir.Constant]]:
+    """Vectors of packed bytes, wide with a byte for each code and narrow; by how much codes but the first one move."""
+    codes = 8 // bits
+    wide = ir.VectorType(ir.IntType(8 * codes), 64 // codes)
+    gaps = [ir.Constant(wide, [(8 - bits) * i] * wide.count) for i in range(1, codes)]
+    return wide, ir.VectorType(_BYTE, wide.count), gaps
+
+
+def _data(context: Any, builder: Any, kind: Any, array: Any) -> Any:
+    return make_array(kind)(context, builder, array).data
+
+
+def _word_at(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+    base = _data(context, builder, signature.args[0], args[0])
+    return builder.gep(builder.bitcast(base, ir.IntType(64).as_pointer()), [args[1]])

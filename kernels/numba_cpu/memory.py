@@ -9,6 +9,7 @@ import torch
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
+from numba.core.errors import RequireLiteralValue
 from numba.extending import intrinsic
 from numba.np.arrayobj import make_array, populate_array
 
@@ -20,6 +21,7 @@ STORAGE = {
 }
 WORDS = np.dtype(np.uint64)
 STATUS = np.dtype(np.int32)
+FLOATS, RANDOM_WORDS, CODES = np.dtype(np.float32), np.dtype(np.uint32), np.dtype(np.uint8)
 # codes of 16 bits
 WIDE_CODES = np.dtype(np.uint16)
 
@@ -53,6 +55,38 @@ def array_at(typingctx: Any, address: Any, first: Any, size: Any, dtype: Any) ->
         return array._getvalue()
 
     return array_type(types.int64, types.intp, types.intp, dtype), codegen
+
+
+@intrinsic(prefer_literal=True)
+def scratch(typingctx: Any, size: Any, dtype: Any) -> Any:
+    """Array on the stack, filled with zeros, for use in the calling kernel alone: nothing is counted or freed.
+
+    An array of numpy's is counted up and down at each use that is not in a straight line with the last, by calls that
+    cost as much as the arithmetic on a word.
+    """
+    if not isinstance(size, types.IntegerLiteral):
+        raise RequireLiteralValue("size: expected a literal")
+    array_type = types.Array(dtype.dtype, 1, "C")
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        count = context.get_constant(types.intp, size.literal_value)
+        item = context.get_data_type(array_type.dtype)
+        itemsize = context.get_constant(types.intp, context.get_abi_sizeof(item))
+        memory = cgutils.alloca_once(builder, ir.ArrayType(item, size.literal_value))
+        memory.align = _CACHE_LINE
+        builder.store(ir.Constant(memory.type.pointee, None), memory)
+        array = make_array(array_type)(context, builder)
+        populate_array(
+            array,
+            data=builder.bitcast(memory, array.data.type),
+            shape=cgutils.pack_array(builder, [count]),
+            strides=cgutils.pack_array(builder, [itemsize]),
+            itemsize=itemsize,
+            meminfo=None,
+        )
+        return array._getvalue()
+
+    return array_type(size, dtype), codegen
 
 
 @intrinsic

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -11,16 +12,26 @@ from lioncub.kernels.layout import largest_level
 from lioncub.kernels.numba_cpu.bits import any_nonfinite
 from lioncub.kernels.numba_cpu.compiling import device_function, kernel
 from lioncub.kernels.numba_cpu.fields import pack_codes, unpack_codes
-from lioncub.kernels.numba_cpu.floats import narrow
+from lioncub.kernels.numba_cpu.floats import is_rounded, narrow
+from lioncub.kernels.numba_cpu.levels import even_codes, levels_times, random_codes
 from lioncub.kernels.numba_cpu.lion import mix_into, raise_status
-from lioncub.kernels.numba_cpu.memory import STORAGE, WORDS, array_at
+from lioncub.kernels.numba_cpu.lists import addresses, element_addresses, launch, nth_word, share
+from lioncub.kernels.numba_cpu.memory import (
+    CODES,
+    FLOATS,
+    RANDOM_WORDS,
+    STORAGE,
+    WORDS,
+    array_at,
+    prefetch_word,
+    scratch,
+)
 from lioncub.kernels.numba_cpu.philox import random_words
-from lioncub.kernels.numba_cpu.signs import widen_into
+from lioncub.kernels.numba_cpu.signs import widen_into, word_in_float32
 from lioncub.kernels.numba_cpu.threads import run_slices, slices
 from lioncub.kernels.random_bits import Stream
 from lioncub.kernels.scalars import Mix
 
-_SCALES = np.dtype(np.float32)
 _UINT32 = 0xFFFFFFFF
 _RandomArguments = tuple[int, int, int, int, int]
 
@@ -33,22 +44,24 @@ def quantize(x: Tensor, scale: Tensor, gain: float, block: int, bits: int, strea
 
 
 def lion_quantize(
-    exp_avg: Tensor,
-    grad: Tensor,
+    exp_avg: Sequence[Tensor],
+    grad: Sequence[Tensor],
     beta1: Mix,
-    scale: Tensor,
+    scale: Sequence[Tensor],
     gain: float,
     block: int,
     bits: int,
-    stream: Stream | None,
-    out: Tensor,
+    streams: Sequence[Stream] | None,
+    out: Sequence[Tensor],
     status: Tensor | None,
 ) -> None:
-    """quantize of the update; status[0] = 1 where an element of it is not finite."""
-    source = (exp_avg.data_ptr(), STORAGE[exp_avg.dtype], grad.data_ptr(), STORAGE[grad.dtype], *beta1)
-    fields = (scale.data_ptr(), _shift(block), gain * largest_level(bits), bits)
-    written = (out.data_ptr(), 0 if status is None else status.data_ptr())
-    run_slices(_lion_quantize_kernel, slices(grad.numel()), *source, *fields, *_random(stream), *written)
+    """quantize of each update; status[i] = 1 where an element of update i is not finite."""
+    if not grad:
+        return
+    fields = (_shift(block), gain * largest_level(bits), bits)
+    numbers = [0] * len(grad) if streams is None else [stream.tensor & _UINT32 for stream in streams]
+    others = (addresses(scale), addresses(out), element_addresses(status, len(grad)), numbers)
+    launch(_lion_quantize_kernel, (exp_avg, grad), others, *beta1, *fields, *_random(streams[0] if streams else None))
 
 
 def dequantize(packed: Tensor, scale: Tensor, gain: float, block: int, bits: int, out: Tensor) -> None:
@@ -76,31 +89,6 @@ def _factor(scale: np.float32, gain_level: np.float32) -> np.float32:
     return np.float32(0.0) if scale == np.float32(0.0) else np.float32(gain_level / scale)
 
 
-@device_function
-def _clip(ratio: np.float32, level: np.float32) -> np.float32:
-    """Within -level .. level; NaN becomes 0."""
-    ratio = np.float32(0.0) if ratio != ratio else ratio
-    ratio = -level if ratio < -level else ratio
-    return level if ratio > level else ratio
-
-
-@device_function
-def _round_to_even(ratio: np.float32) -> np.float32:
-    # float32 has no fractions from 2^23 on, and |ratio| is at most 127
-    return np.float32(np.float32(ratio + np.float32(12582912.0)) - np.float32(12582912.0))
-
-
-@device_function
-def _round_stochastically(ratio: np.float32, word: np.uint32) -> np.float32:
-    """|ratio| is rounded up where its fraction exceeds a uniform number, the word's 24 high bits."""
-    magnitude = np.float32(abs(ratio))
-    whole = np.float32(np.int32(magnitude))
-    uniform = np.float32(np.float32(np.int32(word >> np.uint32(8))) * np.float32(2.0**-24))
-    one_more = np.float32(1.0) if uniform < np.float32(magnitude - whole) else np.float32(0.0)
-    rounded = np.float32(whole + one_more)
-    return -rounded if ratio < np.float32(0.0) else rounded
-
-
 @kernel
 def _quantize_kernel(
     first: int,
@@ -115,49 +103,66 @@ def _quantize_kernel(
     stream: _RandomArguments,
     out_ptr: int,
 ) -> None:
-    values, factors, words, codes = _scratch()
-    for start in range(first, last, 64):
+    values, words, codes = scratch(64, FLOATS), scratch(64, RANDOM_WORDS), scratch(64, CODES)
+    for word in range((last - first + 63) >> 6):
+        start = nth_word(word, first, last)
         count = min(64, last - start)
-        widen_into(values, array_at(x_ptr, start, count, x_dtype), count)
-        _load_factors(factors, scale_ptr, shift, start, count, np.float32(gain_level))
+        prefetch_word(x_ptr, start + 64, x_dtype)
+        x = array_at(x_ptr, start, count, x_dtype)
         if stochastic:
             random_words(stream, start, words)
-        _quantize_word(values, factors, count, bits, stochastic, words, codes, out_ptr, start)
+        if count == 64 and shift >= 6:
+            factor = _factor(array_at(scale_ptr, start >> shift, 1, FLOATS)[0], np.float32(gain_level))
+            source = word_in_float32(x, values)
+            _quantize_word(source, factor, count, bits, stochastic, words, codes, out_ptr, start)
+        else:
+            widen_into(values, x, count)
+            factor = _scale_word(values, scale_ptr, shift, start, count, np.float32(gain_level))
+            _quantize_word(values, factor, count, bits, stochastic, words, codes, out_ptr, start)
 
 
 @kernel
 def _lion_quantize_kernel(
     first: int,
     last: int,
-    m_ptr: int,
+    table: Any,
     m_dtype: Any,
-    g_ptr: int,
     g_dtype: Any,
     kept: float,
     new: float,
-    scale_ptr: int,
     shift: int,
     gain_level: float,
     bits: int,
     stochastic: bool,
     stream: _RandomArguments,
-    out_ptr: int,
-    status_ptr: int,
 ) -> None:
-    values, factors, words, codes = _scratch()
-    nonfinite = np.uint8(0)
-    for start in range(first, last, 64):
-        count = min(64, last - start)
-        m, g = array_at(m_ptr, start, count, m_dtype), array_at(g_ptr, start, count, g_dtype)
-        values[count:] = 0.0
-        mix_into(values, m, g, count, np.float32(kept), np.float32(new))
-        nonfinite |= any_nonfinite(values, 0)
-        _load_factors(factors, scale_ptr, shift, start, count, np.float32(gain_level))
-        if stochastic:
-            random_words(stream, start, words)
-        _quantize_word(values, factors, count, bits, stochastic, words, codes, out_ptr, start)
-    if nonfinite:
-        raise_status(status_ptr)
+    values, words, codes = scratch(64, FLOATS), scratch(64, RANDOM_WORDS), scratch(64, CODES)
+    b1, b1c = np.float32(kept), np.float32(new)
+    offset = 0
+    for row in range(table.shape[0]):
+        size, m_ptr, g_ptr, scale_ptr = table[row, 0], table[row, 1], table[row, 2], table[row, 3]
+        out_ptr, status_ptr, number = table[row, 4], table[row, 5], table[row, 6]
+        begin, end = share(size, offset, first, last)
+        offset += size
+        nonfinite = np.uint8(0)
+        for word in range((end - begin + 63) >> 6):
+            start = nth_word(word, begin, end)
+            count = min(64, end - start)
+            prefetch_word(m_ptr, start + 64, m_dtype)
+            prefetch_word(g_ptr, start + 64, g_dtype)
+            m, g = array_at(m_ptr, start, count, m_dtype), array_at(g_ptr, start, count, g_dtype)
+            if count == 64:
+                mix_into(values, m, g, 64, b1, b1c)
+            else:
+                values[:] = 0.0
+                mix_into(values, m, g, count, b1, b1c)
+            nonfinite |= any_nonfinite(values, 0)
+            factor = _scale_word(values, scale_ptr, shift, start, count, np.float32(gain_level))
+            if stochastic:
+                random_words((stream[0], stream[1], stream[2], stream[3], number), start, words)
+            _quantize_word(values, factor, count, bits, stochastic, words, codes, out_ptr, start)
+        if nonfinite:
+            raise_status(status_ptr)
 
 
 @kernel
@@ -172,48 +177,41 @@ def _dequantize_kernel(
     out_ptr: int,
     out_dtype: Any,
 ) -> None:
-    _, units, _, codes = _scratch()
-    level = np.float32((1 << (bits - 1)) - 1)
+    values, codes = scratch(64, FLOATS), scratch(64, CODES)
+    level = np.int32((1 << (bits - 1)) - 1)
     for start in range(first, last, 64):
         count = min(64, last - start)
         unpack_codes(array_at(packed_ptr, start * bits >> 6, (count * bits + 63) >> 6, WORDS), bits, codes)
-        _load_units(units, scale_ptr, shift, start, count, np.float32(gain_level))
         out = array_at(out_ptr, start, count, out_dtype)
+        if shift >= 6:
+            unit = np.float32(array_at(scale_ptr, start >> shift, 1, FLOATS)[0] / np.float32(gain_level))
+            if count == 64 and not is_rounded(out_dtype):
+                levels_times(codes, level, unit, out)
+                continue
+            levels_times(codes, level, unit, values)
+        else:
+            levels_times(codes, level, np.float32(1.0), values)
+            for j in range(count):
+                scale = array_at(scale_ptr, (start + j) >> shift, 1, FLOATS)[0]
+                values[j] = np.float32(values[j] * np.float32(scale / np.float32(gain_level)))
         for j in range(count):
-            q = np.float32(np.float32(codes[j]) - level)
-            out[j] = narrow(np.float32(q * units[j]), out_dtype)
+            out[j] = narrow(values[j], out_dtype)
 
 
 @device_function
-def _scratch() -> tuple[Any, Any, Any, Any]:
-    """Values, factors, random words and codes of 64 elements."""
-    return np.zeros(64, np.float32), np.zeros(64, np.float32), np.zeros(64, np.uint32), np.zeros(64, np.uint8)
-
-
-@device_function
-def _load_factors(factors: Any, scale_ptr: int, shift: int, start: int, count: int, gain_level: np.float32) -> None:
-    """factors[:count] = gain*K / scale of each element's block."""
+def _scale_word(values: Any, scale_ptr: int, shift: int, start: int, count: int, gain_level: np.float32) -> np.float32:
+    """gain*K / scale, by which ``values`` become levels; blocks smaller than a word are scaled here, and it is 1."""
     if shift >= 6:
-        factors[:] = _factor(array_at(scale_ptr, start >> shift, 1, _SCALES)[0], gain_level)
-        return
+        return np.float32(_factor(array_at(scale_ptr, start >> shift, 1, FLOATS)[0], gain_level))
     for j in range(count):
-        factors[j] = _factor(array_at(scale_ptr, (start + j) >> shift, 1, _SCALES)[0], gain_level)
-
-
-@device_function
-def _load_units(units: Any, scale_ptr: int, shift: int, start: int, count: int, gain_level: np.float32) -> None:
-    """units[:count] = scale / (gain*K) of each element's block."""
-    if shift >= 6:
-        units[:] = array_at(scale_ptr, start >> shift, 1, _SCALES)[0] / gain_level
-        return
-    for j in range(count):
-        units[j] = array_at(scale_ptr, (start + j) >> shift, 1, _SCALES)[0] / gain_level
+        values[j] = np.float32(values[j] * _factor(array_at(scale_ptr, (start + j) >> shift, 1, FLOATS)[0], gain_level))
+    return np.float32(1.0)
 
 
 @device_function
 def _quantize_word(
     values: Any,
-    factors: Any,
+    factor: np.float32,
     count: int,
     bits: int,
     stochastic: bool,
@@ -223,15 +221,12 @@ def _quantize_word(
     start: int,
 ) -> None:
     """Write the fields of elements start to start + count, and zeros up to the end of the last word."""
-    level = np.float32((1 << (bits - 1)) - 1)
-    # a tail is computed to its full 64 elements and then cleared, so that the loops have a fixed length
+    largest = np.int32((1 << (bits - 1)) - 1)
+    # a tail is computed to its full 64 elements and then cleared
     if stochastic:
-        for j in range(64):
-            ratio = _clip(np.float32(values[j] * factors[j]), level)
-            codes[j] = np.int32(_round_stochastically(ratio, words[j]) + level)
+        random_codes(values, factor, largest, codes, words)
     else:
-        for j in range(64):
-            ratio = _clip(np.float32(values[j] * factors[j]), level)
-            codes[j] = np.int32(_round_to_even(ratio) + level)
-    codes[count:] = 0
+        even_codes(values, factor, largest, codes)
+    if count < 64:
+        codes[count:] = 0
     pack_codes(codes, bits, array_at(out_ptr, start * bits >> 6, (count * bits + 63) >> 6, WORDS))

@@ -6,7 +6,7 @@ added up in order at the end.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -32,13 +32,18 @@ def block_scale(x: Tensor, norm: str, block: int, scale: Tensor) -> None:
     _scale(_pieces_kernel, (x.data_ptr(), STORAGE[x.dtype]), x.numel(), norm, block, scale)
 
 
-def lion_block_scale(exp_avg: Tensor, grad: Tensor, beta1: Mix, norm: str, block: int, scale: Tensor) -> None:
-    """block_scale of the update."""
-    source = (exp_avg.data_ptr(), STORAGE[exp_avg.dtype], grad.data_ptr(), STORAGE[grad.dtype], *beta1)
-    _scale(_lion_pieces_kernel, source, grad.numel(), norm, block, scale)
+def lion_block_scale(
+    exp_avg: Sequence[Tensor], grad: Sequence[Tensor], beta1: Mix, norm: str, block: int, scale: Sequence[Tensor]
+) -> None:
+    """block_scale of each update."""
+    for m, g, s in zip(exp_avg, grad, scale, strict=True):
+        source = (m.data_ptr(), STORAGE[m.dtype], g.data_ptr(), STORAGE[g.dtype], *beta1)
+        _scale(_lion_pieces_kernel, source, g.numel(), norm, block, s)
 
 
 def _scale(kernel: Callable[..., Any], source: tuple[Any, ...], n: int, norm: str, block: int, scale: Tensor) -> None:
+    if not n:
+        return
     size = min(block or _PIECE, _PIECE)
     sums = torch.empty(-(-n // size), dtype=torch.float64)
     parts = slices(sums.numel(), 1, -(-MIN_SLICE // size))

@@ -41,12 +41,12 @@ def widen_into(values: Any, x: Any, count: int) -> None:
         values[j] = widen(x[j])
 
 
-def _word_in_float32(x: Any, values: Any) -> Any:
+def word_in_float32(x: Any, values: Any) -> Any:
     """x itself where it is float32, else ``values``, filled with its 64 elements."""
-    raise NotImplementedError("_word_in_float32: runs in compiled code alone")
+    raise NotImplementedError("word_in_float32: runs in compiled code alone")
 
 
-@overload(_word_in_float32, jit_options={"forceinline": True})
+@overload(word_in_float32, jit_options={"forceinline": True})
 def _overload_word_in_float32(x: Any, values: Any) -> Any:
     if x.dtype == types.float32:
         return _itself
@@ -71,7 +71,7 @@ def _pack_kernel(first: int, last: int, x_ptr: int, x_dtype: Any, parity: int, o
         x = array_at(x_ptr, start, count, x_dtype)
         out = array_at(out_ptr, start >> 6, 1, WORDS)
         if count == 64:
-            out[0] = pack_word(_word_in_float32(x, values), 0, undecided)
+            out[0] = pack_word(word_in_float32(x, values), 0, undecided)
         else:
             # a pad code is 0, the code of any negative number
             values[:] = -1.0

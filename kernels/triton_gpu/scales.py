@@ -6,14 +6,18 @@ tiles, and a second kernel combines them in order.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from lioncub.kernels.scalars import Mix
-from lioncub.kernels.triton_gpu.arithmetic import mix, widen
-from lioncub.kernels.triton_gpu.launch import ROW_THREADS, launching_on, options, tiles
+from lioncub.kernels.triton_gpu.arithmetic import mix
+from lioncub.kernels.triton_gpu.launch import BLOCK_SIZE, ROW_THREADS, launching_on, options, tiles
+from lioncub.kernels.triton_gpu.rows import load_elements, value_of
+from lioncub.kernels.triton_gpu.tables import form_of, only_one, pointer_at, row_at, table_of, tile_of
 
 _TILE = 8 * ROW_THREADS
 _TILES_PER_CHUNK = 16
@@ -86,12 +90,87 @@ def _combine_chunks_kernel(
 
 
 @triton.jit
+def _scale_updates_kernel(
+    rows_ptr,
+    owners_ptr,
+    partial_ptr,
+    beta1,
+    beta1_new,
+    KINDS: tl.constexpr,
+    NORM: tl.constexpr,
+    SCALE_BLOCK: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+):
+    _, row_ptr, start, n_elements = tile_of(rows_ptr, owners_ptr, 3, BLOCK_SIZE)
+    kind, is_wide = form_of(row_ptr, start, n_elements, 3, BLOCK_SIZE)
+    numbers = (beta1, beta1_new)
+    for k in tl.static_range(len(KINDS)):
+        if kind == k:
+            if is_wide:
+                _scale_row(row_ptr, partial_ptr, numbers, start, None, KINDS[k], NORM, SCALE_BLOCK, BLOCK_SIZE)
+            else:
+                _scale_row(row_ptr, partial_ptr, numbers, start, n_elements, KINDS[k], NORM, SCALE_BLOCK, BLOCK_SIZE)
+
+
+@triton.jit
+def _scale_row(
+    row_ptr,
+    partial_ptr,
+    numbers,
+    start,
+    n_elements,
+    KIND: tl.constexpr,
+    NORM: tl.constexpr,
+    SCALE_BLOCK: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+):
+    """The scales of the tile's blocks; where blocks are larger, or there is one, what the tile adds to its block."""
+    beta1, beta1_new = numbers
+    exp_avg_ptr, grad_ptr = pointer_at(row_ptr, 0, KIND, n_elements), pointer_at(row_ptr, 1, KIND, n_elements)
+    if SCALE_BLOCK == 0:
+        offsets = start + tl.arange(0, BLOCK_SIZE)
+        x = load_values(exp_avg_ptr, grad_ptr, beta1, beta1_new, offsets, n_elements, True)
+        tl.store(partial_ptr + tl.program_id(0), reduce_terms(terms_of(x, NORM), 0, NORM))
+    else:
+        blocks = start // SCALE_BLOCK + tl.arange(0, BLOCK_SIZE // SCALE_BLOCK)
+        offsets = blocks[:, None] * SCALE_BLOCK + tl.arange(0, SCALE_BLOCK)[None, :]
+        x = load_values(exp_avg_ptr, grad_ptr, beta1, beta1_new, offsets, n_elements, True)
+        norm = reduce_terms(terms_of(x, NORM), 1, NORM)
+        scale_ptr = pointer_at(row_ptr, 2, KIND, n_elements)
+        if n_elements is None:
+            tl.store(scale_ptr + blocks, finish_norm(norm, tl.full((), SCALE_BLOCK, tl.int64), NORM))
+        else:
+            filled = tl.minimum(n_elements - blocks * SCALE_BLOCK, SCALE_BLOCK)
+            tl.store(scale_ptr + blocks, finish_norm(norm, filled, NORM), mask=blocks * SCALE_BLOCK < n_elements)
+
+
+@triton.jit
+def _combine_tiles_kernel(
+    rows_ptr, partial_ptr, elements_per_scale, NORM: tl.constexpr, TILES: tl.constexpr, BLOCK_SIZE: tl.constexpr
+):
+    row_ptr = row_at(rows_ptr, tl.program_id(0), 3)
+    block = tl.program_id(1).to(tl.int64)
+    n_elements = tl.load(row_ptr + 3)
+    size = n_elements if elements_per_scale == 0 else elements_per_scale.to(tl.int64)
+    if block * size >= n_elements:
+        return
+    filled = tl.minimum(n_elements - block * size, size)
+    first = tl.load(row_ptr + 4) + block * (size // BLOCK_SIZE)
+    last = first + tl.cdiv(filled, BLOCK_SIZE)
+    total = no_terms(TILES, NORM)
+    for start in range(first, last, TILES):
+        tiles = start + tl.arange(0, TILES)
+        total = combine(total, tl.load(partial_ptr + tiles, mask=tiles < last, other=0), NORM)
+    scale_ptr = tl.load(row_ptr + 2).to(tl.pointer_type(tl.float32))
+    tl.store(scale_ptr + block, finish_norm(reduce_terms(total, 0, NORM), filled, NORM))
+
+
+@triton.jit
 def load_values(x_ptr, grad_ptr, beta1, beta1_new, offsets, n_elements, IS_UPDATE: tl.constexpr):
     """fp32 values of x, or of Lion's update where x is the momentum; 0 past the end."""
-    mask = offsets < n_elements
-    x = widen(tl.load(x_ptr + offsets, mask=mask, other=0))
+    x = load_elements(x_ptr, offsets, n_elements)
     if IS_UPDATE:
-        x = mix(beta1, beta1_new, x, widen(tl.load(grad_ptr + offsets, mask=mask, other=0)))
+        x = mix(value_of(beta1), value_of(beta1_new), x, load_elements(grad_ptr, offsets, n_elements))
     return x
 
 
@@ -139,9 +218,29 @@ def block_scale(x: Tensor, norm: str, block: int, scale: Tensor) -> None:
     _scale(x, None, Mix(0.0, 0.0), norm, block, scale)
 
 
-def lion_block_scale(exp_avg: Tensor, grad: Tensor, beta1: Mix, norm: str, block: int, scale: Tensor) -> None:
+def lion_block_scale(
+    exp_avg: Sequence[Tensor], grad: Sequence[Tensor], beta1: Mix, norm: str, block: int, scale: Sequence[Tensor]
+) -> None:
     """See `lioncub.kernels.reference.lion_block_scale`."""
-    _scale(exp_avg, grad, beta1, norm, block, scale)
+    i = only_one(grad)
+    if i is not None:
+        _scale(exp_avg[i], grad[i], beta1, norm, block, scale[i])
+        return
+    launch = options(grad[0].device)
+    with launching_on(grad[0]):
+        table = table_of(exp_avg, grad, scale)
+        if table is None:
+            return
+        rows, owners, kinds = table
+        within = 0 < block <= BLOCK_SIZE
+        terms = torch.int32 if norm == "linf" else torch.float64
+        partial = owners if within else torch.empty(owners.numel(), dtype=terms, device=owners.device)
+        _scale_updates_kernel[table.grid](
+            rows, owners, partial, *beta1, kinds, norm, block if within else 0, BLOCK_SIZE, **launch
+        )
+        if not within:
+            grid = (len(grad), max(s.numel() for s in scale))
+            _combine_tiles_kernel[grid](rows, partial, block, norm, _TILE, BLOCK_SIZE, **launch)
 
 
 def _scale(x: Tensor, grad: Tensor | None, beta1: Mix, norm: str, block: int, scale: Tensor) -> None:

@@ -136,10 +136,16 @@ def _on_device(values: Tensor, device: torch.device) -> Tensor:
 def tile_of(rows_ptr, owners_ptr, LISTS: tl.constexpr, BLOCK_SIZE: tl.constexpr):
     """This program's tile: its tensor's number and row, its first element, and the tensor's number of elements."""
     tensor = tl.load(owners_ptr + tl.program_id(0))
-    row_ptr = rows_ptr + tensor.to(tl.int64) * (LISTS + _FURTHER_COLUMNS)
+    row_ptr = row_at(rows_ptr, tensor, LISTS)
     n_elements = tl.load(row_ptr + LISTS)
     start = (tl.program_id(0) - tl.load(row_ptr + LISTS + 1)) * BLOCK_SIZE
     return tensor, row_ptr, start, n_elements
+
+
+@triton.jit
+def row_at(rows_ptr, tensor, LISTS: tl.constexpr):
+    """The row of a tensor."""
+    return rows_ptr + tensor.to(tl.int64) * (LISTS + _FURTHER_COLUMNS)
 
 
 @triton.jit
