@@ -238,6 +238,27 @@ def test_every_registered_op_is_checked() -> None:
     assert registered == set(_op_arguments("reference"))
 
 
+class Exchange(torch.nn.Module):
+    """What a worker says and hears, by single-tensor ops."""
+
+    def forward(self, x: torch.Tensor, m: torch.Tensor, parity: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        said = kernels.lion_encode(m, x, beta1=0.9, parity=parity)
+        voted = majority_vote(torch.stack([said, kernels.pack_signs(m), kernels.pack_signs(-x)]), parity=parity)
+        codes, scale = quantize(x, bits=4, stochastic=True, seed=3)
+        kernels.apply_votes_(m, voted, lr=0.1, weight_decay=0.1)
+        return voted, m, dequantize(codes, scale, x.numel(), bits=4)
+
+
+def test_exported_programs_hold_the_ops_and_give_the_same_bits() -> None:
+    x, m = (torch.randn(130, generator=torch.Generator().manual_seed(seed)) for seed in range(2))
+    program = torch.export.export(Exchange(), (x, m.clone(), torch.tensor(1)))
+    found = {str(node.target).split(".")[1] for node in program.graph.nodes if str(node.target).startswith("lioncub.")}
+    assert found >= {"lion_encode", "majority_vote", "pack_signs", "quantize", "apply_votes_", "dequantize"}
+    expected = Exchange()(x, m.clone(), torch.tensor(0))
+    for got, wanted in zip(program.module()(x, m.clone(), torch.tensor(0)), expected, strict=True):
+        assert torch.equal(got, wanted)
+
+
 def test_a_compiled_step_does_not_recompile_when_lr_changes() -> None:
     graphs = 0
 
