@@ -14,6 +14,7 @@ from lioncub.kernels.checks import storage_order_view
 from lioncub.kernels.layout import packed_bytes
 from lioncub.kernels.lion import foreach_apply_votes_, foreach_lion_encode, foreach_lion_step_
 from lioncub.kernels.registry import register
+from lioncub.kernels.rounding import Rounding, rounding_arguments, rounding_of
 from lioncub.kernels.scalars import Scalar, beta_scalar, count_scalar, factor_scalar, rate_scalar
 
 
@@ -46,12 +47,15 @@ def apply_bucket_(
     beta2: Scalar,
     gate: Tensor,
     grad_scale: Scalar = 1.0,
+    rounding: Rounding | None = None,
+    tensors: Sequence[int] | None = None,
     impl: str = "auto",
 ) -> None:
     """`foreach_apply_votes_` of a bucket. Mutates ``param`` and ``exp_avg`` of tensors whose ``gate`` is not zero."""
     rates = rate_scalar("lr", lr), rate_scalar("weight_decay", weight_decay)
     further = beta_scalar("beta2", beta2), factor_scalar("grad_scale", grad_scale)
-    _APPLY(param, packed, starts, *rates, grad, exp_avg, *further, gate, impl)
+    how = rounding_arguments(rounding, tensors, param)
+    _APPLY(param, packed, starts, *rates, grad, exp_avg, *further, gate, *how, impl)
 
 
 def step_bucket_(
@@ -66,12 +70,15 @@ def step_bucket_(
     weight_decay: Scalar,
     gate: Tensor,
     grad_scale: Scalar = 1.0,
+    rounding: Rounding | None = None,
+    tensors: Sequence[int] | None = None,
     impl: str = "auto",
 ) -> None:
     """`foreach_lion_step_` of a bucket. Mutates ``param`` and ``exp_avg`` of tensors whose ``gate`` is not zero."""
     rates = rate_scalar("lr", lr), rate_scalar("weight_decay", weight_decay)
     betas = beta_scalar("beta1", beta1), beta_scalar("beta2", beta2)
-    _STEP(param, grad, exp_avg, starts, *rates, *betas, factor_scalar("grad_scale", grad_scale), gate, impl)
+    how = rounding_arguments(rounding, tensors, param)
+    _STEP(param, grad, exp_avg, starts, *rates, *betas, factor_scalar("grad_scale", grad_scale), gate, *how, impl)
 
 
 def _encode(
@@ -108,6 +115,9 @@ def _apply(
     beta2: Tensor,
     grad_scale: Tensor,
     gate: Tensor,
+    rounding: Tensor | None,
+    rounding_step: Tensor | None,
+    numbers: Sequence[int],
     impl: str,
 ) -> None:
     foreach_apply_votes_(
@@ -120,6 +130,8 @@ def _apply(
         beta2=beta2,
         grad_scale=grad_scale,
         gate=gate,
+        rounding=rounding_of(rounding, rounding_step),
+        tensors=numbers if rounding is not None else None,
         impl=impl,
     )
 
@@ -135,6 +147,9 @@ def _step(
     beta2: Tensor,
     grad_scale: Tensor,
     gate: Tensor,
+    rounding: Tensor | None,
+    rounding_step: Tensor | None,
+    numbers: Sequence[int],
     impl: str,
 ) -> None:
     foreach_lion_step_(
@@ -147,6 +162,8 @@ def _step(
         weight_decay=weight_decay,
         grad_scale=grad_scale,
         gate=gate,
+        rounding=rounding_of(rounding, rounding_step),
+        tensors=numbers if rounding is not None else None,
         impl=impl,
     )
 
@@ -171,11 +188,13 @@ _ENCODE = register(
 )
 _APPLY = register(
     "apply_bucket_(Tensor(a!)[] param, Tensor packed, int[] starts, Tensor lr, Tensor weight_decay, Tensor[] grad, "
-    "Tensor(b!) exp_avg, Tensor beta2, Tensor grad_scale, Tensor gate, str impl) -> ()",
+    "Tensor(b!) exp_avg, Tensor beta2, Tensor grad_scale, Tensor gate, Tensor? rounding, "
+    "Tensor? rounding_step, int[] numbers, str impl) -> ()",
     _apply,
 )
 _STEP = register(
     "step_bucket_(Tensor(a!)[] param, Tensor[] grad, Tensor(b!) exp_avg, int[] starts, Tensor lr, "
-    "Tensor weight_decay, Tensor beta1, Tensor beta2, Tensor grad_scale, Tensor gate, str impl) -> ()",
+    "Tensor weight_decay, Tensor beta1, Tensor beta2, Tensor grad_scale, Tensor gate, Tensor? rounding, "
+    "Tensor? rounding_step, int[] numbers, str impl) -> ()",
     _step,
 )

@@ -94,6 +94,14 @@ def rounding_arguments(rounding: Rounding | None, tensors: Sequence[int] | None,
     return words, count_scalar("step", rounding.step), [int(number) for number in numbers]
 
 
+def rounding_of(words: Tensor | None, step: Tensor | None) -> Rounding | None:
+    """What `rounding_arguments` was given."""
+    if words is None or step is None:
+        return None
+    seed, worker = words.tolist()
+    return Rounding(seed, step, None if worker == _NEAREST else worker - MOMENTUM_WORKERS)
+
+
 def streams_of(words: Tensor | None, step: Tensor | None, numbers: Sequence[int]) -> Streams | None:
     """The inverse of `rounding_arguments`, within a registered op; a step on a device is not waited for."""
     if words is None or step is None:

@@ -17,6 +17,8 @@ from lioncub.collectives.handshake import digest
 from lioncub.collectives.traffic import candidates
 from lioncub.compression import Compression
 from lioncub.explaining import Explanation, Message, explain
+from lioncub.masters import Masters
+from lioncub.precision import Precision
 from lioncub.stats import BucketStats
 from lioncub.wiring import Wiring
 
@@ -89,8 +91,8 @@ class Arrangement:
         ]
         return explain(messages, self._wiring.costs, approximate=self._wiring.approximate)
 
-    def capturable_step(self, reports: bool, impl: str) -> CapturableStep:
-        """The step of all buckets as they are now."""
+    def capturable_step(self, reports: bool, precision: Precision, masters: Masters, impl: str) -> CapturableStep:
+        """The step of all buckets, and masters, as they are now."""
         wiring, votes = self._wiring, []
         for bucket, voter in zip(self.buckets, self.voters, strict=bool(self.voters)):
             algorithm = voter.algorithm
@@ -98,7 +100,16 @@ class Arrangement:
                 possible = [name for name in candidates(wiring.costs.topology) if name in GRAPH_ALGORITHMS]
                 algorithm = min(possible, key=lambda name: wiring.costs.seconds(name, bucket.n_bytes))
             votes.append(GraphVote(bucket.n_bytes, algorithm, wiring.group, impl))
-        return CapturableStep(self.buckets, votes, wiring.group, layout=self.layout, reports=reports, impl=impl)
+        return CapturableStep(
+            self.buckets,
+            votes,
+            wiring.group,
+            layout=self.layout,
+            reports=reports,
+            precision=precision,
+            masters=masters,
+            impl=impl,
+        )
 
     def _lay_out(
         self, param_groups: Sequence[dict[str, Any]], groups: range, ready: Mapping[Tensor, int]

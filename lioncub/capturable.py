@@ -29,7 +29,9 @@ from lioncub.collectives.virtual import VirtualGroup
 from lioncub.compression import Compression, SignVote
 from lioncub.kernels.flat import apply_bucket_, encode_bucket, step_bucket_
 from lioncub.kernels.scalars import Scalar
+from lioncub.masters import Masters
 from lioncub.momentum_sync import MomentumSync
+from lioncub.precision import Precision
 from lioncub.stats import BucketStats
 from lioncub.voting import NonFiniteError
 
@@ -109,6 +111,8 @@ class CapturableStep:
         *,
         layout: int,
         reports: bool,
+        precision: Precision,
+        masters: Masters,
         impl: str,
     ) -> None:
         device = buckets[0].device
@@ -117,7 +121,10 @@ class CapturableStep:
         self._workers = world_size_of(group) if votes else 1
         self._group_name, self._rank = (whole(group).group_name, rank_of(group)) if votes else ("", 0)
         self._starts = [[slot.start for slot in bucket.slots] for bucket in buckets]
-        self._params = [[slot.param for slot in bucket.slots] for bucket in buckets]
+        self._numbers = [[slot.number for slot in bucket.slots] for bucket in buckets]
+        self._precision, self._masters = precision, masters
+        # what moves: parameters, or their masters
+        self._params = [[masters.moved(slot.name, slot.param) for slot in bucket.slots] for bucket in buckets]
         self._n_tensors = sum(len(bucket.slots) for bucket in buckets)
         indices = torch.arange(self._n_tensors, device=device)
         self._words, self._shifts = indices // _BITS, indices % _BITS
@@ -185,6 +192,7 @@ class CapturableStep:
             everyone = arrived(sent).view(self._workers, -1)
         gates = self._judge(everyone, len(control) - len(self._words_of(present)), clock)
         self._apply(rates, factors, clock, grads, pending, gates)
+        self._masters.write_back([slot.param for bucket in self._buckets for slot in bucket.slots])
         clock.add_(1)
         if self.report.is_cuda and not torch.compiler.is_compiling() and not torch.cuda.is_current_stream_capturing():
             self._last.copy_(self.report, non_blocking=True)
@@ -278,7 +286,7 @@ class CapturableStep:
         pending: Sequence[Tensor],
         gates: Tensor,
     ) -> None:
-        at, totals = 0, []
+        at, totals, rounding = 0, [], self._precision.rounding(clock, self._rank)
         for i, bucket in enumerate(self._buckets):
             now, gate = rates[bucket.group_index], gates[at : at + len(bucket.slots)]
             at += len(bucket.slots)
@@ -294,6 +302,8 @@ class CapturableStep:
                     weight_decay=now.weight_decay,
                     gate=gate,
                     grad_scale=factors[bucket.group_index],
+                    rounding=rounding,
+                    tensors=self._numbers[i],
                     impl=self._impl,
                 )
                 continue
@@ -310,6 +320,8 @@ class CapturableStep:
                 beta2=now.beta2,
                 gate=gate,
                 grad_scale=factors[bucket.group_index],
+                rounding=rounding,
+                tensors=self._numbers[i],
                 impl=self._impl,
             )
         if totals:

@@ -31,12 +31,16 @@ class Masters:
 
     def of(self, name: str, param: Tensor) -> Tensor:
         """The 1-d view, in storage order, of what moves."""
+        return storage_order_view(name, self.moved(name, param))
+
+    def moved(self, name: str, param: Tensor) -> Tensor:
+        """What moves: the parameter's master, or itself."""
         master: Tensor | None = self.state[param].get("master")
         if master is None:
-            return storage_order_view(name, param)
+            return param
         if master.dtype != torch.float32 or master.shape != param.shape or master.stride() != param.stride():
             raise RuntimeError(f"state of parameter {name}: expected the master made at construction, got another one")
-        return storage_order_view(name, master)
+        return master
 
     def refresh(self, named: Named) -> None:
         """Take a master from its parameter anew where that was changed from outside since `write_back`."""
@@ -45,7 +49,7 @@ class Masters:
             if master is None or self.versions.get(param) == param._version:
                 continue
             if not torch.equal(master.to(param.dtype), param):
-                master.copy_(param)
+                master.copy_(param.detach())
             self.versions[param] = param._version
 
     def write_back(self, params: Sequence[Tensor]) -> None:
@@ -53,7 +57,8 @@ class Masters:
         low = [param for param in params if "master" in self.state[param]]
         if low:
             torch._foreach_copy_(low, [self.state[param]["master"] for param in low])
-        self.versions.update({param: param._version for param in low})
+        if not torch.compiler.is_compiling():
+            self.versions.update({param: param._version for param in low})
 
     def named(self, named: Named) -> list[tuple[str, Tensor]]:
         """All masters, by names of their own."""

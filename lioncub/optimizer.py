@@ -160,7 +160,6 @@ class LionCub(MomentumOptimizer):
         self._capturable = capturable
         self._capturable_step: CapturableStep | None = None
         if capturable:
-            precision.refuse_capturable()
             check_capturable(self._wiring, devices, self._compressions, policy, drift_every)
             self.param_groups[0]["step"] = torch.zeros((), dtype=torch.int64, device=device)
         facts = self._facts(bucket_mb)
@@ -310,11 +309,14 @@ class LionCub(MomentumOptimizer):
             self.check_replicas()
         self._unverified, self._agreed = False, len(self._buckets)
         if self._capturable:
+            self._refresh_masters()
             # what has not been told yet can only be told by the names of then
             self.raise_errors()
             before = self._capturable_step
             reports = self._on_nonfinite == "raise"
-            self._capturable_step = self._arrangement.capturable_step(reports, self._impl)
+            self._capturable_step = self._arrangement.capturable_step(
+                reports, self._precision, self._masters, self._impl
+            )
             if before is not None:
                 self._capturable_step.skipped.copy_(before.skipped)
 
@@ -471,6 +473,7 @@ class LionCub(MomentumOptimizer):
             self._check_state()
             assert self._capturable_step is not None
             self._capturable_step.raise_last()
+            self._refresh_masters()
         assert self._capturable_step is not None
         scale, overflow = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         rates = [Rates.of(group) for group in self.param_groups]

@@ -52,13 +52,6 @@ class Precision:
             return None
         return Rounding(self.rounding_seed, step, rank)
 
-    def refuse_capturable(self) -> None:
-        """Raise ValueError for what a capturable step does not do."""
-        if self.keeps_small_steps:
-            raise ValueError(
-                "capturable: expected False with param_rounding='stochastic' or master_weights=True, got True"
-            )
-
     def facts(self) -> dict[str, Any]:
         """What workers must have in common, by the names that an error gives it."""
         return {

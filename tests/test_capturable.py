@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib
 import warnings
+from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +22,8 @@ from lioncub import LionCub, MomentumSync, NonFiniteError, TernaryVote, WorkersD
 from lioncub.buckets import build_buckets
 from lioncub.capturable import CapturableStep, Rates
 from lioncub.compression import SignVote
+from lioncub.masters import Masters
+from lioncub.precision import Precision
 from lioncub.simulate import Workers
 
 ALGORITHMS = ("all_gather", "reduce_scatter", "all_reduce", "auto")
@@ -274,7 +277,9 @@ def test_the_host_reads_nothing_from_the_device() -> None:
         for param in params:
             param.grad = torch.ones_like(param)
         buckets = build_buckets({0: [("a", params[0]), ("b", params[1])]}, 8, {0: SignVote()})
-        step = CapturableStep(buckets, [], None, layout=1, reports=True, impl="reference")
+        precision, masters = Precision(param_rounding="stochastic"), Masters(defaultdict(dict), {})
+        how = {"layout": 1, "reports": True, "precision": precision, "masters": masters}
+        step = CapturableStep(buckets, [], None, impl="reference", **how)
         clock, lr = torch.zeros((), dtype=torch.int64), torch.ones(())
         group = {"lr": lr, "betas": (0.9, 0.99), "weight_decay": 0.1, "maximize": False}
         step.run([Rates.of(group)], clock, None, torch.zeros(1))

@@ -191,6 +191,7 @@ def _op_arguments(impl: str) -> dict[str, tuple[Any, ...]]:
     one, parity, gate = _scalar(1.0), torch.tensor(3), torch.ones(1, dtype=torch.int32)
     low, nearest = x.bfloat16(), (None, None, [])
     stochastic = (torch.tensor([7, 2**31 + 1]), torch.tensor(5), [9])
+    twice = (*stochastic[:2], [9, 8])
     flat, codes, gates = torch.zeros(256), torch.zeros(32, dtype=torch.uint8), torch.ones(2, dtype=torch.int32)
     b1, b2, lr, wd = _scalar(0.9), _scalar(0.99), _scalar(0.1), _scalar(0.01)
     return {
@@ -212,8 +213,8 @@ def _op_arguments(impl: str) -> dict[str, tuple[Any, ...]]:
         "apply_votes_with_momentum_": ([low], [bits], lr, wd, [g], [m], b2, one, None, *stochastic, impl),
         "lion_step_": ([low], [g], [m], lr, wd, b1, b2, one, gate, *stochastic, impl),
         "encode_bucket": (flat, [g, x], [0, 128], b1, parity, codes, torch.zeros(2, dtype=torch.int32), one, impl),
-        "apply_bucket_": ([x, g], codes, [0, 128], lr, wd, [m, m], flat, b2, one, gates, impl),
-        "step_bucket_": ([x, g], [m, m], flat, [0, 128], lr, wd, b1, b2, one, gates, impl),
+        "apply_bucket_": ([x, g], codes, [0, 128], lr, wd, [m, m], flat, b2, one, gates, *nearest, impl),
+        "step_bucket_": ([x, g], [m, m], flat, [0, 128], lr, wd, b1, b2, one, gates, *twice, impl),
         "block_scale": (x, scale, "l1", 0, impl),
         "lion_block_scale": ([m], [g], b1, one, [scale], "l2", 0, impl),
         "quantize": (x, scale, stream, fields, 2, "l1", 0, True, impl),

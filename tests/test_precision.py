@@ -14,6 +14,7 @@ import torch
 from gloo_workers import Raised, outcomes_of, results_of
 from nets import Net, batch_of, bits_of, groups_of, train
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from lioncub import Lion, LionCub, MomentumSync, Quantized, SignMean, SignVote, TernaryVote, broadcast_module, simulate
 
@@ -141,10 +142,42 @@ def test_bad_arguments_are_named(optimizer: type) -> None:
             optimizer([torch.ones(3).requires_grad_()], **options)
 
 
-@pytest.mark.parametrize("options", [{"param_rounding": "stochastic"}, {"master_weights": True}])
-def test_capturable_steps_are_refused(options: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=r"^capturable: expected False with param_rounding='stochastic' or master"):
-        LionCub([torch.ones(3).requires_grad_()], capturable=True, **options)
+def capturable_ways(rank: int, size: int) -> list[int]:
+    """Capturable steps, and traced ones, against ordinary ones; gives the number of graphs of each way."""
+    graphs = []
+    for options in WAYS.values():
+        torch._dynamo.reset()
+        nets = [Net(seed=rank) for _ in range(3)]
+        counter = CompileCounterWithBackend("eager")
+        ordinary, *capturable = (
+            LionCub(net.named_parameters(), lr=torch.tensor(1e-2), capturable=i > 0, bucket_mb=1e-4, **options)
+            for i, net in enumerate(nets)
+        )
+        traced = torch.compile(capturable[1].step, fullgraph=True, backend=counter)
+        for step in range(4):
+            for net, take in zip(nets, (ordinary.step, capturable[0].step, traced), strict=True):
+                net.zero_grad()
+                net(*batch_of(100 * step + rank), use_all=True).backward()
+                take()
+        for net, opt in zip(nets[1:], capturable, strict=True):
+            assert bits_of(net) == bits_of(nets[0])
+            assert state_bits(opt) == state_bits(ordinary)
+            opt.check_replicas()
+            # what the user writes, masters take over
+            with torch.no_grad():
+                net.mix.weight.mul_(2)
+            opt.verify()
+            if options.get("master_weights"):
+                master = opt.state[net.mix.weight]["master"]
+                assert torch.equal(master, net.mix.weight.float())
+                assert not master.requires_grad
+        graphs.append(counter.frame_count)
+    return graphs
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_capturable_steps_are_the_ordinary_ones(workers: int) -> None:
+    assert results_of(capturable_ways, workers, timeout=200.0) == [[1] * len(WAYS)] * workers
 
 
 @BOTH
