@@ -16,8 +16,8 @@ class Codes:
     Args:
         bits: width of a worker's code: 1 for signs, which count +1 and -1; 2, 4 or 8 for levels -K..K as `quantize`
             packs them.
-        result: what every worker gets: "majority" (signs only; one bit, ties by the parity bit), "ternary" (1 + the
-            sign of the sum, in 2 bits) or "sum" (the sum of the stored codes, in fields that hold any of it).
+        result: what every worker gets: "majority" (the sign of the sum in one bit, ties by the parity bit), "ternary"
+            (1 + the sign of the sum, in 2 bits) or "sum" (the sum of the stored codes, in fields that hold any of it).
     """
 
     bits: int = 1
@@ -28,8 +28,11 @@ class Codes:
             raise ValueError(f"bits: expected one of {CODE_BITS}, got {self.bits}")
         if self.result not in RESULTS:
             raise ValueError(f"result: expected one of {RESULTS}, got {self.result!r}")
-        if self.result == "majority" and self.bits != 1:
-            raise ValueError(f"result: expected 'ternary' or 'sum' for codes of {self.bits} bits, got 'majority'")
+
+    @property
+    def are_votes(self) -> bool:
+        """Whether these are one-bit codes and their majority, which bit planes count: no field is needed."""
+        return self.bits == 1 and self.result == "majority"
 
     @property
     def largest(self) -> int:

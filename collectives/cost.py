@@ -152,7 +152,7 @@ def choose(algorithm: str, n_bytes: int, costs: Costs, header_bytes: int = 0, co
     Raises ValueError for an unknown algorithm, for "hierarchical" where the nodes do not allow it, and where no field
     holds the sum of ``codes``.
     """
-    if codes.result != "majority":
+    if not codes.are_votes:
         codes.field_bits(costs.topology.workers)
     if algorithm != "auto":
         check_possible(algorithm, costs.topology)

@@ -24,7 +24,7 @@ class Count:
 
         Adds (ties, unanimous) to int64[2] ``counts``. A tie is a sum of zero, unanimous the largest or least sum.
         """
-        if self.codes.result == "majority":
+        if self.codes.are_votes:
             return majority_vote(ballots, parity=self.parity, out=out, counts=counts, impl=self.impl)
         width = self.codes.field_bits(self.workers)
         summed = out if self.codes.result == "sum" else None
@@ -38,7 +38,8 @@ class Count:
             return majority_of_fields(
                 fields,
                 field_bits=width,
-                voters=self.workers,
+                # a sum of zero is half of the largest one, whatever the width of the codes
+                voters=self.codes.largest * self.workers,
                 parity=self.parity,
                 out=out,
                 counts=counts,

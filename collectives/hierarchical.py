@@ -63,7 +63,7 @@ class HierarchicalVote(Exchange):
     def _send_counts(self) -> None:
         """Count the chunk; row m of the message is (headers of this node, part m of every plane, or of the fields)."""
         ballots, terms = self._received[:, self._header_bytes :], self._terms
-        if terms.codes.result != "majority":
+        if not terms.codes.are_votes:
             fields = add_codes(ballots, bits=terms.codes.bits, field_bits=self._count_bits, impl=terms.impl)
             counted = fields[None]
         elif terms.approximate:
@@ -89,7 +89,7 @@ class HierarchicalVote(Exchange):
         nodes = sorted(topology.nodes, key=lambda node: node[place])
         self._headers[[rank for node in nodes for rank in node]] = by_place
         reply, voted, counts = new_reply(self._headers, self._part * terms.result_bits)
-        if terms.codes.result == "majority":
+        if terms.codes.are_votes:
             planes = self._counted[:, heads:].view(self._nodes, self._count_bits, self._part)
             voters = self._nodes if terms.approximate else self._nodes * self._local
             majority_of_counts(planes, voters=voters, parity=terms.parity, out=voted, counts=counts, impl=terms.impl)

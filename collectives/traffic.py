@@ -58,7 +58,7 @@ def candidates(topology: Topology, codes: Codes = VOTES) -> tuple[str, ...]:
         codes.field_bits(topology.workers)
     except ValueError:
         # no field is wide enough for the sum of so many codes; majorities are counted in bit planes
-        possible = possible if codes.result == "majority" else set()
+        possible = possible if codes.are_votes else set()
         return tuple(name for name in ALGORITHMS if name in possible)
     return tuple(name for name in ALGORITHMS if name in possible | {"all_reduce"})
 
@@ -102,7 +102,7 @@ def legs(
 
 def count_bits(local_size: int, codes: Codes, approximate: bool) -> int:
     """Bits per code that a node of ``local_size`` workers sends to others: of a count of signs, or of a sum."""
-    if codes.result == "majority":
+    if codes.are_votes:
         return 1 if approximate else counter_planes(local_size)
     return codes.field_bits(local_size)
 
@@ -181,8 +181,10 @@ def check_approximate(approximate: bool, algorithm: str, codes: Codes = VOTES) -
     """Raise ValueError where an approximate vote is asked for and ``algorithm`` or ``codes`` give none."""
     if approximate and algorithm != "hierarchical":
         raise ValueError(f"approximate: expected it with algorithm='hierarchical' only, got {algorithm!r}")
-    if approximate and codes.result != "majority":
-        raise ValueError(f"approximate: expected it with majority votes only, got a {codes.result} of codes")
+    if approximate and not codes.are_votes:
+        raise ValueError(
+            f"approximate: expected it with majority votes only, got a {codes.result} of codes of {codes.bits} bits"
+        )
 
 
 def describe(topology: Topology) -> str:

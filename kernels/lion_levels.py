@@ -99,14 +99,33 @@ def foreach_lion_quantize(
     """
     size = check_fields(bits, norm, block, max([g.numel() for g in grad], default=0), stochastic)
     b1, multiplier = beta_scalar("beta1", beta1), factor_scalar("grad_scale", grad_scale)
-    scales = empty_scales(grad, size) if scale is None else list(scale)
+    scales = list(scale or ())
     if scale is None:
-        _LION_SCALE(exp_avg, grad, b1, multiplier, scales, norm, size, impl)
+        scales = foreach_lion_scale(
+            exp_avg, grad, beta1=beta1, norm=norm, block=block, grad_scale=grad_scale, impl=impl
+        )
     stream = stream_tensor(seed, worker, step)
     # as in a stream, any integer is taken modulo 2^32
     numbers = [number & 0xFFFFFFFF for number in (range(len(grad)) if tensors is None else tensors)]
     how = (bits, norm, size, stochastic, impl)
     _LION_QUANTIZE(exp_avg, grad, b1, multiplier, scales, stream, numbers, out, status, *how)
+    return scales
+
+
+def foreach_lion_scale(
+    exp_avg: Sequence[Tensor],
+    grad: Sequence[Tensor],
+    *,
+    beta1: Scalar,
+    norm: str = "l1",
+    block: int | None = None,
+    grad_scale: Scalar = 1.0,
+    impl: str = "auto",
+) -> list[Tensor]:
+    """The scales of Lion's updates, fp32[blocks] of each, as `foreach_lion_quantize` takes them."""
+    scales = empty_scales(grad, block or 0)
+    b1, multiplier = beta_scalar("beta1", beta1), factor_scalar("grad_scale", grad_scale)
+    _LION_SCALE(exp_avg, grad, b1, multiplier, scales, norm, block or 0, impl)
     return scales
 
 

@@ -124,19 +124,20 @@ def empty_scales(likes: Sequence[Tensor], block: int) -> list[Tensor]:
     """Scales of each tensor, fp32[blocks], in one allocation; each begins at a multiple of 16 bytes."""
     if not likes:
         return []
-    counts = [_scale_count(like.numel(), block) for like in likes]
+    counts = [scale_count(like.numel(), block) for like in likes]
     starts = [0, *itertools.accumulate(-(-count // 4) * 4 for count in counts)]
     memory = torch.empty(starts[-1], dtype=torch.float32, device=likes[0].device)
     return [memory[start : start + count] for start, count in zip(starts, counts, strict=False)]
 
 
-def _scale_count(n: int, block: int) -> int:
+def scale_count(n: int, block: int) -> int:
+    """Number of scales of ``n`` elements in blocks of ``block``, 0 for one block."""
     return max(-(-n // block), 1) if block else 1
 
 
 def check_scale(scale: Tensor, like: Tensor, block: int) -> None:
     """Raise unless ``scale`` holds the scales of ``like``, a tensor of elements, in blocks of ``block``, 0 for one."""
-    expected = (_scale_count(like.numel(), block),)
+    expected = (scale_count(like.numel(), block),)
     if not isinstance(scale, Tensor):
         raise TypeError(f"scale: expected a float32 tensor of shape {expected}, got {type(scale).__name__}")
     if scale.dtype != torch.float32 or scale.shape != expected or not scale.is_contiguous():

@@ -80,7 +80,7 @@ class TernaryVote(Compression):
 
 @dataclass(frozen=True, kw_only=True)
 class Quantized(Compression):
-    """c in levels -K..K of ``bits`` bits up, the sign of their sum in 2 bits down (arXiv 2411.16462, section 2).
+    """c in levels -K..K of ``bits`` bits up, the sign of their sum down (arXiv 2411.16462, section 2).
 
     ``level = clip(round(gain*K*c/s), -K, K)`` with K = 2^(bits-1) - 1; gain is 1/2 for "l1" and "l2", 1 for "linf".
 
@@ -91,6 +91,11 @@ class Quantized(Compression):
             of (seed, worker, step, parameter, element).
         block: elements that share s, a power of two; those of a whole parameter unless given.
         seed: of the random numbers, the same on all workers.
+        down: "ternary": the sign in 2 bits, so that where it is zero, a parameter only decays; or "sign": 1 bit, zero
+            by parity.
+        share_scales_every: steps between averages of s over workers, 4 bytes per block; the mean is kept in
+            ``state[p]["scale"]`` and used from the next step on, so that a level means as much on every worker. Unless
+            given, every worker has its own s.
         error_feedback: see `Compression`.
     """
 
@@ -99,15 +104,22 @@ class Quantized(Compression):
     stochastic: bool = False
     block: int | None = None
     seed: int = 0
+    down: str = "ternary"
+    share_scales_every: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_format(self.bits, self.norm, self.block)
+        if self.down not in ("ternary", "sign"):
+            raise ValueError(f"down: expected 'ternary' or 'sign', got {self.down!r}")
+        every = self.share_scales_every
+        if every is not None and (isinstance(every, bool) or not isinstance(every, int) or every < 1):
+            raise ValueError(f"share_scales_every: expected None or a number of steps >= 1, got {every!r}")
 
     @property
     def codes(self) -> Codes:
         """See `Compression.codes`."""
-        return Codes(self.bits, "ternary")
+        return Codes(self.bits, "ternary" if self.down == "ternary" else "majority")
 
 
 def check_compression(value: object) -> Compression:

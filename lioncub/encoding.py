@@ -35,6 +35,8 @@ class Terms:
     step: int
     rank: int
     impl: str
+    # of all parameters of the bucket, where workers have agreed on any
+    scales: list[Tensor] | None = None
 
 
 def encode(
@@ -71,7 +73,7 @@ def encode(
         grads,
         beta1=terms.beta1,
         tensors=[slot.number for slot in slots],
-        scale=_least_scales(len(slots), bucket.device) if isinstance(compression, TernaryVote) else None,
+        scale=_given_scales(bucket, terms),
         out=[part[: packed_bytes(slot.numel, how["bits"])] for slot, part in zip(slots, parts, strict=True)],
         status=status,
         grad_scale=terms.grad_scale,
@@ -91,8 +93,8 @@ def _with_feedback(bucket: Bucket, i: int, grad: Tensor, part: Tensor, status: T
         said = unpack_signs(codes, slot.numel, impl=terms.impl) * _mean_magnitude(update)
     else:
         options = _quantization(compression, terms)
-        given = _least_scales(1, update.device)[0] if isinstance(compression, TernaryVote) else None
-        codes, scale = quantize(update, scale=given, tensor=slot.number, **options)
+        given = _given_scales(bucket, terms)
+        codes, scale = quantize(update, scale=None if given is None else given[i], tensor=slot.number, **options)
         known = {name: options[name] for name in ("bits", "norm", "block", "impl")}
         if isinstance(compression, TernaryVote):
             said = dequantize(codes, torch.ones_like(scale), slot.numel, **known) * _mean_magnitude(update)
@@ -122,6 +124,13 @@ def _quantization(compression: Compression, terms: Terms) -> dict[str, Any]:
         }
     assert isinstance(compression, TernaryVote)
     return {"bits": 2, "norm": "linf", "block": None, "impl": terms.impl}
+
+
+def _given_scales(bucket: Bucket, terms: Terms) -> list[Tensor] | None:
+    """Scales that are not this worker's own: None where they are."""
+    if isinstance(bucket.compression, TernaryVote):
+        return _least_scales(len(bucket.slots), bucket.device)
+    return terms.scales
 
 
 @functools.cache

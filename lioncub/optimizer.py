@@ -29,6 +29,7 @@ from lioncub.momentum_sync import MomentumSync, check_momentum_sync
 from lioncub.overlap import Overlap, refuse_with_overlap
 from lioncub.precision import Precision
 from lioncub.replicas import broadcast_tensors, check_equal
+from lioncub.shared_scales import NOT_AGREED, SharedScales
 from lioncub.stats import Stats
 from lioncub.synchronizing import NOT_MEASURED, Synchronizer
 from lioncub.voting import BucketVote, Draft, NonFiniteError, Verdict, alone, exchange, judge
@@ -88,7 +89,7 @@ class LionCub(MomentumOptimizer):
     parameters or options differ.
     """
 
-    _optional_state: ClassVar[dict[str, float]] = {"residual": 0.0, "drift": NOT_MEASURED}
+    _optional_state: ClassVar[dict[str, float]] = {"residual": 0.0, "drift": NOT_MEASURED, "scale": NOT_AGREED}
     # GradScaler hands over grad_scale and found_inf instead of skipping the step on one worker alone
     _step_supports_amp_scaling = True
 
@@ -178,6 +179,7 @@ class LionCub(MomentumOptimizer):
         self._sync = Synchronizer(
             policy, drift_every, self._arrangement, self.state, routes, self._workers, self._overlap is not None
         )
+        self._scales = SharedScales(self._arrangement, self.state, routes, self._workers)
         self._is_built = True
         self._add_buckets(range(len(self.param_groups)))
         self._make_equal()
@@ -265,13 +267,15 @@ class LionCub(MomentumOptimizer):
             # a user's hook can raise when the state has been loaded
             self._unverified = True
             self._sync.forget()
+            self._scales.forget()
             if self._overlap is not None:
                 self._overlap.end()
 
     def stats(self) -> Stats:
         """What the last step cost and how its votes fell; see `Stats`."""
         elements = max(sum(bucket.elements for bucket in self._buckets), 1)
-        buckets, sent, skipped = self._arrangement.stats(self._seconds), self._sync.bytes_sent, self._skipped
+        buckets, skipped = self._arrangement.stats(self._seconds), self._skipped
+        sent = self._sync.bytes_sent + self._scales.bytes_sent
         if self._capturable_step is not None:
             buckets = self._capturable_step.stats(buckets)
             sent = self._capturable_step.control_bytes_sent
@@ -374,6 +378,7 @@ class LionCub(MomentumOptimizer):
         if self._sync.measures:
             for param in params:
                 self.state[param]["drift"] = torch.full((), NOT_MEASURED, device=param.device)
+        self._scales.add(groups)
         self._sync.forget()
         for i in groups:
             # with capturable, one tensor that all groups share
@@ -392,6 +397,7 @@ class LionCub(MomentumOptimizer):
         if ready is not None:
             self._arrangement.reorder(self.param_groups, ready)
             self._sync.forget()
+            self._scales.forget()
             self._agreed, self._order_known, self._seconds = len(self._buckets), True, []
 
     def _facts(self, bucket_mb: float | None) -> dict[str, object]:
@@ -431,7 +437,8 @@ class LionCub(MomentumOptimizer):
         """The draft of the step to come, with the state and the hyperparameters as they are now."""
         layout = self._sync.agreed(self._arrangement.layout)
         rank = self._wiring.rank
-        draft = Draft(self._step_count, layout, UNVERIFIED if self._unverified else 0, rank, self._impl)
+        flags = UNVERIFIED if self._unverified else 0
+        draft = Draft(self._step_count, layout, flags, rank, self._impl, self._scales.of)
         draft.attempt(self._check_state)
         draft.attempt(lambda: draft.read(self.param_groups))
         return draft
@@ -481,6 +488,7 @@ class LionCub(MomentumOptimizer):
 
     def _apply(self, votes: Sequence[BucketVote], verdict: Verdict, draft: Draft) -> None:
         means = self._sync.run(votes, verdict, draft)
+        self._scales.run(votes, draft)
         self._refresh_masters()
         rounding = self._precision.rounding(draft.step, draft.rank)
         moves = [

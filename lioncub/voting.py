@@ -19,6 +19,9 @@ from lioncub.collectives.handshake import digest
 from lioncub.collectives.header import FAILED, FOUND_INF, STALE, Header, check_agreement, decode_headers
 from lioncub.encoding import Terms, encode
 
+# what workers have agreed to quantize a bucket by
+ScalesOf = Callable[[Bucket], list[Tensor] | None]
+
 
 class NonFiniteError(ArithmeticError):
     """A gradient, momentum or update of some worker is not finite; no worker changed anything."""
@@ -87,8 +90,9 @@ class Draft:
     raised only when they have been told.
     """
 
-    def __init__(self, step: int, layout: int, flags: int, rank: int, impl: str) -> None:
+    def __init__(self, step: int, layout: int, flags: int, rank: int, impl: str, scales: ScalesOf) -> None:
         self.step, self.layout, self.flags, self.rank, self.impl = step, layout, flags, rank, impl
+        self.scales = scales
         self.now: list[Hyperparameters] = []
         self.grad_scale = 1.0
         self.failure: Exception | None = None
@@ -139,7 +143,7 @@ def encode_bucket(bucket: Bucket, draft: Draft) -> Ballot:
     packed = _blank(bucket)
     status = torch.zeros(len(bucket.slots), dtype=torch.int32, device=bucket.device)
     beta1 = draft.now[bucket.group_index].beta1
-    terms = Terms(beta1, draft.grad_scale_of(bucket), draft.step, draft.rank, draft.impl)
+    terms = Terms(beta1, draft.grad_scale_of(bucket), draft.step, draft.rank, draft.impl, draft.scales(bucket))
     residuals = encode(bucket, grads, packed, status, terms)
     return Ballot(grads, tuple(grad is not None for grad in found), packed, status, residuals)
 

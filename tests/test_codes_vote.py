@@ -20,6 +20,8 @@ FORMATS = [
     Codes(2, "ternary"),
     Codes(4, "ternary"),
     Codes(8, "ternary"),
+    Codes(2, "majority"),
+    Codes(8, "majority"),
     Codes(1, "sum"),
     Codes(2, "sum"),
     Codes(8, "sum"),
@@ -68,6 +70,10 @@ def votes_of_every_format(rank: int, world_size: int) -> list[bytes]:
             if codes.result == "ternary":
                 got = unpack_fields(result, n, field_bits=2, offset=1)
                 assert torch.equal(got, expected.sign()), (codes, n, name)
+            elif codes.result == "majority":
+                got = unpack_fields(result, n, field_bits=1, step=2, offset=1)
+                parity = 2 * (torch.arange(n, dtype=torch.int32) % 2) - 1
+                assert torch.equal(got, torch.where(expected == 0, parity, expected.sign())), (codes, n, name)
             else:
                 step, offset = codes.value(world_size)
                 got = unpack_fields(result, n, field_bits=width, step=step, offset=offset)
@@ -131,8 +137,8 @@ def test_formats_that_no_field_holds_are_refused() -> None:
         Codes(3, "sum")
     with pytest.raises(ValueError, match="result: expected one of"):
         Codes(1, "mean")
-    with pytest.raises(ValueError, match="result: expected 'ternary' or 'sum' for codes of 2 bits"):
-        Codes(2, "majority")
+    with pytest.raises(ValueError, match=r"approximate: expected it with .*, got a majority of codes of 2 bits"):
+        check_approximate(True, "hierarchical", Codes(2, "majority"))
 
 
 def vote_in_different_formats(rank: int, world_size: int) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lioncub import LionCub, Quantized, SignMean, SignVote, TernaryVote
 from lioncub.collectives import Codes
+from lioncub.collectives.average import average_bytes
 from lioncub.compression import Compression
 
 COMPRESSIONS: list[Compression] = [
@@ -24,6 +25,7 @@ COMPRESSIONS: list[Compression] = [
     Quantized(),
     Quantized(bits=4, norm="l2", stochastic=True, seed=3),
     Quantized(bits=8, norm="linf", block=64),
+    Quantized(bits=2, norm="l2", stochastic=True, block=64, down="sign", share_scales_every=2),
 ]
 
 
@@ -110,6 +112,88 @@ def test_results_depend_neither_on_buckets_nor_algorithm_nor_overlap() -> None:
         assert len(ends) == 3
         assert all(end == ends[0] for answer in answers for end in answer[name]), name
     assert len({ends[0] for ends in answers[0].values()}) > len(COMPRESSIONS)
+
+
+def shared_scales_by_the_rules(rank: int, world_size: int) -> list[float]:
+    """Levels of c by the mean of all workers' scales of the last even step; in the first step by each one's own."""
+    n, lr = 130, 0.5
+    for down, grad_scale in (("ternary", 1.0), ("sign", -1.0)):
+        compression = Quantized(bits=4, norm="linf", block=64, down=down, share_scales_every=2)
+        p = torch.zeros(n).requires_grad_()
+        opt = LionCub([p], lr=lr, compression=compression, maximize=grad_scale < 0)
+        x, m, shared = torch.zeros(n), torch.zeros(world_size, n), None
+        for t in range(7):
+            # gradients of one worker are larger than the other's
+            sizes = 4.0 ** torch.arange(world_size)
+            grads = gradients(world_size, t, n) * sizes[:, None]
+            update = torch.tensor(0.9) * m + torch.tensor(1 - 0.9) * grads * grad_scale
+            own = torch.stack([part.abs().amax(1) for part in update.split(64, dim=1)], dim=1)
+            scale = own if shared is None else shared.expand(world_size, -1)
+            factor = torch.where(scale == 0, 0.0, 7 / scale).repeat_interleave(64, dim=1)[:, :n]
+            total = (update * factor).round().clamp(-7, 7).sum(0)
+            parity = (torch.arange(n) + t) % 2 * 2.0 - 1
+            direction = torch.where(total == 0, parity, total.sign()) if down == "sign" else total.sign()
+            if t % 2 == 0:
+                shared = sum(own) / world_size
+            x = x - direction * lr
+            m = torch.tensor(0.99) * m + torch.tensor(1 - 0.99) * grads * grad_scale
+            p.grad = grads[rank].clone()
+            opt.step()
+            assert torch.equal(p, x), (down, t)
+            assert torch.equal(opt.state[p]["scale"], shared)
+            sent = opt.stats().bytes_sent_per_step - opt.stats().buckets[0].bytes_sent
+            assert sent == (average_bytes(3, world_size) if t % 2 == 0 else 0)
+    return opt.state[p]["scale"].tolist()
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_shared_scales_are_means_of_all_workers(world_size: int) -> None:
+    answers = results_of(shared_scales_by_the_rules, world_size)
+    assert all(answer == answers[0] for answer in answers)
+
+
+def resumed_with_shared_scales(rank: int, world_size: int) -> bool:
+    compression = Quantized(norm="l2", stochastic=True, block=64, down="sign", share_scales_every=3)
+    nets = [Net(seed=rank) for _ in range(2)]
+    whole, first = (LionCub(groups_of(net), lr=1e-2, compression=compression) for net in nets)
+    train(nets[0], whole, rank, range(4))
+    train(nets[1], first, rank, range(2))
+    resumed = LionCub(groups_of(nets[1]), lr=1e-2, compression=compression)
+    resumed.load_state_dict(copy.deepcopy(first.state_dict()))
+    assert not resumed.state[nets[1].table.weight]["scale"].isnan().any()
+    for opt in (whole, resumed):
+        for group in opt.param_groups:
+            group["lr"] = 1e-2
+    # from the same learning rates on
+    copied = nets[0].state_dict()
+    nets[1].load_state_dict(copied)
+    resumed.load_state_dict(copy.deepcopy(whole.state_dict()))
+    train(nets[0], whole, rank, range(4, 7))
+    train(nets[1], resumed, rank, range(4, 7))
+    # checkpoints without scales fit: the next average makes them
+    without = copy.deepcopy(whole.state_dict())
+    for state in without["state"].values():
+        del state["scale"]
+    first.load_state_dict(without)
+    assert first.state[nets[1].table.weight]["scale"].isnan().all()
+    return bits_of(nets[0]) == bits_of(nets[1])
+
+
+def test_shared_scales_are_in_the_checkpoint() -> None:
+    assert results_of(resumed_with_shared_scales, 2) == [True, True]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"down": "majority"}, "^down: expected 'ternary' or 'sign', got 'majority'"),
+        ({"share_scales_every": 0}, "^share_scales_every: expected None or a number of steps >= 1, got 0"),
+        ({"share_scales_every": True}, "^share_scales_every: expected None or a number of steps >= 1, got True"),
+    ],
+)
+def test_impossible_levels(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Quantized(**options)
 
 
 def residual_says_what_codes_do_not(rank: int, world_size: int) -> list[float]:

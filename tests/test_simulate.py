@@ -53,7 +53,7 @@ CONFIGURATIONS: list[dict[str, Any]] = [
     },
     {
         "algorithm": "reduce_scatter",
-        "compression": Quantized(bits=2, block=64, error_feedback=True),
+        "compression": Quantized(bits=2, block=64, error_feedback=True, down="sign", share_scales_every=2),
         "momentum_sync": MomentumSync(select="auto", budget=4.0),
         "drift_every": 2,
     },

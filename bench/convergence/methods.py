@@ -36,6 +36,8 @@ def _methods() -> dict[str, Method]:
         "2-bit l1 stochastic": Quantized(bits=2, norm="l1", stochastic=True),
         "2-bit l1 blocks of 256": Quantized(bits=2, norm="l1", block=256),
         "2-bit l1 stochastic blocks of 256": Quantized(bits=2, norm="l1", stochastic=True, block=256),
+        # levels of all workers mean the same, and as much goes down as a vote
+        "2-bit l2 shared": Quantized(bits=2, norm="l2", stochastic=True, block=64, down="sign", share_scales_every=8),
         "2-bit l1 feedback": Quantized(bits=2, norm="l1", error_feedback=True),
         "4-bit l1": Quantized(bits=4, norm="l1"),
         "4-bit linf": Quantized(bits=4, norm="linf"),
@@ -61,6 +63,8 @@ def _methods() -> dict[str, Method]:
     }
     found = {REFERENCE: Method(REFERENCE), "AdamW": Method("AdamW", adamw=True)}
     found |= {name: Method(_family(name), compression) for name, compression in compressions.items()}
+    shared = "2-bit l2 shared"
+    found[f"{shared} + staggered 16 int8"] = Method(_family(shared), compressions[shared], syncs["staggered 16 int8"])
     for name in ("SignVote", "SignMean", "TernaryVote up=sign", "2-bit l1"):
         kept = syncs if name == "SignVote" else {"staggered 8 int8": syncs["staggered 8 int8"]}
         found |= {f"{name} + {key}": Method(_family(name), compressions[name], sync) for key, sync in kept.items()}

@@ -18,6 +18,7 @@ SKEWED_CANDIDATES = (
     "SignVote + staggered 9 int8",
     "SignVote + staggered 4 int8",
     "SignVote + staggered 16 int8",
+    "2-bit l2 shared + staggered 16 int8",
 )
 # least ratios of fp32's bytes to a method's; the best method of each joins the candidates
 RATIOS = (24.0, 7.0)
@@ -32,7 +33,7 @@ CLAIM_SEEDS = {"text": 5, "digits": 8}
 BREADTH_SEEDS = 2
 # the width of the interval of a recovered share at which it is settled
 SHARE_WIDTH = 0.2
-QUANTIZED = ("2-bit l1", "2-bit linf", "4-bit l1", "4-bit linf")
+QUANTIZED = ("2-bit l1", "2-bit linf", "4-bit l1", "4-bit linf", "2-bit l2 shared + staggered 16 int8")
 SELECTIVE = ("SignVote + every 1 fp32", "SignVote + auto 0.25", "SignVote + auto 1.0")
 
 Stage = Callable[[Results, bool], Iterator[Config]]

@@ -36,8 +36,20 @@ def code_digest() -> str:
 @cache
 def key_of(config: Config) -> str:
     """The name of a run: its configuration, and what its method's name stands for."""
-    facts = {**dataclasses.asdict(config), "means": repr(METHODS[config.method])}
+    facts = {**dataclasses.asdict(config), "means": meaning(METHODS[config.method])}
     return hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=10).hexdigest()
+
+
+def meaning(value: Any) -> str:
+    """``value`` as a dataclass, without what is at its default: an option that is new says nothing of older runs."""
+    if not dataclasses.is_dataclass(value):
+        return repr(value)
+    told = [
+        f"{field.name}={meaning(getattr(value, field.name))}"
+        for field in dataclasses.fields(value)
+        if getattr(value, field.name) != field.default
+    ]
+    return f"{type(value).__name__}({', '.join(told)})"
 
 
 class Store:
@@ -99,4 +111,4 @@ def missing(store: Store, wanted: Iterable[Config]) -> list[Config]:
 
 def stamped(run: Callable[[Config], Record], config: Config) -> Record:
     """Run, with the digest of the code that did it and what the method's name stood for."""
-    return {**run(config), "digest": code_digest(), "means": repr(METHODS[config.method])}
+    return {**run(config), "digest": code_digest(), "means": meaning(METHODS[config.method])}
