@@ -134,7 +134,7 @@ def test_the_compiled_example_runs(tmp_path: Path) -> None:
 
 
 def run_the_pieces(rank: int, world_size: int, folder: str) -> list[str]:
-    """Every block of the two pages in order; after each, a step with the optimizer that it left behind."""
+    """Every block of the pages in order; before each, a step with the optimizer that the last one left behind."""
     os.chdir(folder)
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(16, 64), nn.GELU(), nn.Linear(64, 1))
@@ -157,7 +157,7 @@ def run_the_pieces(rank: int, world_size: int, folder: str) -> list[str]:
         "loss_of": loss_of,
     }
     torch.manual_seed(1 + rank)
-    for block in [code for page in ("quickstart.md", "training.md") for code in _blocks(page)]:
+    for block in [code for page in ("quickstart.md", "training.md", "compressing.md") for code in _blocks(page)]:
         opt = names["opt"]
         opt.zero_grad()
         names["loss"] = loss_of(names.get("ddp_model", model))
@@ -171,6 +171,7 @@ def run_the_pieces(rank: int, world_size: int, folder: str) -> list[str]:
 def test_the_pieces_of_the_pages_run(tmp_path: Path) -> None:
     assert len(_blocks("quickstart.md")) == 3
     assert len(_blocks("training.md")) == 9
+    assert len(_blocks("compressing.md")) == 1
     files = results_of(run_the_pieces, 2, str(tmp_path))
     assert all("checkpoint-0.pt" in names or "checkpoint-1.pt" in names for names in files)
     written = {path.name for path in tmp_path.glob("*.pt")}

@@ -64,9 +64,9 @@ def _methods() -> dict[str, Method]:
     found = {REFERENCE: Method(REFERENCE), "AdamW": Method("AdamW", adamw=True)}
     found |= {name: Method(_family(name), compression) for name, compression in compressions.items()}
     shared = "2-bit l2 shared"
-    found[f"{shared} + staggered 16 int8"] = Method(_family(shared), compressions[shared], syncs["staggered 16 int8"])
-    for name in ("SignVote", "SignMean", "TernaryVote up=sign", "2-bit l1"):
-        kept = syncs if name == "SignVote" else {"staggered 8 int8": syncs["staggered 8 int8"]}
+    few = {shared: ("staggered 16 int8", "staggered 32 int8")}
+    for name in ("SignVote", "SignMean", "TernaryVote up=sign", "2-bit l1", shared):
+        kept = syncs if name == "SignVote" else {key: syncs[key] for key in few.get(name, ("staggered 8 int8",))}
         found |= {f"{name} + {key}": Method(_family(name), compressions[name], sync) for key, sync in kept.items()}
     return found
 

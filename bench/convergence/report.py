@@ -163,7 +163,7 @@ def share_section(results: Results) -> Rows:
     rows = []
     for cell in results.cells():
         for method in METHODS:
-            if method == PLAIN_VOTE or not method.startswith(f"{PLAIN_VOTE} + "):
+            if METHODS[method].sync is None:
                 continue
             losses = results.losses(cell, method, PLAIN_VOTE, REFERENCE)
             share = recovered_share(*losses)

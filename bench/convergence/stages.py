@@ -19,6 +19,7 @@ SKEWED_CANDIDATES = (
     "SignVote + staggered 4 int8",
     "SignVote + staggered 16 int8",
     "2-bit l2 shared + staggered 16 int8",
+    "2-bit l2 shared + staggered 32 int8",
 )
 # least ratios of fp32's bytes to a method's; the best method of each joins the candidates
 RATIOS = (24.0, 7.0)
