@@ -387,8 +387,13 @@ def test_an_interrupt_reaches_the_caller_and_ends_the_workers(workers: Workers) 
             ended.append(str(error))
             raise
 
-    with pytest.raises(KeyboardInterrupt):
-        workers.run(job)
+    # who is started in the background ignores it
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            workers.run(job)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert ended == ["the workers were closed"] * 3
     assert not any(thread.is_alive() for thread in workers._world.turns._threads)
 
