@@ -20,7 +20,18 @@ from pathlib import Path
 from typing import Any
 
 _CONTEXT = mp.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["torch", "torch.distributed", "torch.nn.parallel", "lioncub", "numba"])
+_CONTEXT.set_forkserver_preload(
+    [
+        "torch",
+        "torch.distributed.device_mesh",
+        "torch.nn.parallel",
+        "torch._dynamo.testing",
+        "lioncub.kernels.numba_cpu",
+        "lioncub.kernels.triton_gpu",
+        "lioncub",
+        "pytest",
+    ]
+)
 
 
 @dataclass(frozen=True)
