@@ -99,7 +99,7 @@ class Arrangement:
             if wiring.algorithm == "auto":
                 possible = [name for name in candidates(wiring.costs.topology) if name in GRAPH_ALGORITHMS]
                 algorithm = min(possible, key=lambda name: wiring.costs.seconds(name, bucket.n_bytes))
-            votes.append(GraphVote(bucket.n_bytes, algorithm, wiring.group, impl))
+            votes.append(GraphVote(bucket.n_bytes, algorithm, wiring.group, bucket.device, impl))
         return CapturableStep(
             self.buckets,
             votes,

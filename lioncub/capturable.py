@@ -21,10 +21,10 @@ from torch import Tensor
 from lioncub.arguments import gradient_of
 from lioncub.buckets import Bucket
 from lioncub.collectives.errors import WorkersDisagreeError
-from lioncub.collectives.graph import GRAPH_ALGORITHMS, GraphVote, arrived, gather
+from lioncub.collectives.graph import GRAPH_ALGORITHMS, Gather, GraphVote, arrived
 from lioncub.collectives.handshake import WIRE_VERSION
 from lioncub.collectives.header import first_nonfinite
-from lioncub.collectives.transport import Group, rank_of, whole, world_size_of
+from lioncub.collectives.transport import Group, rank_of, world_size_of
 from lioncub.collectives.virtual import VirtualGroup
 from lioncub.compression import Compression, SignVote
 from lioncub.kernels.flat import apply_bucket_, encode_bucket, step_bucket_
@@ -119,7 +119,8 @@ class CapturableStep:
         self._buckets, self._votes, self._layout, self._impl = buckets, votes, layout, impl
         self._worst = _NONFINITE if reports else _NOTHING
         self._workers = world_size_of(group) if votes else 1
-        self._group_name, self._rank = (whole(group).group_name, rank_of(group)) if votes else ("", 0)
+        self._rank = rank_of(group) if votes else 0
+        self._gather = Gather(group, device) if votes else None
         self._starts = [[slot.start for slot in bucket.slots] for bucket in buckets]
         self._numbers = [[slot.number for slot in bucket.slots] for bucket in buckets]
         self._precision, self._masters = precision, masters
@@ -186,8 +187,8 @@ class CapturableStep:
             pending.append(self._votes[i].start(packed) if self._votes else packed)
         control = self._control(rates, clock, status, present, overflow)
         everyone = control.view(1, -1)
-        if self._votes:
-            sent = gather(control, self._workers, self._group_name)
+        if self._gather is not None:
+            sent = self._gather(control)
             pending = [vote.advance(each, clock) for vote, each in zip(self._votes, pending, strict=True)]
             everyone = arrived(sent).view(self._workers, -1)
         gates = self._judge(everyone, len(control) - len(self._words_of(present)), clock)
