@@ -2,7 +2,7 @@
 
 from lioncub import simulate
 from lioncub.collectives import WorkersDisagreeError
-from lioncub.compression import Quantized, SignMean, SignVote, TernaryVote
+from lioncub.compression import BySize, Quantized, SignMean, SignVote, TernaryVote
 from lioncub.ddp import keep_gradients_local
 from lioncub.lion import Lion
 from lioncub.momentum_sync import MomentumSync
@@ -15,6 +15,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BucketStats",
+    "BySize",
     "Lion",
     "LionCub",
     "MomentumSync",

@@ -15,7 +15,7 @@ from lioncub.collectives import Voter
 from lioncub.collectives.graph import GRAPH_ALGORITHMS, GraphVote
 from lioncub.collectives.handshake import digest
 from lioncub.collectives.traffic import candidates
-from lioncub.compression import Compression
+from lioncub.compression import AnyCompression
 from lioncub.explaining import Explanation, Message, explain
 from lioncub.masters import Masters
 from lioncub.precision import Precision
@@ -38,7 +38,7 @@ class Arrangement:
         wiring: Wiring,
         bucket_bytes: int | None,
         state: Mapping[Tensor, dict[str, Any]],
-        compressions: Sequence[Compression],
+        compressions: Sequence[AnyCompression],
         momentum_dtype: torch.dtype,
     ) -> None:
         self._wiring, self._state, self._compressions = wiring, state, compressions
@@ -119,10 +119,10 @@ class Arrangement:
         }
         if self.bucket_bytes is None:
             alone = self._wiring.workers == 1
-            self.bucket_bytes = _ALONE_BYTES if alone else self._wiring.bucket_bytes(packed_sizes(members))
-        compressions = dict(enumerate(self._compressions))
+            sizes = packed_sizes(members, self._compressions)
+            self.bucket_bytes = _ALONE_BYTES if alone else self._wiring.bucket_bytes(sizes)
         order = ready if self._wiring.overlap else None
-        return build_buckets(members, self.bucket_bytes, compressions, order, self._momentum_dtype)
+        return build_buckets(members, self.bucket_bytes, self._compressions, order, self._momentum_dtype)
 
     def _use(self, buckets: list[Bucket]) -> None:
         # a voter that stays may have posted receives already

@@ -1,7 +1,7 @@
 """Buckets: which parameters' votes travel in one message, and where in it each one stands.
 
-A bucket holds parameters of one param group on one device. Its momentum is one flat buffer in which, as in the message,
-every parameter starts on a 64-element boundary, so that the index of a code is the index of its momentum.
+A bucket holds parameters of one param group on one device, compressed alike. Its momentum is one flat buffer in which,
+as in the message, every parameter starts on a 64-element boundary, so that the index of a code is that of its momentum.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lioncub.compression import Compression
+from lioncub.compression import AnyCompression, Compression, compression_of
 from lioncub.kernels.layout import WORD_SIGNS, packed_bytes
 
 # parameters of a group have consecutive numbers, and no group has as many
@@ -115,13 +115,13 @@ Members = Mapping[int, Sequence[tuple[str, Tensor]]]
 def build_buckets(
     members: Members,
     bucket_bytes: int,
-    compressions: Mapping[int, Compression],
+    compressions: Sequence[AnyCompression],
     ready: Mapping[Tensor, int] | None = None,
     momentum_dtype: torch.dtype = torch.float32,
 ) -> list[Bucket]:
     """Buckets of at most ``bucket_bytes`` of one bit per code; a parameter that is larger stands alone.
 
-    ``members`` has the named parameters of each param group, ``compressions`` what each group is compressed by.
+    ``members`` has the named parameters of param groups, ``compressions`` what each of all groups is compressed by.
     Parameters stand in their own order or, where ``ready`` says when each one's gradient is ready, in that order; then
     buckets too come in the order in which they are complete.
     """
@@ -129,9 +129,8 @@ def build_buckets(
     numbers = {
         param: number_of(group_index, i) for group_index, named in members.items() for i, (_, param) in enumerate(named)
     }
-    for (group_index, device), named in _by_device(members).items():
+    for (group_index, device, compression), named in _alike(members, compressions).items():
         slots: list[Slot] = []
-        compression = compressions[group_index]
         for name, param in named if ready is None else sorted(named, key=lambda pair: ready[pair[1]]):
             if slots and slots[-1].end // 8 + packed_bytes(param.numel()) > bucket_bytes:
                 buckets.append(Bucket(group_index, slots, device, compression, momentum_dtype))
@@ -148,16 +147,19 @@ def number_of(group_index: int, i: int) -> int:
     return group_index * _GROUP_NUMBERS + i
 
 
-def packed_sizes(members: Members) -> list[int]:
-    """Packed bytes of each set of parameters that may share buckets: those of one group on one device."""
-    return [sum(packed_bytes(param.numel()) for _, param in named) for named in _by_device(members).values()]
+def packed_sizes(members: Members, compressions: Sequence[AnyCompression]) -> list[int]:
+    """Packed bytes of each set of parameters that may share buckets: those alike in group, device and compression."""
+    return [sum(packed_bytes(param.numel()) for _, param in named) for named in _alike(members, compressions).values()]
 
 
-def _by_device(members: Members) -> dict[tuple[int, torch.device], list[tuple[str, Tensor]]]:
-    sets: dict[tuple[int, torch.device], list[tuple[str, Tensor]]] = {}
+def _alike(
+    members: Members, compressions: Sequence[AnyCompression]
+) -> dict[tuple[int, torch.device, Compression], list[tuple[str, Tensor]]]:
+    sets: dict[tuple[int, torch.device, Compression], list[tuple[str, Tensor]]] = {}
     for group_index, named in members.items():
         for name, param in named:
-            sets.setdefault((group_index, param.device), []).append((name, param))
+            compression = compression_of(compressions[group_index], param.numel())
+            sets.setdefault((group_index, param.device, compression), []).append((name, param))
     return sets
 
 

@@ -26,7 +26,7 @@ from lioncub.collectives.handshake import WIRE_VERSION
 from lioncub.collectives.header import first_nonfinite
 from lioncub.collectives.transport import Group, rank_of, world_size_of
 from lioncub.collectives.virtual import VirtualGroup
-from lioncub.compression import Compression, SignVote
+from lioncub.compression import AnyCompression, SignVote
 from lioncub.kernels.flat import apply_bucket_, encode_bucket, step_bucket_
 from lioncub.kernels.scalars import Scalar
 from lioncub.masters import Masters
@@ -47,7 +47,7 @@ _BITS = 63
 def check_capturable(
     wiring: Wiring,
     devices: Sequence[str],
-    compressions: Sequence[Compression],
+    compressions: Sequence[AnyCompression],
     policy: MomentumSync | None,
     drift_every: int | None,
 ) -> None:

@@ -122,13 +122,57 @@ class Quantized(Compression):
         return Codes(self.bits, "ternary" if self.down == "ternary" else "majority")
 
 
-def check_compression(value: object) -> Compression:
-    """``value`` itself. Raises TypeError unless it is a `Compression`."""
-    if isinstance(value, type) and issubclass(value, Compression):
-        raise TypeError(f"compression: expected an object such as {value.__name__}(), got the class itself")
+@dataclass(frozen=True, kw_only=True)
+class BySize:
+    """Small tensors, which cost next to nothing, by one compression, and all others by another.
+
+    Norms, biases and the output layer of a small classifier lose most by signs: see docs/compressing.md.
+
+    Args:
+        small: of tensors of at most ``most`` elements.
+        large: of all others.
+        most: elements, at least 1.
+    """
+
+    small: Compression = Quantized(bits=4, norm="l2", stochastic=True, block=64, down="sign", share_scales_every=8)
+    large: Compression = SignVote()
+    most: int = 1024
+
+    def __post_init__(self) -> None:
+        for name in ("small", "large"):
+            _check_single(name, getattr(self, name))
+        if isinstance(self.most, bool) or not isinstance(self.most, int) or self.most < 1:
+            raise ValueError(f"most: expected a number of elements >= 1, got {self.most!r}")
+
+    def of(self, numel: int) -> Compression:
+        """The compression of a tensor of ``numel`` elements."""
+        return self.small if numel <= self.most else self.large
+
+
+AnyCompression = Compression | BySize
+
+
+def compression_of(compression: AnyCompression, numel: int) -> Compression:
+    """What a tensor of ``numel`` elements is compressed by."""
+    return compression.of(numel) if isinstance(compression, BySize) else compression
+
+
+def parts_of(compression: AnyCompression) -> tuple[Compression, ...]:
+    """All that tensors can be compressed by."""
+    return (compression.small, compression.large) if isinstance(compression, BySize) else (compression,)
+
+
+def check_compression(value: object) -> AnyCompression:
+    """``value`` itself. Raises TypeError unless it is a `Compression` or a `BySize`."""
+    if isinstance(value, BySize):
+        return value
+    return _check_single("compression", value, " or BySize()")
+
+
+def _check_single(name: str, value: object, more: str = "") -> Compression:
+    if isinstance(value, type) and issubclass(value, Compression | BySize):
+        raise TypeError(f"{name}: expected an object such as {value.__name__}(), got the class itself")
     if not isinstance(value, Compression):
-        raise TypeError(
-            "compression: expected SignVote(), SignMean(), TernaryVote() or Quantized(), "
-            f"got {type(value).__name__} {value!r}"
-        )
+        known = f"SignVote(), SignMean(), TernaryVote(){',' if more else ' or'} Quantized(){more}"
+        raise TypeError(f"{name}: expected {known}, got {type(value).__name__} {value!r}")
     return value

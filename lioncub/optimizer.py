@@ -21,7 +21,7 @@ from lioncub.capturable import CapturableStep, Rates, check_capturable, keep_ten
 from lioncub.collectives import Voter, average_, handshake
 from lioncub.collectives.header import UNVERIFIED
 from lioncub.collectives.traffic import check_approximate
-from lioncub.compression import Compression, SignVote, check_compression
+from lioncub.compression import AnyCompression, SignVote, check_compression, parts_of
 from lioncub.courier import Courier
 from lioncub.explaining import Explanation
 from lioncub.kernels import resolve_impl
@@ -56,7 +56,7 @@ class LionCub(MomentumOptimizer):
         betas: (beta1, beta2) of the update and of the momentum, as in `Lion`.
         weight_decay: decoupled weight decay, as in `Lion`.
         compression: what workers say about their updates, and what all make of it: `SignVote`, `SignMean`,
-            `TernaryVote` or `Quantized`; a param group can have one of its own.
+            `TernaryVote`, `Quantized`, or `BySize`, two of them; a param group can have one of its own.
         momentum_sync: when momentum, which drifts apart since every worker sees its own gradients, is averaged over
             workers; never unless a `MomentumSync` says when.
         drift_every: steps between measurements of how far momentum has drifted apart, for `stats` and
@@ -100,7 +100,7 @@ class LionCub(MomentumOptimizer):
         betas: tuple[float, float] = (0.9, 0.99),
         weight_decay: float = 0.0,
         *,
-        compression: Compression | None = None,
+        compression: AnyCompression | None = None,
         momentum_sync: MomentumSync | None = None,
         drift_every: int | None = None,
         process_group: dist.ProcessGroup | None = None,
@@ -131,7 +131,7 @@ class LionCub(MomentumOptimizer):
         bucket_bytes = None if bucket_mb is None else bucket_bytes_of(bucket_mb)
         self._compression = SignVote() if compression is None else check_compression(compression)
         # one for each param group; not in the groups, since a checkpoint fits any
-        self._compressions: list[Compression] = []
+        self._compressions: list[AnyCompression] = []
         policy = check_momentum_sync(momentum_sync)
         if drift_every is None and policy is not None and policy.is_auto:
             drift_every = _DRIFT_EVERY
@@ -199,7 +199,8 @@ class LionCub(MomentumOptimizer):
         if isinstance(param_group, dict) and "compression" in param_group:
             param_group = dict(param_group)
             compression = check_compression(param_group.pop("compression"))
-        check_approximate(self._wiring.approximate, self._wiring.algorithm, compression.codes)
+        for part in parts_of(compression):
+            check_approximate(self._wiring.approximate, self._wiring.algorithm, part.codes)
         self._compressions.append(compression)
         try:
             super().add_param_group(param_group)

@@ -292,7 +292,7 @@ def test_the_host_reads_nothing_from_the_device() -> None:
         params = [nn.Parameter(torch.ones(n)) for n in (5, 70)]
         for param in params:
             param.grad = torch.ones_like(param)
-        buckets = build_buckets({0: [("a", params[0]), ("b", params[1])]}, 8, {0: SignVote()})
+        buckets = build_buckets({0: [("a", params[0]), ("b", params[1])]}, 8, [SignVote()])
         precision, masters = Precision(param_rounding="stochastic"), Masters(defaultdict(dict), {})
         how = {"layout": 1, "reports": True, "precision": precision, "masters": masters}
         step = CapturableStep(buckets, [], None, impl="reference", **how)

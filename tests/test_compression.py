@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,12 +13,12 @@ from gloo_workers import Raised, outcomes_of, results_of
 from nets import Net, bits_of, groups_of, momentum_of, train
 from torch import Tensor
 
-from lioncub import LionCub, Quantized, SignMean, SignVote, TernaryVote
+from lioncub import BySize, LionCub, Quantized, SignMean, SignVote, TernaryVote
 from lioncub.collectives import Codes
 from lioncub.collectives.average import average_bytes
-from lioncub.compression import Compression
+from lioncub.compression import AnyCompression, Compression, compression_of
 
-COMPRESSIONS: list[Compression] = [
+COMPRESSIONS: list[AnyCompression] = [
     SignVote(),
     SignMean(),
     TernaryVote(),
@@ -26,6 +27,7 @@ COMPRESSIONS: list[Compression] = [
     Quantized(bits=4, norm="l2", stochastic=True, seed=3),
     Quantized(bits=8, norm="linf", block=64),
     Quantized(bits=2, norm="l2", stochastic=True, block=64, down="sign", share_scales_every=2),
+    BySize(large=TernaryVote(), most=50),
 ]
 
 
@@ -54,9 +56,12 @@ def follow_the_rules(rank: int, world_size: int) -> int:
     n, lr, decay = 130, 0.5, 0.1
     checked = 0
     deterministic = [Quantized(bits=4, norm="l1"), Quantized(bits=8, norm="linf"), Quantized(bits=2, norm="l2")]
-    for compression in [*COMPRESSIONS[:5], *deterministic]:
+    small, large = BySize(small=deterministic[0], most=n), BySize(large=deterministic[0], most=n - 1)
+    singles: list[Compression] = [SignVote(), SignMean(), TernaryVote(), TernaryVote(up="sign"), Quantized()]
+    for compression in [*singles, *deterministic, small, large]:
         p = torch.zeros(n).requires_grad_()
         opt = LionCub([p], lr=lr, weight_decay=decay, compression=compression)
+        compression = compression_of(compression, n)
         x, m = torch.zeros(n), torch.zeros(world_size, n)
         for t in range(5):
             grads = gradients(world_size, t, n)
@@ -83,15 +88,21 @@ def follow_the_rules(rank: int, world_size: int) -> int:
 
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_steps_follow_the_rules(world_size: int) -> None:
-    assert results_of(follow_the_rules, world_size) == [8 * 5] * world_size
+    assert results_of(follow_the_rules, world_size) == [10 * 5] * world_size
+
+
+def with_feedback(compression: AnyCompression, feedback: bool) -> AnyCompression:
+    if isinstance(compression, BySize):
+        parts = {name: replace(getattr(compression, name), error_feedback=feedback) for name in ("small", "large")}
+        return replace(compression, **parts)
+    return replace(compression, error_feedback=feedback)
 
 
 def train_every_compression(rank: int, world_size: int) -> dict[str, list[bytes]]:
     ends: dict[str, list[bytes]] = {}
     for compression in COMPRESSIONS:
         for feedback in (False, True):
-            chosen = copy.copy(compression)
-            object.__setattr__(chosen, "error_feedback", feedback)
+            chosen = with_feedback(compression, feedback)
             for options in (
                 {"algorithm": "all_gather"},
                 {"algorithm": "reduce_scatter", "bucket_mb": 1e-5},
@@ -295,6 +306,38 @@ def test_each_param_group_has_its_own_compression() -> None:
         assert list(answer.values())[2] == 56 + 64
 
 
+def small_ones_apart(rank: int, world_size: int) -> list[tuple[bytes, list[tuple[int, str, int]]]]:
+    """A param group by size, and the same tensors in two groups."""
+    small, large = Quantized(bits=8, norm="linf", share_scales_every=2), SignVote()
+    found = []
+    for by_size in (True, False):
+        net = Net(seed=rank)
+        named = list(net.named_parameters())
+        parts = [[pair for pair in named if (pair[1].numel() <= 49) == is_small] for is_small in (True, False)]
+        groups = [{"params": part, "compression": c} for part, c in zip(parts, (small, large), strict=True)]
+        options = {"lr": 1e-2, "algorithm": "reduce_scatter", "bucket_mb": 1.0}
+        opt = (
+            LionCub(named, compression=BySize(small=small, most=49), **options)
+            if by_size
+            else LionCub(groups, **options)
+        )
+        train(net, opt, rank, range(4))
+        opt.check_replicas()
+        buckets = [(b.elements, b.compression, b.bytes_sent) for b in opt.stats().buckets]
+        found.append((bits_of(net), sorted(buckets)))
+    return found
+
+
+def test_by_size_small_tensors_go_apart() -> None:
+    for one, other in results_of(small_ones_apart, 2):
+        assert one == other
+        sizes = [p.numel() for p in Net(seed=0).parameters()]
+        assert [elements for elements, *_ in one[1]] == sorted(
+            [sum(n for n in sizes if n <= 49), sum(n for n in sizes if n > 49)]
+        )
+        assert {compression.split("(")[0] for _, compression, _ in one[1]} == {"Quantized", "SignVote"}
+
+
 def different_compressions(rank: int, world_size: int) -> None:
     LionCub([torch.zeros(8).requires_grad_()], compression=SignMean() if rank else TernaryVote())
 
@@ -308,7 +351,7 @@ def test_workers_with_different_compressions_all_raise() -> None:
 
 
 @pytest.mark.parametrize("compression", COMPRESSIONS)
-def test_one_worker_alone_is_lion_whatever_the_compression(compression: Compression) -> None:
+def test_one_worker_alone_is_lion_whatever_the_compression(compression: AnyCompression) -> None:
     ends = []
     for chosen in (compression, None):
         net = Net(seed=1)
@@ -333,8 +376,15 @@ def test_impossible_arguments_are_named() -> None:
         TernaryVote(up="zero")
     with pytest.raises(TypeError, match="error_feedback: expected True or False, got 1"):
         SignMean(error_feedback=1)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="approximate: expected it with majority votes only"):
-        LionCub([p], compression=SignMean(), algorithm="hierarchical", approximate=True)
+    for compression in (SignMean(), BySize(), BySize(small=SignVote(), large=SignMean())):
+        with pytest.raises(ValueError, match="approximate: expected it with majority votes only"):
+            LionCub([p], compression=compression, algorithm="hierarchical", approximate=True)
+    with pytest.raises(TypeError, match=r"large: expected SignVote\(\), .* or Quantized\(\), got BySize BySize\("):
+        BySize(large=BySize())  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"small: expected an object such as SignMean\(\), got the class itself"):
+        BySize(small=SignMean)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="most: expected a number of elements >= 1, got 0"):
+        BySize(most=0)
     assert Codes(1, "sum") == SignMean().codes
     assert Quantized(bits=4).wire_bits(8) == (4, 2)
     assert SignMean().wire_bits(16) == (1, 8)
