@@ -122,19 +122,24 @@ class Quantized(Compression):
         return Codes(self.bits, "ternary" if self.down == "ternary" else "majority")
 
 
+# as good as the sum of c itself, where bytes are few
+_FINE = Quantized(bits=8, norm="linf", down="sign", share_scales_every=8)
+
+
 @dataclass(frozen=True, kw_only=True)
 class BySize:
     """Small tensors, which cost next to nothing, by one compression, and all others by another.
 
-    Norms, biases and the output layer of a small classifier lose most by signs: see docs/compressing.md.
+    Norms, biases and a small output layer lose most by signs, and are few bytes in any compression: docs/compressing.md
+    has the figures.
 
     Args:
-        small: of tensors of at most ``most`` elements.
+        small: of tensors of at most ``most`` elements; unless given, the sign of the sum of 8-bit levels.
         large: of all others.
         most: elements, at least 1.
     """
 
-    small: Compression = Quantized(bits=4, norm="l2", stochastic=True, block=64, down="sign", share_scales_every=8)
+    small: Compression = _FINE
     large: Compression = SignVote()
     most: int = 1024
 

@@ -21,7 +21,7 @@ from lioncub.capturable import CapturableStep, Rates, check_capturable, keep_ten
 from lioncub.collectives import Voter, average_, handshake
 from lioncub.collectives.header import UNVERIFIED
 from lioncub.collectives.traffic import check_approximate
-from lioncub.compression import AnyCompression, SignVote, check_compression, parts_of
+from lioncub.compression import AnyCompression, BySize, SignVote, check_compression, parts_of
 from lioncub.courier import Courier
 from lioncub.explaining import Explanation
 from lioncub.kernels import resolve_impl
@@ -56,7 +56,9 @@ class LionCub(MomentumOptimizer):
         betas: (beta1, beta2) of the update and of the momentum, as in `Lion`.
         weight_decay: decoupled weight decay, as in `Lion`.
         compression: what workers say about their updates, and what all make of it: `SignVote`, `SignMean`,
-            `TernaryVote`, `Quantized`, or `BySize`, two of them; a param group can have one of its own.
+            `TernaryVote`, `Quantized`, or `BySize`, which has two of them; a param group can have one of its own.
+            Unless given, ``BySize()``: tensors of at most 1024 elements by 8-bit levels, all others by `SignVote`; with
+            ``capturable`` or ``approximate``, and for one worker, `SignVote` for all.
         momentum_sync: when momentum, which drifts apart since every worker sees its own gradients, is averaged over
             workers; never unless a `MomentumSync` says when.
         drift_every: steps between measurements of how far momentum has drifted apart, for `stats` and
@@ -129,7 +131,6 @@ class LionCub(MomentumOptimizer):
         if on_nonfinite not in ("raise", "skip"):
             raise ValueError(f"on_nonfinite: expected 'raise' or 'skip', got {on_nonfinite!r}")
         bucket_bytes = None if bucket_mb is None else bucket_bytes_of(bucket_mb)
-        self._compression = SignVote() if compression is None else check_compression(compression)
         # one for each param group; not in the groups, since a checkpoint fits any
         self._compressions: list[AnyCompression] = []
         policy = check_momentum_sync(momentum_sync)
@@ -140,6 +141,10 @@ class LionCub(MomentumOptimizer):
         self._policy, self._drift_every = policy, drift_every
         self._wiring = Wiring(process_group, algorithm, approximate, mesh, profile, overlap, impl)
         self._group, self._workers = process_group, self._wiring.workers
+        if compression is None:
+            is_plain = capturable or approximate or self._workers == 1
+            compression = SignVote() if is_plain else BySize()
+        self._compression = check_compression(compression)
         self._broadcast, self._on_nonfinite = broadcast, on_nonfinite
         self._overlap: Overlap | None = None
         # parameters to broadcast, and the number of buckets that all workers are known to have

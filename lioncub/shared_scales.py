@@ -37,7 +37,10 @@ class SharedScales:
         self.bytes_sent = 0
 
     def add(self, groups: range) -> None:
-        """Make room for the scales of new param groups."""
+        """Make room for the scales of new param groups; one worker alone has none."""
+        self.forget()
+        if self._workers == 1:
+            return
         for bucket in self._arrangement.buckets:
             if bucket.group_index not in groups or not _is_shared(bucket.compression):
                 continue
@@ -45,7 +48,6 @@ class SharedScales:
             for slot in bucket.slots:
                 blocks = scale_count(slot.numel, bucket.compression.block or 0)
                 self._state[slot.param]["scale"] = torch.full((blocks,), NOT_AGREED, device=bucket.device)
-        self.forget()
 
     def forget(self) -> None:
         """State has been loaded or buckets have changed."""
@@ -53,7 +55,7 @@ class SharedScales:
 
     def of(self, bucket: Bucket) -> list[Tensor] | None:
         """What to quantize a bucket by; None: by this worker's own scales."""
-        if not _is_shared(bucket.compression):
+        if self._workers == 1 or not _is_shared(bucket.compression):
             return None
         scales = self._of(bucket)
         if bucket not in self._is_known:

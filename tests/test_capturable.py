@@ -48,7 +48,7 @@ def all_algorithms(rank: int, size: int) -> list[tuple[Any, ...]]:
     found = []
     for algorithm in ALGORITHMS:
         ordinary, capturable = Net(rank), Net(rank)
-        options = {"lr": 0.01, "algorithm": algorithm, "bucket_mb": BUCKET_MB}
+        options = {"lr": 0.01, "algorithm": algorithm, "bucket_mb": BUCKET_MB, "compression": SignVote()}
         one = LionCub(groups_of(ordinary), **options)
         other = LionCub(groups_of(capturable), capturable=True, **options)
         for step in range(3):
@@ -247,7 +247,8 @@ def test_checkpoints_serve_both_kinds() -> None:
 def added_group(rank: int, size: int) -> bool:
     net, twin = Net(rank), Net(rank)
     matrices = [[p for p in model.parameters() if p.dim() > 1] for model in (net, twin)]
-    one, other = LionCub(matrices[0], lr=0.1), LionCub(matrices[1], lr=0.1, capturable=True)
+    one = LionCub(matrices[0], lr=0.1, compression=SignVote())
+    other = LionCub(matrices[1], lr=0.1, capturable=True)
     for opt, model in ((one, net), (other, twin)):
         backward(model, 0, rank)
         opt.step()

@@ -285,7 +285,8 @@ def test_residuals_survive_a_checkpoint() -> None:
 def group_compressions(rank: int, world_size: int) -> dict[str, Any]:
     net = Net(seed=rank)
     ternary, *others = groups_of(net)
-    opt = LionCub([{**ternary, "compression": TernaryVote()}, *others], lr=1e-2, bucket_mb=1.0, algorithm="all_gather")
+    groups = [{**ternary, "compression": TernaryVote()}, *others]
+    opt = LionCub(groups, lr=1e-2, bucket_mb=1.0, algorithm="all_gather", compression=SignVote())
     train(net, opt, rank, range(3))
     added = torch.nn.Parameter(torch.zeros(64))
     opt.add_param_group({"params": [("added", added)], "compression": Quantized(bits=8)})

@@ -21,8 +21,9 @@ from gloo_workers import results_of
 from torch import Tensor, nn
 
 import lioncub
-from lioncub import LionCub
+from lioncub import BySize, LionCub
 from lioncub.collectives import HANDSHAKE_BYTES, Topology, bytes_sent, traffic
+from lioncub.collectives.codes import VOTES
 from lioncub.collectives.cost import RESULT_HEADER_BYTES
 from lioncub.collectives.header import FAILED, FOUND_INF, STALE, UNVERIFIED, Header, encode_header, header_bytes
 from lioncub.kernels import packed_bytes
@@ -101,6 +102,14 @@ def _under_torchrun(script: Path, folder: Path) -> str:
     return done.stdout
 
 
+def by_default(*, large: tuple[int, ...], small: tuple[int, ...]) -> int:
+    """Bytes that one of two workers sends in a step without averages of scales."""
+    return sum(
+        bytes_sent("all_gather", sum(map(packed_bytes, sizes)), 2, header_bytes(len(sizes)), codes=codes)
+        for sizes, codes in ((large, VOTES), (small, BySize().small.codes))
+    )
+
+
 def test_the_readme_example_runs(tmp_path: Path) -> None:
     (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     script = tmp_path / "train.py"
@@ -109,7 +118,7 @@ def test_the_readme_example_runs(tmp_path: Path) -> None:
     loss = re.search(r"^([\d.]+) Stats\(steps=100, skipped_steps=0, bytes_sent_per_step=(\d+)", printed, re.MULTILINE)
     assert loss, printed
     assert float(loss[1]) < 2.0, "it must have learnt something: chance is ln 10 = 2.3"
-    assert int(loss[2]) == bytes_sent("all_gather", packed_bytes(640) + packed_bytes(10), 2, header_bytes(2))
+    assert int(loss[2]) == by_default(large=(8192, 1280), small=(128, 10))
 
 
 def test_the_training_example_runs(tmp_path: Path) -> None:
@@ -119,8 +128,7 @@ def test_the_training_example_runs(tmp_path: Path) -> None:
     )
     assert [int(step) for step, *_ in lines] == [20, 40, 60, 80, 100]
     assert float(lines[-1][1]) < 0.7 * float(lines[0][1]), "it must have learnt something"
-    message = sum(packed_bytes(n) for n in (1024, 64, 64, 1))
-    assert {int(sent) for *_, sent in lines} == {bytes_sent("all_gather", message, 2, header_bytes(4))}
+    assert {int(sent) for *_, sent in lines} == {by_default(large=(4096,), small=(256, 256, 1))}
 
 
 @pytest.mark.skipif(not hasattr(torch._dynamo.config, "trace_autograd_ops"), reason="needs torch 2.13")

@@ -229,17 +229,17 @@ def says_what_runs(rank: int, world_size: int) -> list[str]:
     logger = logging.getLogger("lioncub")
     logger.addHandler(Keep())
     logger.setLevel(logging.INFO)
-    p = torch.zeros(640).requires_grad_()
+    p = torch.zeros(6400).requires_grad_()
     opt = LionCub([p], algorithm="all_gather", impl="reference")
     for _ in range(3):
-        p.grad = torch.ones(640)
+        p.grad = torch.ones(6400)
         opt.step()
     return lines
 
 
 def test_the_active_path_is_logged_once() -> None:
     header = 8 * (6 + 1)
-    sent = header + 80
+    sent = header + 800
     line = f"LionCub: 2 worker(s), reference kernels, 1 bucket(s) by all_gather, {sent} bytes sent per worker and step"
     assert results_of(says_what_runs, 2) == [[line], []]
 

@@ -10,12 +10,12 @@ from gloo_workers import results_of
 from nets import Net, batch_of, bits_of, groups_of, momentum_of, train
 
 import lioncub
-from lioncub import Lion, LionCub
+from lioncub import Lion, LionCub, SignVote
 
 
 def train_fifty_steps(rank: int, world_size: int, algorithm: str, bucket_mb: float) -> bytes:
     net = Net(seed=rank)
-    opt = LionCub(groups_of(net), lr=1e-2, algorithm=algorithm, bucket_mb=bucket_mb)
+    opt = LionCub(groups_of(net), lr=1e-2, algorithm=algorithm, bucket_mb=bucket_mb, compression=SignVote())
     before = [p.detach().clone() for p in net.never.parameters()]
     train(net, opt, rank, range(50))
     opt.check_replicas()
@@ -47,7 +47,7 @@ def same_data_as_lion(rank: int, world_size: int, algorithm: str) -> int:
     shapes = [(33, 7), (64,), (5, 3, 2), (1009,)]
     mine = [torch.randn(shape, generator=generator).requires_grad_() for shape in shapes]
     plain = [p.detach().clone().requires_grad_() for p in mine]
-    cub = LionCub(mine, lr=1e-2, weight_decay=0.1, algorithm=algorithm)
+    cub = LionCub(mine, lr=1e-2, weight_decay=0.1, algorithm=algorithm, compression=SignVote())
     lion = Lion(plain, lr=1e-2, weight_decay=0.1)
     for _ in range(20):
         for p, q in zip(mine, plain, strict=True):
@@ -74,7 +74,7 @@ def vote_with_own_momentum(rank: int, world_size: int) -> bool:
     """Against the rule itself, in plain torch, with zeros, a missing gradient and ties."""
     p = torch.zeros(130).requires_grad_()
     idle = torch.ones(9).requires_grad_()
-    opt = LionCub([p, idle], lr=0.5, weight_decay=0.1)
+    opt = LionCub([p, idle], lr=0.5, weight_decay=0.1, compression=SignVote())
     x, m = torch.zeros(130), torch.zeros(world_size, 130)
     for t in range(6):
         grads = torch.stack(

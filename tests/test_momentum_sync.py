@@ -10,7 +10,7 @@ from counting import Counting
 from gloo_workers import Raised, outcomes_of, results_of
 from nets import Net, bits_of, groups_of, momentum_of, train
 
-from lioncub import LionCub, MomentumSync, Quantized, TernaryVote
+from lioncub import LionCub, MomentumSync, Quantized, SignVote, TernaryVote
 from lioncub.collectives import average_
 from lioncub.collectives.average import average_bytes, payload_bytes, rank_order_mean
 from lioncub.collectives.cost import ring_all_reduce_bytes
@@ -223,7 +223,8 @@ def chosen_by_drift(rank: int, world_size: int) -> tuple[list[bool], list[bool],
     """Three parameters drift; the budget has room for one of them."""
     params = [(name, torch.zeros(640).requires_grad_()) for name in ("calm", "wild", "wilder")]
     policy = MomentumSync(select="auto", budget=0.4 * 32)
-    opt = LionCub(params, lr=0.1, momentum_sync=policy, drift_every=3, algorithm="all_gather")
+    options = {"momentum_sync": policy, "drift_every": 3, "algorithm": "all_gather", "compression": SignVote()}
+    opt = LionCub(params, lr=0.1, **options)
     assert opt.stats().sync_bytes_sent == 0
 
     def walk(opt: LionCub, steps: range) -> list[bool]:
@@ -247,7 +248,7 @@ def chosen_by_drift(rank: int, world_size: int) -> tuple[list[bool], list[bool],
     file = io.BytesIO()
     torch.save(opt.state_dict(), file)
     file.seek(0)
-    again = LionCub(params, lr=0.1, momentum_sync=policy, drift_every=3, algorithm="all_gather")
+    again = LionCub(params, lr=0.1, **options)
     again.load_state_dict(torch.load(file, weights_only=True))
     assert again.stats().drift == opt.stats().drift
     for _, p in params:

@@ -150,7 +150,14 @@ def capturable_ways(rank: int, size: int) -> list[int]:
         nets = [Net(seed=rank) for _ in range(3)]
         counter = CompileCounterWithBackend("eager")
         ordinary, *capturable = (
-            LionCub(net.named_parameters(), lr=torch.tensor(1e-2), capturable=i > 0, bucket_mb=1e-4, **options)
+            LionCub(
+                net.named_parameters(),
+                lr=torch.tensor(1e-2),
+                capturable=i > 0,
+                bucket_mb=1e-4,
+                compression=SignVote(),
+                **options,
+            )
             for i, net in enumerate(nets)
         )
         traced = torch.compile(capturable[1].step, fullgraph=True, backend=counter)

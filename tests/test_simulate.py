@@ -24,6 +24,7 @@ from lioncub import (
     NonFiniteError,
     Quantized,
     SignMean,
+    SignVote,
     TernaryVote,
     WorkersDisagreeError,
 )
@@ -416,7 +417,9 @@ def test_sixty_four_workers_take_a_step() -> None:
     set_gradients(models, 3)
     updates = torch.stack([params[0].grad for params in models])
     with Workers(64) as workers:
-        opts = workers.run(lambda rank, group: LionCub(models[rank], lr=0.5, process_group=group))
+        opts = workers.run(
+            lambda rank, group: LionCub(models[rank], lr=0.5, process_group=group, compression=SignVote())
+        )
         workers.run(lambda rank, group: opts[rank].step())
         workers.run(lambda rank, group: opts[rank].check_replicas())
     ones = (updates > 0).sum(dim=0)

@@ -33,7 +33,7 @@ from convergence.stages import (
     screen,
 )
 from convergence.statistics import Interval, recovered_share, relative_difference, t_interval
-from convergence.store import Store, key_of, missing
+from convergence.store import Store, key_of, meaning, missing
 from convergence.tasks import TASKS
 from convergence.training import Config, run
 from convergence.verdicts import CLAIMS, CONTRADICTED, SUPPORTED, UNDECIDED, Claim, overall
@@ -374,6 +374,32 @@ def test_report_of_a_few_runs(store: Store, tmp_path: Path) -> None:
     plots = sorted(plot.name for plot in (tmp_path / "out").glob("*.png"))
     assert plots == ["study_bytes.png", "study_drift.png", "study_loss.png", "study_ways.png"]
     assert all(f"]({name})" in text for name in plots)
+
+
+def test_a_study_goes_on_from_its_report(store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fill(store, {REFERENCE: [1.0, 1.1], PLAIN_VOTE: [1.5, math.nan]})
+    for record in store.records():
+        store.add(Config(**record["config"]), {**record, "means": meaning(METHODS[record["config"]["method"]])})
+    out, again = tmp_path / "out", tmp_path / "again"
+    write_report(store, out)
+    archive = out / "study_runs.jsonl.gz"
+    first = archive.read_bytes()
+    restored = ["restore", "--out", str(out), "--runs", str(again)]
+    assert main(restored) == 0
+    assert "4 runs restored, 0 were there" in capsys.readouterr().out
+    names = [{path.name for path in folder.glob("*.json")} for folder in (store.folder, again)]
+    assert names[0] == names[1]
+    (again / f"{key_of(Results(store).config(CELL, REFERENCE, 0))}.json").unlink()
+    assert main(restored) == 0
+    assert "1 runs restored, 3 were there" in capsys.readouterr().out
+    write_report(Store(again, "today"), out)
+    assert archive.read_bytes() == first
+    archive.write_bytes(first[:-9])
+    assert main(restored) == 1
+    assert "study_runs.jsonl.gz: expected runs of a study, got EOFError" in capsys.readouterr().err
+    archive.unlink()
+    assert main(restored) == 1
+    assert "study_runs.jsonl.gz" in capsys.readouterr().err
 
 
 def test_command_line_errors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

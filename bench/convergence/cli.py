@@ -46,13 +46,20 @@ def _parser() -> argparse.ArgumentParser:
     report = commands.add_parser("report", help="write the report of the runs that are there")
     _add_common(report)
     report.set_defaults(run=_report, quick=False)
+    restored = commands.add_parser("restore", help="bring back the runs behind a report, for --keep-old to count")
+    _add_folders(restored)
+    restored.set_defaults(run=_restore)
     return parser
 
 
 def _add_common(command: argparse.ArgumentParser) -> None:
+    _add_folders(command)
+    command.add_argument("--keep-old", action="store_true", help="count runs of other code too; the report says so")
+
+
+def _add_folders(command: argparse.ArgumentParser) -> None:
     command.add_argument("--runs", type=Path, help="folder of finished runs; default: runs/study")
     command.add_argument("--out", type=Path, help="folder of the report; default: docs")
-    command.add_argument("--keep-old", action="store_true", help="count runs of other code too; the report says so")
 
 
 def _store(options: argparse.Namespace) -> Store:
@@ -113,4 +120,13 @@ def _report(options: argparse.Namespace) -> int:
     folder = options.out or (ROOT / "runs" / "study-quick" if options.quick else ROOT / "docs")
     store = _store(options)
     print(f"written: {write_report(store, folder, 'study_quick' if options.quick else 'study')}")
+    return 0
+
+
+def _restore(options: argparse.Namespace) -> int:
+    from convergence.archive import SUFFIX, restore
+
+    folder = options.runs or ROOT / "runs" / "study"
+    written, known = restore((options.out or ROOT / "docs") / f"study{SUFFIX}", folder)
+    print(f"{folder}: {written} runs restored, {known} were there")
     return 0

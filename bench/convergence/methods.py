@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lioncub import MomentumSync, Quantized, SignMean, SignVote, TernaryVote
-from lioncub.compression import Compression
+from lioncub import BySize, MomentumSync, Quantized, SignMean, SignVote, TernaryVote
+from lioncub.compression import AnyCompression
 
 REFERENCE = "Lion"
 
@@ -18,14 +18,16 @@ class Method:
     """
 
     family: str
-    compression: Compression | None = None
+    compression: AnyCompression | None = None
     sync: MomentumSync | None = None
     adamw: bool = False
 
 
 def _methods() -> dict[str, Method]:
-    compressions: dict[str, Compression] = {
+    compressions: dict[str, AnyCompression] = {
         "SignVote": SignVote(),
+        # what LionCub takes unless told otherwise
+        "BySize": BySize(),
         "SignMean": SignMean(),
         "TernaryVote": TernaryVote(),
         "TernaryVote up=sign": TernaryVote(up="sign"),
@@ -73,7 +75,7 @@ def _methods() -> dict[str, Method]:
 
 def _family(name: str) -> str:
     """Methods of a family step alike, so one learning rate is tuned for all of it."""
-    if name.startswith(("SignVote", "TernaryVote")):
+    if name.startswith(("SignVote", "BySize", "TernaryVote")):
         return "SignVote"
     if name.startswith(("2-bit l1", "2-bit l2")):
         return "2-bit l1"

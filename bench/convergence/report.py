@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from convergence import prose
+from convergence.archive import SUFFIX, write_archive
 from convergence.methods import METHODS, REFERENCE
 from convergence.plots import write_plots
 from convergence.results import Cell, Results, families
@@ -27,13 +28,17 @@ Rows = list[str]
 
 
 def write_report(store: Store, folder: Path, name: str = "study") -> Path:
-    """Write NAME.md, NAME.json and NAME_*.png into ``folder``; gives the first. ValueError where no run is finished."""
+    """Write NAME.md, NAME.json, NAME_runs.jsonl.gz and NAME_*.png into ``folder``; gives the first.
+
+    Raises ValueError where no run is finished.
+    """
     results = Results(store)
     if not store.records():
         raise ValueError(f"{store.folder}: expected at least one finished run of the code at hand, got none")
     folder.mkdir(parents=True, exist_ok=True)
     plots = write_plots(results, folder, name)
     (folder / f"{name}.json").write_text(json.dumps(summary(results), indent=1, allow_nan=False) + "\n")
+    write_archive(store, folder / f"{name}{SUFFIX}")
     path = folder / f"{name}.md"
     path.write_text(document(results, [plot.name for plot in plots]))
     return path

@@ -11,10 +11,13 @@ from convergence.tasks import TASKS
 from convergence.training import Config
 
 PLAIN_VOTE = "SignVote"
+# of LionCub
+DEFAULT = "BySize"
 # candidates for the default, and for skewed shards, whatever the screen says
-CANDIDATES = (PLAIN_VOTE, "SignVote + staggered 64 int8", "SignVote + staggered 32 int8")
+CANDIDATES = (PLAIN_VOTE, DEFAULT, "SignVote + staggered 64 int8", "SignVote + staggered 32 int8")
 SKEWED_CANDIDATES = (
     PLAIN_VOTE,
+    DEFAULT,
     "SignVote + staggered 9 int8",
     "SignVote + staggered 4 int8",
     "SignVote + staggered 16 int8",

@@ -36,7 +36,16 @@ def code_digest() -> str:
 @cache
 def key_of(config: Config) -> str:
     """The name of a run: its configuration, and what its method's name stands for."""
-    facts = {**dataclasses.asdict(config), "means": meaning(METHODS[config.method])}
+    return _name(dataclasses.asdict(config), meaning(METHODS[config.method]))
+
+
+def name_of(record: Record) -> str:
+    """The name of a finished run, whatever its method's name stands for by now."""
+    return _name(record["config"], record["means"])
+
+
+def _name(config: dict[str, Any], means: str) -> str:
+    facts = {**config, "means": means}
     return hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=10).hexdigest()
 
 
@@ -75,9 +84,7 @@ class Store:
     def add(self, config: Config, record: Record) -> None:
         """Write a run, all of it or nothing."""
         path = self.folder / f"{key_of(config)}.json"
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        temporary.write_text(json.dumps(record) + "\n")
-        temporary.replace(path)
+        write_whole(path, json.dumps(record).encode() + b"\n")
         self._records[path.stem] = record
         self.version += 1
 
@@ -94,6 +101,13 @@ class Store:
 
     def _counts(self, record: Record) -> bool:
         return self.keep_old or record["digest"] == self.digest
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file, all of it or nothing."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_bytes(content)
+    temporary.replace(path)
 
 
 def _read(path: Path) -> Record:

@@ -16,7 +16,7 @@ def main() -> None:
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if cuda else "gloo")
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(16, 64), nn.GELU(), nn.Linear(64, 1)).to(device)
+    model = nn.Sequential(nn.Linear(16, 256), nn.GELU(), nn.Linear(256, 1)).to(device)
     teacher = torch.randn(16, 1, device=device)
     opt = LionCub(model.named_parameters(), lr=2e-3, weight_decay=0.1)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(opt, T_max=100)
