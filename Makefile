@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint types docs copy bench bench-save bench-compare gpu-test gpu-bench gpu-report netlab study study-quick setup clean
+.PHONY: demo test lint types docs copy bench bench-save bench-compare gpu-test gpu-bench gpu-report netlab study study-restore study-quick setup clean
 
 demo: setup
 	$(BIN)/lioncub train --method lion --method lioncub --workers 4 --layers 4 --context 64 --batch 8 \
@@ -60,9 +60,13 @@ gpu-report: setup
 netlab: setup
 	$(BIN)/python bench/netlab matrix --runs runs/netlab --out docs
 
-# an interrupted study goes on where it was; runs of other code do not count
+# an interrupted study goes on where it was; runs of other code do not count, unless KEEP_OLD=1 says so
 study: setup
-	$(BIN)/python bench/convergence run --runs runs/study --out docs --hours 2.9
+	$(BIN)/python bench/convergence run --runs runs/study --out docs --hours 2.9 $(if $(KEEP_OLD),--keep-old)
+
+# the runs behind docs/study.md, for `make study KEEP_OLD=1` to go on with
+study-restore: setup
+	$(BIN)/python bench/convergence restore --runs runs/study --out docs
 
 study-quick: setup
 	$(BIN)/python bench/convergence run --quick

@@ -12,6 +12,7 @@ import torch
 from gloo_workers import Raised, outcomes_of, results_of
 from nets import Net, bits_of, groups_of, momentum_of, train
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 from lioncub import BySize, LionCub, Quantized, SignMean, SignVote, TernaryVote
 from lioncub.collectives import Codes
@@ -337,6 +338,26 @@ def test_by_size_small_tensors_go_apart() -> None:
             [sum(n for n in sizes if n <= 49), sum(n for n in sizes if n > 49)]
         )
         assert {compression.split("(")[0] for _, compression, _ in one[1]} == {"Quantized", "SignVote"}
+
+
+def by_default(rank: int, world_size: int) -> list[list[str]]:
+    found = []
+    for options in ({}, {"capturable": True}, {"algorithm": "hierarchical", "approximate": True}):
+        params = [torch.zeros(n).requires_grad_() for n in (1024, 1025)]
+        opt = LionCub(params, mesh=DeviceMesh("cpu", [[0, 1], [2, 3]]), **options)
+        for p in params:
+            p.grad = torch.ones_like(p)
+        opt.step()
+        found.append([bucket.compression for bucket in opt.stats().buckets])
+    return found
+
+
+def test_the_default_is_finer_for_small_tensors_where_it_can_be() -> None:
+    fine, signs = repr(BySize().small), repr(SignVote())
+    assert fine.startswith("Quantized(")
+    assert results_of(by_default, 4) == [[[fine, signs], [signs], [signs]]] * 4
+    alone = LionCub([torch.zeros(n).requires_grad_() for n in (1024, 1025)])
+    assert [bucket.compression for bucket in alone.stats().buckets] == [signs]
 
 
 def different_compressions(rank: int, world_size: int) -> None:

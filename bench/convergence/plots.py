@@ -12,11 +12,21 @@ from matplotlib.figure import Figure
 
 from convergence.methods import METHODS, REFERENCE
 from convergence.results import Cell, Results, cell_of
-from convergence.stages import CANDIDATES, SKEWED_CANDIDATES, WORKERS
+from convergence.stages import CANDIDATES, DEFAULT, PLAIN_VOTE, SKEWED_CANDIDATES, WORKERS
 from convergence.tasks import TASKS
 
-# of a figure with one line per method
-SHOWN = (REFERENCE, *CANDIDATES, "SignMean", "2-bit l1", "2-bit linf", *SKEWED_CANDIDATES[1:3], SKEWED_CANDIDATES[-2])
+# of a figure with one line per method; there are ten colors
+SHOWN = (
+    REFERENCE,
+    PLAIN_VOTE,
+    DEFAULT,
+    CANDIDATES[-1],
+    "SignMean",
+    "2-bit l1",
+    "2-bit linf",
+    *SKEWED_CANDIDATES[2:4],
+    SKEWED_CANDIDATES[-2],
+)
 
 
 def write_plots(results: Results, folder: Path, name: str) -> list[Path]:

@@ -124,7 +124,16 @@ class Voting:
         self._model.load_state_dict(model.state_dict(), assign=True)
         named = self._model.named_parameters()
         self._optimizer = lioncub.LionCub(
-            named, LR, BETAS, WEIGHT_DECAY, algorithm=algorithm, overlap=overlap, profile=profile, broadcast=False
+            named,
+            LR,
+            BETAS,
+            WEIGHT_DECAY,
+            # one kind of message, which is what the cost model forecasts
+            compression=lioncub.SignVote(),
+            algorithm=algorithm,
+            overlap=overlap,
+            profile=profile,
+            broadcast=False,
         )
 
     def stats(self) -> lioncub.Stats:

@@ -9,8 +9,8 @@ SPEED = [
     "## Speedup over DDP fp32 + lion-pytorch",
     "",
     'Medians of the ratios of paired repetitions. LionCub is `algorithm="auto"` with a profile, with or without',
-    "overlap, whichever has the lesser median; the best is that of all algorithms. The floor is forward, backward and",
-    "our Lion's step without a group.",
+    "overlap, whichever has the lesser median; the best is that of all algorithms. It votes by signs on all tensors,",
+    "`compression=SignVote()`. The floor is forward, backward and our Lion's step without a group.",
     "",
 ]
 STEPS = [
