@@ -27,6 +27,7 @@ SHOWN = (
     *SKEWED_CANDIDATES[2:4],
     SKEWED_CANDIDATES[-2],
 )
+_FEWEST_SEEDS = 4
 
 
 def write_plots(results: Results, folder: Path, name: str) -> list[Path]:
@@ -42,12 +43,14 @@ def write_plots(results: Results, folder: Path, name: str) -> list[Path]:
 
 
 def loss_figure(results: Results) -> Figure | None:
-    """Validation loss over steps, mean of seeds."""
+    """Validation loss over steps, mean of seeds; without methods whose few seeds would not compare with the others'."""
 
     def draw(axis: Axes, cell: Cell) -> None:
+        fewest = min(_FEWEST_SEEDS, len(results.runs(cell, REFERENCE)))
         for i, method in enumerate(SHOWN):
-            curve = _mean_curve([run["validation"] for run in results.runs(cell, method).values()])
-            if curve:
+            runs = results.runs(cell, method)
+            curve = _mean_curve([run["validation"] for run in runs.values()])
+            if curve and len(runs) >= fewest:
                 axis.plot(*zip(*curve, strict=True), label=method, color=f"C{i}", lw=1.2)
         axis.set_xlabel("step")
         axis.set_ylabel("validation loss")

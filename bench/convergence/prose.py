@@ -56,4 +56,8 @@ LIMITS = [
     "Models of some ten thousand to a hundred thousand parameters and a few hundred steps: no word on large ones or",
     f"long runs. {LIMIT:.0%} is the difference that the deciding runs were to resolve.",
     "",
+    "Processors differ in the last bits of a convolution, so a run repeats bit for bit on its own machine only. Runs",
+    "of other code that a date names were made on another machine, and kept by their losses, curves and bytes; what",
+    "happened on the way is the mean over the runs of their method, and their hours are estimated shares.",
+    "",
 ]
