@@ -37,6 +37,9 @@ start with caches full of unrelated, unmodified data, and so does the stream; sm
 caches, which is where the cost of a call itself shows. Momentum is fp32. Memory that is freed is kept for later
 calls, so that results which a call allocates are in pages that are there already.
 
+More than 100% says that one loop over two arrays, which the stream is, does not get all that a core can move: the
+kernels read from four places by turns, which on some processors is twice as fast and on others no faster.
+
 How to follow these figures over commits: [CONTRIBUTING.md](../CONTRIBUTING.md#benchmarks)."""
 
 
