@@ -157,6 +157,15 @@ class BySize:
 AnyCompression = Compression | BySize
 
 
+# of 8-bit levels, the sums of so many workers' fit into 16 bits
+_MOST_FINE_WORKERS = 258
+
+
+def default_compression(workers: int, *, votes_only: bool) -> AnyCompression:
+    """What `LionCub` takes unless told otherwise: `BySize` where it can be carried and anything is sent."""
+    return BySize() if 1 < workers <= _MOST_FINE_WORKERS and not votes_only else SignVote()
+
+
 def compression_of(compression: AnyCompression, numel: int) -> Compression:
     """What a tensor of ``numel`` elements is compressed by."""
     return compression.of(numel) if isinstance(compression, BySize) else compression

@@ -21,7 +21,7 @@ from lioncub.capturable import CapturableStep, Rates, check_capturable, keep_ten
 from lioncub.collectives import Voter, average_, handshake
 from lioncub.collectives.header import UNVERIFIED
 from lioncub.collectives.traffic import check_approximate
-from lioncub.compression import AnyCompression, BySize, SignVote, check_compression, parts_of
+from lioncub.compression import AnyCompression, check_compression, default_compression, parts_of
 from lioncub.courier import Courier
 from lioncub.explaining import Explanation
 from lioncub.kernels import resolve_impl
@@ -58,7 +58,7 @@ class LionCub(MomentumOptimizer):
         compression: what workers say about their updates, and what all make of it: `SignVote`, `SignMean`,
             `TernaryVote`, `Quantized`, or `BySize`, which has two of them; a param group can have one of its own.
             Unless given, ``BySize()``: tensors of at most 1024 elements by 8-bit levels, all others by `SignVote`; with
-            ``capturable`` or ``approximate``, and for one worker, `SignVote` for all.
+            ``capturable`` or ``approximate``, for one worker and for more than 258, `SignVote` for all.
         momentum_sync: when momentum, which drifts apart since every worker sees its own gradients, is averaged over
             workers; never unless a `MomentumSync` says when.
         drift_every: steps between measurements of how far momentum has drifted apart, for `stats` and
@@ -142,8 +142,7 @@ class LionCub(MomentumOptimizer):
         self._wiring = Wiring(process_group, algorithm, approximate, mesh, profile, overlap, impl)
         self._group, self._workers = process_group, self._wiring.workers
         if compression is None:
-            is_plain = capturable or approximate or self._workers == 1
-            compression = SignVote() if is_plain else BySize()
+            compression = default_compression(self._workers, votes_only=capturable or approximate)
         self._compression = check_compression(compression)
         self._broadcast, self._on_nonfinite = broadcast, on_nonfinite
         self._overlap: Overlap | None = None

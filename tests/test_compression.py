@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from lioncub import BySize, LionCub, Quantized, SignMean, SignVote, TernaryVote
 from lioncub.collectives import Codes
 from lioncub.collectives.average import average_bytes
-from lioncub.compression import AnyCompression, Compression, compression_of
+from lioncub.compression import AnyCompression, Compression, compression_of, default_compression
 
 COMPRESSIONS: list[AnyCompression] = [
     SignVote(),
@@ -356,6 +356,12 @@ def test_the_default_is_finer_for_small_tensors_where_it_can_be() -> None:
     fine, signs = repr(BySize().small), repr(SignVote())
     assert fine.startswith("Quantized(")
     assert results_of(by_default, 4) == [[[fine, signs], [signs], [signs]]] * 4
+    # sums of 8-bit levels of more workers fit no field
+    assert default_compression(258, votes_only=False) == BySize()
+    assert default_compression(259, votes_only=False) == SignVote()
+    BySize().small.codes.field_bits(258)
+    with pytest.raises(ValueError, match="16"):
+        BySize().small.codes.field_bits(259)
     alone = LionCub([torch.zeros(n).requires_grad_() for n in (1024, 1025)])
     assert [bucket.compression for bucket in alone.stats().buckets] == [signs]
 
