@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint types docs copy bench bench-save bench-compare gpu-test gpu-bench gpu-report netlab study study-restore study-quick setup clean
+.PHONY: demo test lint types docs copy bench bench-save bench-compare gpu-test gpu-bench gpu-report triton-versions netlab study study-restore study-quick setup clean
 
 # votes travel as on a slow network; on one machine "auto" would send twice the bytes, which is faster there
 demo: setup
@@ -56,6 +56,10 @@ gpu-bench: setup
 # what every Triton kernel compiles to on each GPU, without one; a quarter of an hour
 gpu-report: setup
 	$(BIN)/python bench/gpu_report --jobs 2
+
+# every kernel for every GPU with the versions of Triton that torch 2.11 and later pin; an hour
+triton-versions: setup
+	$(BIN)/python bench/triton_versions.py --out docs
 
 # needs root, iproute2 and iperf3, and the machine to itself for up to an hour
 netlab: setup

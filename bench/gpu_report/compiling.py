@@ -56,6 +56,15 @@ class Compiled:
 
 
 def compile_variant(variant: Variant, target: Target) -> Compiled:
+    """What `build` gives, read."""
+    compiled = build(variant, target)
+    if target.backend == "cuda":
+        listing = sass.parse(disassemble(compiled.asm["cubin"]))
+        return Compiled(listing, compiled.metadata.shared, ".ftz" in compiled.asm["ptx"])
+    return Compiled(amdgcn.parse(compiled.asm["amdgcn"]), compiled.metadata.shared, False)
+
+
+def build(variant: Variant, target: Target) -> Any:
     """Machine code with data at aligned addresses and whole tiles, as the launchers ask for it."""
     import triton
     from triton.backends.compiler import GPUTarget
@@ -70,11 +79,7 @@ def compile_variant(variant: Variant, target: Target) -> Compiled:
     constants = {name: variant.constants[name] for name in kernel.arg_names if name.isupper()}
     gpu = GPUTarget(target.backend, int(target.arch) if target.backend == "cuda" else target.arch, target.warp_size)
     options = {"num_warps": variant.threads // target.warp_size, "enable_fp_fusion": False}
-    compiled = triton.compile(ASTSource(kernel, signature, constants, attributes), target=gpu, options=options)
-    if target.backend == "cuda":
-        listing = sass.parse(disassemble(compiled.asm["cubin"]))
-        return Compiled(listing, compiled.metadata.shared, ".ftz" in compiled.asm["ptx"])
-    return Compiled(amdgcn.parse(compiled.asm["amdgcn"]), compiled.metadata.shared, False)
+    return triton.compile(ASTSource(kernel, signature, constants, attributes), target=gpu, options=options)
 
 
 def type_of(name: str, variant: Variant) -> str:

@@ -17,6 +17,7 @@ from lioncub.kernels.triton_gpu.rows import ROW, load, load_codes, rows_from, ti
 from lioncub.kernels.triton_gpu.tables import (
     form_of,
     is_shut,
+    kind_at,
     only_one,
     pointer_at,
     pointer_or,
@@ -94,10 +95,12 @@ def _apply_all_codes_kernel(
     for k in tl.static_range(len(KINDS)):
         if kind == k:
             if is_wide:
-                _apply_codes(row_ptr, numbers, streams, start, None, KINDS[k], BITS, ADVANCE, ROUNDING, BLOCK_SIZE)
+                _apply_codes(
+                    row_ptr, numbers, streams, start, None, kind_at(KINDS, k), BITS, ADVANCE, ROUNDING, BLOCK_SIZE
+                )
             else:
                 _apply_codes(
-                    row_ptr, numbers, streams, start, n_elements, KINDS[k], BITS, ADVANCE, ROUNDING, BLOCK_SIZE
+                    row_ptr, numbers, streams, start, n_elements, kind_at(KINDS, k), BITS, ADVANCE, ROUNDING, BLOCK_SIZE
                 )
 
 

@@ -31,11 +31,10 @@ def _count_votes_kernel(
 ):
     offsets = tl.program_id(0).to(tl.int64) * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
     mask = offsets < n_words
-    planes = count_rows(packed_ptr + offsets, row_stride, n_workers, mask, PLANES)
-    word_ptrs = out_ptr + offsets
+    planes = count_rows(packed_ptr, offsets, row_stride, n_workers, mask, PLANES)
     for k in tl.static_range(PLANES):
-        tl.store(word_ptrs, planes[k].to(out_ptr.dtype.element_ty), mask=mask)
-        word_ptrs += plane_stride
+        tl.store(out_ptr + offsets, planes[k].to(out_ptr.dtype.element_ty), mask=mask)
+        out_ptr += plane_stride
 
 
 @triton.jit(do_not_specialize=["parity", "n_groups", "n_workers"])
@@ -56,11 +55,10 @@ def _sum_counts_kernel(
 ):
     offsets = tl.program_id(0).to(tl.int64) * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
     mask = offsets < n_words
-    word_ptrs = planes_ptr + offsets
     planes = no_planes(mask, PLANES)
     for _ in tl.range(0, n_groups, loop_unroll_factor=2):
-        planes = add_planes(planes, word_ptrs, plane_stride, mask, PLANES, GROUP_PLANES)
-        word_ptrs += group_stride
+        planes = add_planes(planes, planes_ptr, offsets, plane_stride, mask, PLANES, GROUP_PLANES)
+        planes_ptr += group_stride
     store_majority(out_ptr, counts_ptr, offsets, mask, planes, n_workers, parity, PLANES, HAS_COUNTS)
 
 

@@ -6,7 +6,7 @@ import triton.language as tl
 from lioncub.kernels.triton_gpu.lion_tiles import apply_votes_tile, encode_tile, step_tile
 from lioncub.kernels.triton_gpu.random_rows import ROUNDING_ARGUMENTS
 from lioncub.kernels.triton_gpu.rows import rows_from
-from lioncub.kernels.triton_gpu.tables import form_of, is_shut, pointer_at, stream_of, tile_of
+from lioncub.kernels.triton_gpu.tables import form_of, is_shut, kind_at, pointer_at, stream_of, tile_of
 
 
 @triton.jit(do_not_specialize=["parity"])
@@ -30,10 +30,28 @@ def _encode_updates_kernel(
     for k in tl.static_range(len(KINDS)):
         if kind == k:
             if is_wide:
-                _encode(row_ptr, status_ptr + tensor, numbers, start, None, KINDS[k], ADVANCE, HAS_STATUS, BLOCK_SIZE)
+                _encode(
+                    row_ptr,
+                    status_ptr + tensor,
+                    numbers,
+                    start,
+                    None,
+                    kind_at(KINDS, k),
+                    ADVANCE,
+                    HAS_STATUS,
+                    BLOCK_SIZE,
+                )
             else:
                 _encode(
-                    row_ptr, status_ptr + tensor, numbers, start, n_elements, KINDS[k], ADVANCE, HAS_STATUS, BLOCK_SIZE
+                    row_ptr,
+                    status_ptr + tensor,
+                    numbers,
+                    start,
+                    n_elements,
+                    kind_at(KINDS, k),
+                    ADVANCE,
+                    HAS_STATUS,
+                    BLOCK_SIZE,
                 )
 
 
@@ -90,9 +108,11 @@ def _apply_all_votes_kernel(
     for k in tl.static_range(len(KINDS)):
         if kind == k:
             if is_wide:
-                _apply_votes(row_ptr, numbers, streams, start, None, KINDS[k], ADVANCE, ROUNDING, BLOCK_SIZE)
+                _apply_votes(row_ptr, numbers, streams, start, None, kind_at(KINDS, k), ADVANCE, ROUNDING, BLOCK_SIZE)
             else:
-                _apply_votes(row_ptr, numbers, streams, start, n_elements, KINDS[k], ADVANCE, ROUNDING, BLOCK_SIZE)
+                _apply_votes(
+                    row_ptr, numbers, streams, start, n_elements, kind_at(KINDS, k), ADVANCE, ROUNDING, BLOCK_SIZE
+                )
 
 
 @triton.jit
@@ -150,9 +170,9 @@ def _step_all_kernel(
     for k in tl.static_range(len(KINDS)):
         if kind == k:
             if is_wide:
-                _step(row_ptr, numbers, streams, start, None, KINDS[k], ROUNDING, BLOCK_SIZE)
+                _step(row_ptr, numbers, streams, start, None, kind_at(KINDS, k), ROUNDING, BLOCK_SIZE)
             else:
-                _step(row_ptr, numbers, streams, start, n_elements, KINDS[k], ROUNDING, BLOCK_SIZE)
+                _step(row_ptr, numbers, streams, start, n_elements, kind_at(KINDS, k), ROUNDING, BLOCK_SIZE)
 
 
 @triton.jit

@@ -24,12 +24,16 @@ def in_words(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 @triton.jit
-def count_rows(word_ptrs, row_stride, n_rows, mask, PLANES: tl.constexpr):
-    """int32 planes of the number of ones at each bit of ``n_rows`` words, ``row_stride`` apart."""
+def count_rows(words_ptr, offsets, row_stride, n_rows, mask, PLANES: tl.constexpr):
+    """int32 planes of the number of ones at each bit of ``n_rows`` words, ``row_stride`` apart.
+
+    The pointer that the loop advances is a scalar: triton 3.6 and 3.7 keep a tensor of pointers in another layout than
+    what is loaded, and exchange the planes through shared memory.
+    """
     planes = no_planes(mask, PLANES)
     for _ in tl.range(0, n_rows, loop_unroll_factor=4):
-        planes = add_bits(planes, tl.load(word_ptrs, mask=mask, other=0).to(tl.int32), PLANES)
-        word_ptrs += row_stride
+        planes = add_bits(planes, tl.load(words_ptr + offsets, mask=mask, other=0).to(tl.int32), PLANES)
+        words_ptr += row_stride
     return planes
 
 
@@ -50,14 +54,14 @@ def add_bits(planes, carry, PLANES: tl.constexpr):
 
 
 @triton.jit
-def add_planes(planes, word_ptrs, plane_stride, mask, PLANES: tl.constexpr, ADDED: tl.constexpr):
+def add_planes(planes, words_ptr, offsets, plane_stride, mask, PLANES: tl.constexpr, ADDED: tl.constexpr):
     """Add counts of ADDED planes, ``plane_stride`` apart: a ripple of full adders."""
     sums = planes[:0]
     carry = tl.zeros(mask.shape, tl.int32)
     for k in tl.static_range(PLANES):
         if k < ADDED:
-            added = tl.load(word_ptrs, mask=mask, other=0).to(tl.int32)
-            word_ptrs += plane_stride
+            added = tl.load(words_ptr + offsets, mask=mask, other=0).to(tl.int32)
+            words_ptr += plane_stride
             odd = planes[k] ^ added
             sums += (odd ^ carry,)
             carry = (planes[k] & added) | (odd & carry)

@@ -27,7 +27,16 @@ from lioncub.kernels.triton_gpu.rows import (
     tile_rows,
     value_of,
 )
-from lioncub.kernels.triton_gpu.tables import form_of, only_one, pointer_at, pointer_or, stream_of, table_of, tile_of
+from lioncub.kernels.triton_gpu.tables import (
+    form_of,
+    kind_at,
+    only_one,
+    pointer_at,
+    pointer_or,
+    stream_of,
+    table_of,
+    tile_of,
+)
 
 _UNUSED = Mix(0.0, 0.0)
 _NO_STREAM = Stream(0, 0, 0, 0)
@@ -108,7 +117,8 @@ def quantize_tile(
     factor = tl.where(scale == 0, 0.0, tl.math.div_rn(gain_level + tl.zeros_like(scale), scale))
     ratio = clip_ratio(x * factor, BITS)
     if STOCHASTIC:
-        (seed_low, seed_high, step, tensor), worker = stream
+        words, worker = stream
+        seed_low, seed_high, step, tensor = words
         level = round_stochastic(ratio, random_rows(rows, seed_low, seed_high, step, tensor, worker))
     else:
         level = round_half_even(ratio)
@@ -151,7 +161,7 @@ def _quantize_updates_kernel(
                     stream,
                     start,
                     None,
-                    KINDS[k],
+                    kind_at(KINDS, k),
                     HAS_STATUS,
                     STOCHASTIC,
                     BITS,
@@ -166,7 +176,7 @@ def _quantize_updates_kernel(
                     stream,
                     start,
                     n_elements,
-                    KINDS[k],
+                    kind_at(KINDS, k),
                     HAS_STATUS,
                     STOCHASTIC,
                     BITS,

@@ -55,7 +55,7 @@ def random_rows(rows, seed_low, seed_high, step, tensor, worker):
         blocks,
         zero + step.to(tl.uint32),
         zero + tensor.to(tl.uint32),
-        zero + worker.to(tl.uint32),
+        zero + tl.cast(worker, tl.uint32),
         zero + seed_low.to(tl.uint32),
         zero + seed_high.to(tl.uint32),
     )
@@ -71,7 +71,7 @@ def store_rounded(x_ptr, offsets, n_elements, value, rows, stream, worker, STOCH
     """
     if STOCHASTIC and (x_ptr.dtype.element_ty != tl.float32):
         seed_low, seed_high, step, tensor = stream
-        words = random_rows(rows, seed_low, seed_high, value_of(step), tensor, tl.to_tensor(worker))
+        words = random_rows(rows, seed_low, seed_high, value_of(step), tensor, worker)
         rounded = narrow_stochastic(value, x_ptr.dtype.element_ty, tl.reshape(words, value.shape))
         store(x_ptr + offsets, rounded, offsets, n_elements)
     else:

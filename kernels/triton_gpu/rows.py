@@ -7,16 +7,21 @@ shuffles or shared memory, while it loads and stores 128 bits at a time.
 import triton
 import triton.language as tl
 
-from lioncub.kernels.triton_gpu.arithmetic import narrow, widen
+from lioncub.kernels.triton_gpu.arithmetic import INTERPRETED, narrow, widen
 
 ROW = tl.constexpr(8)
+_INTERPRETED = tl.constexpr(INTERPRETED)
 
 
 @triton.jit
 def value_of(scalar):
     """A run-time number that the host gave, or that stands on the device."""
-    value = tl.to_tensor(scalar)
-    return tl.load(value) if value.dtype.is_ptr() else value
+    if _INTERPRETED:
+        # numbers in tuples come as Python's; only compiled code makes tensors of them
+        value = tl.load(scalar) if hasattr(scalar, "dtype") and scalar.dtype.is_ptr() else scalar
+    else:
+        value = tl.load(scalar) if scalar.dtype.is_ptr() else scalar
+    return value
 
 
 @triton.jit

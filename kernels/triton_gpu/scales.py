@@ -17,7 +17,7 @@ from lioncub.kernels.scalars import Mix
 from lioncub.kernels.triton_gpu.arithmetic import mix
 from lioncub.kernels.triton_gpu.launch import BLOCK_SIZE, ROW_THREADS, launching_on, options, tiles
 from lioncub.kernels.triton_gpu.rows import load_elements, value_of
-from lioncub.kernels.triton_gpu.tables import form_of, only_one, pointer_at, row_at, table_of, tile_of
+from lioncub.kernels.triton_gpu.tables import form_of, kind_at, only_one, pointer_at, row_at, table_of, tile_of
 
 _TILE = 8 * ROW_THREADS
 _TILES_PER_CHUNK = 16
@@ -107,9 +107,11 @@ def _scale_updates_kernel(
     for k in tl.static_range(len(KINDS)):
         if kind == k:
             if is_wide:
-                _scale_row(row_ptr, partial_ptr, numbers, start, None, KINDS[k], NORM, SCALE_BLOCK, BLOCK_SIZE)
+                _scale_row(row_ptr, partial_ptr, numbers, start, None, kind_at(KINDS, k), NORM, SCALE_BLOCK, BLOCK_SIZE)
             else:
-                _scale_row(row_ptr, partial_ptr, numbers, start, n_elements, KINDS[k], NORM, SCALE_BLOCK, BLOCK_SIZE)
+                _scale_row(
+                    row_ptr, partial_ptr, numbers, start, n_elements, kind_at(KINDS, k), NORM, SCALE_BLOCK, BLOCK_SIZE
+                )
 
 
 @triton.jit
@@ -144,12 +146,19 @@ def _scale_row(
             tl.store(scale_ptr + blocks, finish_norm(norm, filled, NORM), mask=blocks * SCALE_BLOCK < n_elements)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["most_scales"])
 def _combine_tiles_kernel(
-    rows_ptr, partial_ptr, elements_per_scale, NORM: tl.constexpr, TILES: tl.constexpr, BLOCK_SIZE: tl.constexpr
+    rows_ptr,
+    partial_ptr,
+    elements_per_scale,
+    most_scales,
+    NORM: tl.constexpr,
+    TILES: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
 ):
-    row_ptr = row_at(rows_ptr, tl.program_id(0), 3)
-    block = tl.program_id(1).to(tl.int64)
+    # tensors and their scales share the first dimension of the grid, the only one that may have over 65,535 programs
+    row_ptr = row_at(rows_ptr, tl.program_id(0) // most_scales, 3)
+    block = (tl.program_id(0) % most_scales).to(tl.int64)
     n_elements = tl.load(row_ptr + 3)
     size = n_elements if elements_per_scale == 0 else elements_per_scale.to(tl.int64)
     if block * size >= n_elements:
@@ -239,8 +248,8 @@ def lion_block_scale(
             rows, owners, partial, *beta1, kinds, norm, block if within else 0, BLOCK_SIZE, **launch
         )
         if not within:
-            grid = (len(grad), max(s.numel() for s in scale))
-            _combine_tiles_kernel[grid](rows, partial, block, norm, _TILE, BLOCK_SIZE, **launch)
+            most = max(s.numel() for s in scale)
+            _combine_tiles_kernel[(len(grad) * most,)](rows, partial, block, most, norm, _TILE, BLOCK_SIZE, **launch)
 
 
 def _scale(x: Tensor, grad: Tensor | None, beta1: Mix, norm: str, block: int, scale: Tensor) -> None:

@@ -155,6 +155,12 @@ def form_of(row_ptr, start, n_elements, LISTS: tl.constexpr, BLOCK_SIZE: tl.cons
     return form >> 1, ((form & 1) != 0) & (start + BLOCK_SIZE <= n_elements)
 
 
+@triton.constexpr_function
+def kind_at(kinds, k):
+    """The k-th kind; indexed by the kernel, a tuple of tuples gives no constant before triton 3.8."""
+    return kinds[k]
+
+
 @triton.jit
 def stream_of(row_ptr, seed_low, seed_high, step, LISTS: tl.constexpr):
     """The tensor's random stream: (seed_low, seed_high, step, number); the number is loaded where it is used."""

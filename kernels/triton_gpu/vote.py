@@ -25,7 +25,7 @@ def _vote_majority_kernel(
 ):
     offsets = tl.program_id(0).to(tl.int64) * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
     mask = offsets < n_words
-    planes = count_rows(packed_ptr + offsets, row_stride, n_workers, mask, PLANES)
+    planes = count_rows(packed_ptr, offsets, row_stride, n_workers, mask, PLANES)
     store_majority(out_ptr, counts_ptr, offsets, mask, planes, n_workers, parity, PLANES, HAS_COUNTS)
 
 
