@@ -18,7 +18,7 @@ class AllGatherVote(Exchange):
     """1. every worker gathers everyone's message; 2. every worker votes on all of it."""
 
     def __init__(self, packed: Tensor, header: Tensor, terms: Terms) -> None:
-        super().__init__(terms)
+        super().__init__(terms, packed.device)
         self._header_bytes = header.numel()
         message = torch.cat([header, packed])
         self._received = packed.new_empty(terms.routes.workers, message.numel())
@@ -40,7 +40,7 @@ class ReduceScatterVote(Exchange):
     """1. all-to-all: worker k receives everyone's k-th chunk; 2. it votes on it; 3. all-gather of the voted chunks."""
 
     def __init__(self, packed: Tensor, header: Tensor, terms: Terms) -> None:
-        super().__init__(terms)
+        super().__init__(terms, packed.device)
         self._n_bytes, self._header_bytes = packed.numel() // terms.codes.bits, header.numel()
         workers = terms.routes.workers
         self._chunk = chunk_bytes(self._n_bytes, workers)
@@ -94,7 +94,7 @@ class AllReduceVote(Exchange):
     are gathered; 3. every worker takes the result out of the fields."""
 
     def __init__(self, packed: Tensor, header: Tensor, terms: Terms) -> None:
-        super().__init__(terms)
+        super().__init__(terms, packed.device)
         width = terms.codes.field_bits(terms.routes.workers)
         self._fields = spread_codes(packed, bits=terms.codes.bits, field_bits=width, impl=terms.impl)
         self._headers = header.new_empty(terms.routes.workers, header.numel())

@@ -57,7 +57,7 @@ class Averaging:
         padded.view(-1)[: self._n] = values
         message = _encode(padded, dtype)
         self._received = torch.empty_like(message)
-        self._phase = Phase()
+        self._phase = Phase(values.device)
         self._replies: Tensor | None = None
         self._phase.start(
             lambda: (

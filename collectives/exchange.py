@@ -76,33 +76,41 @@ class Inbox:
 
 
 class Phase:
-    """The collectives under way, and the host's time for starting and awaiting them."""
+    """The collectives under way, whose messages are on ``device``, and the host's time for starting and awaiting them.
 
-    def __init__(self) -> None:
+    On a GPU a wait holds up the current stream alone, so each stream that reads what arrives must wait for itself.
+    """
+
+    def __init__(self, device: torch.device) -> None:
         self.seconds = 0.0
+        self._device = device
         self._works: list[Any] = []
+        # the streams that wait for the works already; on a CPU there is one
+        self._waited: set[object] = set()
 
     def start(self, *starters: Callable[[], Any]) -> None:
         """Start the collectives of the next phase."""
         began = time.perf_counter()
-        self._works = [start() for start in starters]
+        self._works, self._waited = [start() for start in starters], set()
         self.seconds += time.perf_counter() - began
 
     def wait(self) -> None:
-        """Wait for all of them."""
+        """Wait for all of them, on the host or on the current stream."""
         began = time.perf_counter()
-        for work in self._works:
-            work.wait()
-        self._works = []
+        stream = torch.cuda.current_stream(self._device) if self._device.type == "cuda" else None
+        if stream not in self._waited:
+            for work in self._works:
+                work.wait()
+            self._waited.add(stream)
         self.seconds += time.perf_counter() - began
 
 
 class Exchange:
     """A vote under way, of one phase unless `advance` says otherwise; a subclass starts the first on construction."""
 
-    def __init__(self, terms: Terms) -> None:
+    def __init__(self, terms: Terms, device: torch.device) -> None:
         self._terms = terms
-        self._phase = Phase()
+        self._phase = Phase(device)
 
     @property
     def seconds(self) -> float:

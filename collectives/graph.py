@@ -28,6 +28,10 @@ class GraphVote:
         self._gather = Gather(group, device)
         self._chunk = chunk_bytes(n_bytes, self._workers)
         self._field_bits = VOTES.field_bits(self._workers) if algorithm == "all_reduce" else 0
+        # copied once, since a captured vote copies nothing from the host; pad codes of chunks are 0 on every worker
+        padding = 8 * (self._workers * self._chunk - n_bytes)
+        self._padding = torch.tensor([0, padding], dtype=torch.int64, device=device)
+        self._head = torch.tensor([WIRE_VERSION, 0], dtype=torch.int64, device=device)
 
     @property
     def bytes_sent(self) -> int:
@@ -57,7 +61,7 @@ class GraphVote:
         counts = pending.new_zeros(2, dtype=torch.int64)
         ballots = arrived(pending).view(self._workers, self._chunk)
         voted = majority_vote(ballots, parity=parity, counts=counts, impl=self._impl)
-        words = torch.cat([counts.new_tensor([WIRE_VERSION, 0]), counts])
+        words = torch.cat([self._head, counts])
         assert words.numel() * words.element_size() == RESULT_HEADER_BYTES
         return self._gather(torch.cat([words.view(torch.uint8), voted]))
 
@@ -67,10 +71,8 @@ class GraphVote:
         if self.algorithm == "reduce_scatter":
             replies = received.view(self._workers, RESULT_HEADER_BYTES + self._chunk)
             words = replies[:, :RESULT_HEADER_BYTES].contiguous().view(torch.int64)
-            # pad codes of chunks are 0 on every worker
-            padding = words.new_tensor([0, 8 * (self._workers * self._chunk - self._n_bytes)])
             voted = replies[:, RESULT_HEADER_BYTES:].reshape(-1)[: self._n_bytes]
-            return voted, words[:, 2:].sum(0) - padding
+            return voted, words[:, 2:].sum(0) - self._padding
         counts = received.new_zeros(2, dtype=torch.int64)
         if self.algorithm == "all_gather":
             ballots = received.view(self._workers, self._n_bytes)

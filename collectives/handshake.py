@@ -10,7 +10,7 @@ import torch
 from lioncub.collectives.errors import WorkersDisagreeError, by_value
 from lioncub.collectives.transport import Group, all_gather, gather_objects, world_size_of
 
-WIRE_VERSION = 1
+WIRE_VERSION = 2
 HANDSHAKE_BYTES = 16
 
 

@@ -1,8 +1,8 @@
 """The header in front of every message: enough to notice that workers are not voting on the same thing.
 
 Eight-byte little-endian words: wire version, step, hash of the layout, hash of the hyperparameters, first tensor with
-a non-finite element (1 + its index; 0: none), flags, then a bitmap of the tensors that have a gradient. A voted
-chunk goes back behind four words: wire version, combined status, numbers of ties and of unanimous votes.
+a non-finite element (1 + its index; 0: none), flags, then a bitmap of the tensors that have a gradient, padded to 16
+bytes. A voted chunk goes back behind four words: wire version, combined status, numbers of ties and of unanimous votes.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lioncub.collectives.errors import WorkersDisagreeError, by_value
 from lioncub.collectives.handshake import WIRE_VERSION
+from lioncub.collectives.traffic import ALIGNMENT
 
 FIXED_WORDS = 6
 FOUND_INF = 1
@@ -47,7 +48,7 @@ class Header:
 
 def header_bytes(n_tensors: int) -> int:
     """Bytes of the header of a message about ``n_tensors`` tensors."""
-    return 8 * (FIXED_WORDS + -(-n_tensors // 64))
+    return -(-8 * (FIXED_WORDS + -(-n_tensors // 64)) // ALIGNMENT) * ALIGNMENT
 
 
 def encode_header(header: Header, device: torch.device, status: Tensor | None = None) -> Tensor:
@@ -56,6 +57,7 @@ def encode_header(header: Header, device: torch.device, status: Tensor | None = 
     for start in range(0, len(header.has_gradient), 64):
         bits = sum(1 << i for i, present in enumerate(header.has_gradient[start : start + 64]) if present)
         words.append(bits - (1 << 64) if bits >> 63 else bits)
+    words += [0] * (header_bytes(len(header.has_gradient)) // 8 - len(words))
     if status is not None and status.device.type == "cpu":
         # there is no device to wait for, and one call is cheaper than many
         words[_NONFINITE_WORD] = next((i for i, bad in enumerate(status.tolist(), start=1) if bad), 0)

@@ -29,7 +29,7 @@ class HierarchicalVote(Exchange):
 
     def __init__(self, packed: Tensor, header: Tensor, terms: Terms) -> None:
         topology = terms.routes.topology
-        super().__init__(terms)
+        super().__init__(terms, packed.device)
         self._n_bytes, self._header_bytes = packed.numel() // terms.codes.bits, header.numel()
         self._nodes, self._local = topology.n_nodes, topology.local_size
         self._part = chunk_bytes(self._n_bytes, topology.workers)

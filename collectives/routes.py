@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 from torch.distributed.device_mesh import DeviceMesh
@@ -41,10 +42,11 @@ class Routes:
         return cls(group, Topology.flat(world_size_of(group)))
 
     @classmethod
-    def build(cls, group: Group, topology: Topology) -> Routes:
+    def build(cls, group: Group, topology: Topology, device: torch.device | None = None) -> Routes:
         """Make the groups of a topology; a collective call of all workers of ``group``.
 
-        Raises ValueError where the topology has another number of workers than the group.
+        Messages are on ``device``, the group's own unless given. Raises ValueError where the topology has another
+        number of workers than the group.
         """
         size = world_size_of(group)
         if topology.workers != size:
@@ -52,20 +54,24 @@ class Routes:
         if not topology.is_two_level:
             return cls(group, topology)
         node, place = topology.place_of(rank_of(group))
-        intra = subgroups(group, topology.nodes)[node]
-        inter = subgroups(group, tuple(zip(*topology.nodes, strict=True)))[place]
+        intra = subgroups(group, topology.nodes, device)[node]
+        inter = subgroups(group, tuple(zip(*topology.nodes, strict=True)), device)[place]
         return cls(group, topology, intra, inter)
 
     @classmethod
-    def find(cls, group: Group = None) -> Routes:
-        """Routes by the nodes that host names and LOCAL_WORLD_SIZE tell; a collective call."""
-        return cls.build(group, find_topology(group))
+    def find(cls, group: Group = None, device: torch.device | None = None) -> Routes:
+        """Routes by the nodes that host names and LOCAL_WORLD_SIZE tell; a collective call.
+
+        Messages are on ``device``, the group's own unless given.
+        """
+        return cls.build(group, find_topology(group, device), device)
 
     @classmethod
-    def of_mesh(cls, mesh: DeviceMesh, group: Group = None) -> Routes:
+    def of_mesh(cls, mesh: DeviceMesh, group: Group = None, device: torch.device | None = None) -> Routes:
         """Routes along a mesh of shape [nodes, workers per node], whose groups are used; a collective call.
 
-        Raises ValueError unless the mesh has two dimensions and holds exactly the workers of ``group``.
+        Messages are on ``device``, the group's own unless given. Raises ValueError unless the mesh has two dimensions
+        and holds exactly the workers of ``group``.
         """
         if mesh.ndim != 2:
             raise ValueError(f"mesh: expected dimensions (nodes, workers per node), got shape {tuple(mesh.mesh.shape)}")
@@ -79,14 +85,15 @@ class Routes:
             return cls(group, topology)
         if [[places[rank] for rank in row] for row in rows] != [list(node) for node in topology.nodes]:
             # the mesh's own order of ranks is not the group's, so its groups would deliver chunks to other places
-            return cls.build(group, topology)
+            return cls.build(group, topology, device)
         return cls(group, topology, mesh.get_group(1), mesh.get_group(0))
 
 
-def subgroups(group: Group, partition: Sequence[Sequence[int]]) -> list[Group]:
+def subgroups(group: Group, partition: Sequence[Sequence[int]], device: torch.device | None = None) -> list[Group]:
     """New process groups of ``group``'s ranks, with its backend and timeout; None for those without this worker.
 
-    A collective call of all workers of ``group``, with the same sets of ranks on all. Raises WorkersDisagreeError on
+    A collective call of all workers of ``group``, with the same sets of ranks on all; its messages are on ``device``,
+    the group's own unless given. Raises WorkersDisagreeError on
     all workers where ``group`` is a part of the world and they are in different numbers of groups.
     """
     me = rank_of(group)
@@ -100,7 +107,7 @@ def subgroups(group: Group, partition: Sequence[Sequence[int]]) -> list[Group]:
         # the name of a group that only its members make is hashed from their ranks and from how many groups each is in
         known = len(distributed_c10d._world.pg_names)
         facts = {"the number of process groups that this process is in": known}
-        handshake(facts, group=group, device=device_of(group))
+        handshake(facts, group=group, device=device or device_of(group))
     made: list[Group] = []
     for ranks in partition:
         new = None

@@ -7,6 +7,8 @@ import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+
 from lioncub.collectives.transport import Group, device_of, gather_objects
 from lioncub.collectives.virtual import VirtualGroup
 
@@ -68,18 +70,18 @@ class Topology:
         return next((m, node.index(rank)) for m, node in enumerate(self.nodes) if rank in node)
 
 
-def find_topology(group: Group = None) -> Topology:
+def find_topology(group: Group = None, device: torch.device | None = None) -> Topology:
     """Who shares a node, from host names and, where launchers set it, LOCAL_WORLD_SIZE; a collective call.
 
     Workers with the same host name share a node. Where LOCAL_WORLD_SIZE says that fewer do (several launchers on one
     host), a host's workers are cut into that many at a time, in the order of their ranks. Simulated workers
-    are on simulated hosts.
+    are on simulated hosts. Messages are on ``device``, the group's own unless given.
     """
     if isinstance(group, VirtualGroup):
         mine = (group.host, 0)
     else:
         mine = (socket.gethostname(), int(os.environ.get("LOCAL_WORLD_SIZE", "0") or 0))
-    return group_by_host(gather_objects(mine, group, device_of(group)))
+    return group_by_host(gather_objects(mine, group, device or device_of(group)))
 
 
 def group_by_host(stated: Sequence[tuple[str, int]]) -> Topology:

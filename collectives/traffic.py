@@ -19,11 +19,13 @@ from dataclasses import dataclass
 
 from lioncub.collectives.codes import VOTES, Codes
 from lioncub.collectives.topology import Topology
-from lioncub.kernels.layout import counter_planes, packed_bytes
+from lioncub.kernels.layout import counter_planes
 
 ALGORITHMS = ("all_gather", "reduce_scatter", "hierarchical", "all_reduce")
 # words of 8 bytes in front of a chunk on its way back: wire version, status, ties, unanimous votes
 RESULT_HEADER_BYTES = 4 * 8
+# headers, chunks and so all rows of ballots are multiples of it: a GPU then loads 128 bits at a time
+ALIGNMENT = 16
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ class Leg:
 
 def chunk_bytes(n_bytes: int, world_size: int) -> int:
     """Bytes of the chunk of an ``n_bytes`` message on which one of ``world_size`` workers votes."""
-    return packed_bytes(8 * n_bytes, chunks=world_size) // world_size
+    return -(-n_bytes // (ALIGNMENT * world_size)) * ALIGNMENT
 
 
 def ring_all_reduce_bytes(elements: int, workers: int, bytes_per_element: int = 4) -> int:

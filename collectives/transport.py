@@ -140,11 +140,19 @@ def whole(group: Group) -> dist.ProcessGroup:
 
 
 def device_of(group: Group) -> torch.device:
-    """A device whose messages the group carries, the CPU where it is one."""
+    """A device whose messages the group carries: the CPU where it is one, else the one that the group is bound to.
+
+    A group that is bound to none takes this process's current device: without `torch.cuda.set_device` that is GPU 0 on
+    every rank, so callers that know where their messages are pass the device on instead.
+    """
     if isinstance(group, VirtualGroup):
         return torch.device("cpu")
     devices: list[torch.device] = whole(group)._device_types
-    return next((device for device in devices if device.type == "cpu"), devices[0])
+    device = next((device for device in devices if device.type == "cpu"), devices[0])
+    if device.type != "cuda" or device.index is not None:
+        return device
+    bound: torch.device | None = whole(group).bound_device_id
+    return bound or torch.device("cuda", torch.cuda.current_device())
 
 
 def backend_of(group: Group, device_type: str) -> str:

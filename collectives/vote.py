@@ -18,6 +18,7 @@ from lioncub.collectives.header import Header, check_agreement, decode_headers, 
 from lioncub.collectives.routes import Routes
 from lioncub.collectives.traffic import check_approximate
 from lioncub.collectives.transport import AVERAGES, SINGLE_VOTES, Group, backend_of, has_point_to_point, whole
+from lioncub.kernels import tie_parity
 
 # votes of one group that are in flight at once need messages of different tags; keyed by the group's name
 _TAGS: defaultdict[str, Iterator[int]] = defaultdict(lambda: itertools.cycle(range(SINGLE_VOTES, AVERAGES)))
@@ -71,8 +72,10 @@ class Voter:
         if self._at_once and self._inbox is None and has_point_to_point(self.routes.group, device):
             self._inbox = Inbox(self.routes, self.n_bytes, self.header_bytes, self._tag, self.codes)
 
-    def start(self, packed: Tensor, header: Header, status: Tensor | None = None) -> Exchange:
-        """Send ``packed``, uint8[n_bytes * codes.bits]; ties follow the parity of ``header.step``.
+    def start(
+        self, packed: Tensor, header: Header, status: Tensor | None = None, *, parity: int | None = None
+    ) -> Exchange:
+        """Send ``packed``, uint8[n_bytes * codes.bits]; ties follow ``parity``, that of ``header.step`` unless given.
 
         ``status`` (int32[n_tensors], non-zero where a tensor is not finite) travels in the header.
         """
@@ -80,7 +83,8 @@ class Voter:
         encoded = encode_header(header, packed.device, status)
         self.expect(packed.device)
         inbox, self._inbox = self._inbox, None
-        terms = Terms(header.step, self.routes, self._impl, self._tag, self._approximate, inbox, self.codes)
+        parity = tie_parity(header.step) if parity is None else parity
+        terms = Terms(parity, self.routes, self._impl, self._tag, self._approximate, inbox, self.codes)
         return EXCHANGES[self.algorithm](packed, encoded, terms)
 
 
@@ -143,7 +147,7 @@ def vote_async(
         device_type=packed.device.type,
         codes=codes,
     )
-    return PendingVote(voter.start(packed, Header(step=parity & 1)))
+    return PendingVote(voter.start(packed, Header(), parity=parity & 1))
 
 
 def vote(
@@ -172,7 +176,7 @@ def vote(
             native sum of counts) or "auto" (the one that the cost model finds fastest).
         approximate: with "hierarchical", let each node vote first: one bit per code and node travels between nodes,
             and the result is a majority of majorities.
-        parity: step counter t; a tie at code j gives bit (j + t) & 1.
+        parity: a tie at code j gives bit (j + parity) & 1; `tie_parity` gives that of a step.
         codes: what ``packed`` holds and what is made of it: signs and their majority unless given.
         impl: implementation of the voting kernels.
 

@@ -18,12 +18,13 @@ from lioncub.kernels.lion_levels import foreach_lion_quantize, lion_quantize
 from lioncub.kernels.mixing import lion_mix
 from lioncub.kernels.quantization import dequantize, quantize
 from lioncub.kernels.rounding import Rounding
-from lioncub.kernels.signs import pack_signs, unpack_signs
+from lioncub.kernels.signs import abstain_parity, pack_signs, tie_parity, unpack_signs
 from lioncub.kernels.sums import add_codes, ternary_of_fields
 from lioncub.kernels.vote import majority_vote
 
 __all__ = [
     "Rounding",
+    "abstain_parity",
     "add_codes",
     "apply_codes_",
     "apply_votes_",
@@ -50,6 +51,7 @@ __all__ = [
     "resolve_impl",
     "spread_codes",
     "ternary_of_fields",
+    "tie_parity",
     "unpack_fields",
     "unpack_signs",
 ]

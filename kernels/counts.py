@@ -56,7 +56,7 @@ def majority_of_counts(
         planes: uint8[G, P, B], bit planes of each group's number of ones; groups and planes may lie apart (any
             strides), bytes may not. A group that needs fewer planes has zeros in the others.
         voters: number of voters of all groups, 1 <= voters <= G * (2^P - 1), at most 2^20.
-        parity: step counter t; a tie at element j gives bit (j + t) & 1.
+        parity: a tie at element j gives bit (j + parity) & 1; `tie_parity` gives that of a step.
         out: uint8[B] to write; allocated unless given.
         counts: int64[2]; the numbers of tied and of unanimous codes among all 8*B are added to it.
         impl: "auto", "triton", "cpu" or "reference".

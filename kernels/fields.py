@@ -107,7 +107,7 @@ def majority_of_fields(
         fields: contiguous uint8[F], F a multiple of ``field_bits``.
         field_bits: width of a field: 1, 2, 4, 8 or 16.
         voters: 1 <= voters < 2^field_bits.
-        parity: step counter t; a tie at element j gives bit (j + t) & 1.
+        parity: a tie at element j gives bit (j + parity) & 1; `tie_parity` gives that of a step.
         out: uint8[F/field_bits] to write; allocated unless given.
         counts: int64[2]; the numbers of tied and of unanimous fields are added to it.
         impl: "auto", "triton", "cpu" or "reference".

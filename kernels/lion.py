@@ -58,7 +58,7 @@ def lion_encode(
         exp_avg: momentum, fp32 or the parameter's dtype, with grad's shape and strides.
         grad: dense fp32, bf16 or fp16 tensor of n elements, taken in storage order.
         beta1: number in [0, 1] or 0-dim tensor.
-        parity: step counter t; element j whose update is zero or NaN gets bit (j + t) & 1.
+        parity: element j whose update is zero or NaN gets bit (j + parity) & 1; see `abstain_parity`.
         out: uint8[packed_bytes(n)] to write; allocated unless given.
         status: int32[1], set to 1 where any element of grad, exp_avg or the update is not finite; never cleared.
         impl: "auto", "triton", "cpu" or "reference".

@@ -1,6 +1,8 @@
-"""pack_signs and unpack_signs: floats to one-bit codes and back."""
+"""pack_signs and unpack_signs: floats to one-bit codes and back; which bits stand for zeros and ties."""
 
 from __future__ import annotations
+
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -11,13 +13,28 @@ from lioncub.kernels.layout import packed_bytes
 from lioncub.kernels.registry import mark_written, register
 from lioncub.kernels.scalars import count_scalar, parity_of
 
+Count = TypeVar("Count", int, Tensor)
+
+
+def abstain_parity(step: Count, rank: int, workers: int) -> Count:
+    """The ``parity`` of a rank's one-bit codes in a step (rule 2): ranks that abstain cancel one another in a vote.
+
+    ``step`` is a step counter from 0, an integer or an integer tensor.
+    """
+    return step + (rank + step // 4) % workers
+
+
+def tie_parity(step: Count) -> Count:
+    """The ``parity`` of a vote's ties in a step (rule 3): at half the frequency of abstentions."""
+    return step // 2
+
 
 def pack_signs(x: Tensor, *, parity: int | Tensor = 0, impl: str = "auto") -> Tensor:
     """Pack the signs of ``x`` into bits (rules 2 and 3 of docs/numerics.md).
 
     Args:
         x: dense fp32, bf16 or fp16 tensor of n elements, taken in storage order.
-        parity: step counter t; element j that is zero or NaN gets bit (j + t) & 1.
+        parity: element j that is zero or NaN gets bit (j + parity) & 1; `abstain_parity` gives that of a rank's vote.
         impl: "auto", "triton", "cpu" or "reference".
 
     Returns:

@@ -23,7 +23,7 @@ def majority_vote(
 
     Args:
         packed: uint8[N, B], one row per voter, N >= 1; rows may lie apart (any row stride), bytes may not.
-        parity: step counter t; a tie at element j gives bit (j + t) & 1.
+        parity: a tie at element j gives bit (j + parity) & 1; `tie_parity` gives that of a step.
         out: uint8[B] to write; allocated unless given.
         counts: int64[2]; the numbers of tied and of unanimous codes among all 8*B are added to it.
         impl: "auto", "triton", "cpu" or "reference".

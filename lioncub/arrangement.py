@@ -22,8 +22,8 @@ from lioncub.precision import Precision
 from lioncub.stats import BucketStats
 from lioncub.wiring import Wiring
 
-# one worker sends nothing; its buckets only bound the work of one call
-_ALONE_BYTES = 2**20
+# one worker sends nothing, so all that may share a bucket does: on a GPU a step is two launches and one wait
+_ALONE_BYTES = 2**62
 
 
 class Arrangement:

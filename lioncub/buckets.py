@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lioncub.collectives.traffic import ALIGNMENT
 from lioncub.compression import AnyCompression, Compression, compression_of
 from lioncub.kernels.layout import WORD_SIGNS, packed_bytes
 
@@ -58,7 +59,7 @@ class Slot:
 class Bucket:
     """Parameters that share a message, their flat momentum, and 1-d views of it; with error feedback also residuals.
 
-    ``n_bytes`` are those of one bit per code.
+    ``n_bytes`` are those of one bit per code, padded so that rows of messages are aligned.
     """
 
     def __init__(
@@ -71,7 +72,7 @@ class Bucket:
     ) -> None:
         self.group_index, self.slots, self.device = group_index, tuple(slots), device
         self.compression = compression
-        self.n_bytes = slots[-1].end // 8
+        self.n_bytes = -(-slots[-1].end // (8 * ALIGNMENT)) * ALIGNMENT
         self.elements = sum(slot.numel for slot in slots)
         self.exp_avg = torch.zeros(8 * self.n_bytes, dtype=momentum_dtype, device=device)
         self.momenta = self._flat_views(self.exp_avg)
@@ -91,7 +92,7 @@ class Bucket:
     def split(self, packed: Tensor, bits: int) -> tuple[Tensor, ...]:
         """Each parameter's part of packed codes of ``bits``, uint8[bits * n_bytes], as views."""
         sizes = [bits * slot.n_bytes for slot in self.slots]
-        parts: tuple[Tensor, ...] = torch.split(packed, sizes)
+        parts: tuple[Tensor, ...] = torch.split(packed[: sum(sizes)], sizes)
         return parts
 
     def zeros_for(self, slot: Slot) -> Tensor:

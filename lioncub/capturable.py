@@ -27,6 +27,7 @@ from lioncub.collectives.header import first_nonfinite
 from lioncub.collectives.transport import Group, rank_of, world_size_of
 from lioncub.collectives.virtual import VirtualGroup
 from lioncub.compression import AnyCompression, SignVote
+from lioncub.kernels import abstain_parity, tie_parity
 from lioncub.kernels.flat import apply_bucket_, encode_bucket, step_bucket_
 from lioncub.kernels.scalars import Scalar
 from lioncub.masters import Masters
@@ -116,7 +117,7 @@ class CapturableStep:
         impl: str,
     ) -> None:
         device = buckets[0].device
-        self._buckets, self._votes, self._layout, self._impl = buckets, votes, layout, impl
+        self._buckets, self._votes, self._impl = buckets, votes, impl
         self._worst = _NONFINITE if reports else _NOTHING
         self._workers = world_size_of(group) if votes else 1
         self._rank = rank_of(group) if votes else 0
@@ -129,7 +130,10 @@ class CapturableStep:
         self._n_tensors = sum(len(bucket.slots) for bucket in buckets)
         indices = torch.arange(self._n_tensors, device=device)
         self._words, self._shifts = indices // _BITS, indices % _BITS
-        self._padding = sum(8 * bucket.n_bytes - bucket.elements for bucket in buckets)
+        # copied once, since a captured step copies nothing from the host
+        padding = sum(8 * bucket.n_bytes - bucket.elements for bucket in buckets)
+        self._padding = torch.tensor([0, padding], dtype=torch.int64, device=device)
+        self._constants = torch.tensor([WIRE_VERSION, layout], dtype=torch.int64, device=device)
         self.report = torch.zeros(4, dtype=torch.int64, device=device)
         # the last step's report on the host, and when it is there
         self._last = torch.zeros(4, dtype=torch.int64).pin_memory() if self.report.is_cuda else self.report
@@ -168,6 +172,7 @@ class CapturableStep:
         grads = [self._gradients(bucket) for bucket in self._buckets]
         present = [slot.param.grad is not None for bucket in self._buckets for slot in bucket.slots]
         status = torch.zeros(self._n_tensors, dtype=torch.int32, device=clock.device)
+        abstain, tie = abstain_parity(clock, self._rank, self._workers), tie_parity(clock)
         pending, at = [], 0
         for i, bucket in enumerate(self._buckets):
             packed = torch.zeros(bucket.n_bytes, dtype=torch.uint8, device=clock.device)
@@ -177,7 +182,7 @@ class CapturableStep:
                 grads[i],
                 self._starts[i],
                 beta1=now.beta1,
-                parity=clock,
+                parity=abstain,
                 out=packed,
                 status=status[at : at + len(bucket.slots)],
                 grad_scale=factors[bucket.group_index],
@@ -189,10 +194,10 @@ class CapturableStep:
         everyone = control.view(1, -1)
         if self._gather is not None:
             sent = self._gather(control)
-            pending = [vote.advance(each, clock) for vote, each in zip(self._votes, pending, strict=True)]
+            pending = [vote.advance(each, tie) for vote, each in zip(self._votes, pending, strict=True)]
             everyone = arrived(sent).view(self._workers, -1)
         gates = self._judge(everyone, len(control) - len(self._words_of(present)), clock)
-        self._apply(rates, factors, clock, grads, pending, gates)
+        self._apply(rates, factors, clock, tie, grads, pending, gates)
         self._masters.write_back([slot.param for bucket in self._buckets for slot in bucket.slots])
         clock.add_(1)
         if self.report.is_cuda and not torch.compiler.is_compiling() and not torch.cuda.is_current_stream_capturing():
@@ -245,17 +250,16 @@ class CapturableStep:
             for i in used
             for number in (rates[i].lr, rates[i].beta1, rates[i].beta2, rates[i].weight_decay, float(rates[i].maximize))
         ]
-        exact = torch.stack([torch.as_tensor(n, dtype=torch.float64, device=clock.device) for n in numbers])
+        exact = _filled(numbers, torch.float64, clock.device)
         found_inf = clock.new_zeros(1) if overflow is None else (overflow != 0).view(1).to(torch.int64)
-        words = [WIRE_VERSION, self._layout]
         return torch.cat(
             [
-                clock.new_tensor(words),
+                self._constants,
                 clock.view(1),
                 exact.view(torch.int64),
                 first_nonfinite(status).view(1),
                 found_inf,
-                clock.new_tensor(self._words_of(present)),
+                _filled(self._words_of(present), torch.int64, clock.device),
             ]
         )
 
@@ -283,6 +287,7 @@ class CapturableStep:
         rates: Sequence[Rates],
         factors: Sequence[Scalar],
         clock: Tensor,
+        tie: Tensor,
         grads: Sequence[Sequence[Tensor]],
         pending: Sequence[Tensor],
         gates: Tensor,
@@ -308,7 +313,7 @@ class CapturableStep:
                     impl=self._impl,
                 )
                 continue
-            voted, counts = self._votes[i].finish(pending[i], clock)
+            voted, counts = self._votes[i].finish(pending[i], tie)
             totals.append(counts)
             apply_bucket_(
                 self._params[i],
@@ -326,7 +331,12 @@ class CapturableStep:
                 impl=self._impl,
             )
         if totals:
-            self.counts.copy_(torch.stack(totals).sum(0) - totals[0].new_tensor([0, self._padding]))
+            self.counts.copy_(torch.stack(totals).sum(0) - self._padding)
+
+
+def _filled(values: Sequence[Scalar], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """[n] of numbers and 0-dim tensors; numbers are arguments of the kernels that write them, and not copied."""
+    return torch.stack([torch.empty((), dtype=dtype, device=device).fill_(value) for value in values])
 
 
 def _factor(rates: Rates, scale: Tensor | None) -> Scalar:

@@ -28,12 +28,16 @@ _LEAST_NORMAL = 2.0**-126
 
 @dataclass(frozen=True)
 class Terms:
-    """What encoding depends on beside the data: hyperparameters of the bucket's group, step, this worker's rank."""
+    """What encoding depends on beside the data: hyperparameters of the bucket's group, step, this worker's rank.
+
+    ``parity`` is that of elements which abstain.
+    """
 
     beta1: float
     grad_scale: float
     step: int
     rank: int
+    parity: int
     impl: str
     # of all parameters of the bucket, where workers have agreed on any
     scales: list[Tensor] | None = None
@@ -59,7 +63,7 @@ def encode(
             bucket.momenta,
             grads,
             beta1=terms.beta1,
-            parity=terms.step,
+            parity=terms.parity,
             out=parts,
             status=status,
             grad_scale=terms.grad_scale,
@@ -89,7 +93,7 @@ def _with_feedback(bucket: Bucket, i: int, grad: Tensor, part: Tensor, status: T
     update = lion_mix(bucket.momenta[i], grad, beta=terms.beta1, grad_scale=terms.grad_scale) + bucket.residuals[i]
     status |= (~update.isfinite()).any().to(torch.int32)
     if compression.codes.bits == 1:
-        codes = pack_signs(update, parity=terms.step, impl=terms.impl)
+        codes = pack_signs(update, parity=terms.parity, impl=terms.impl)
         said = unpack_signs(codes, slot.numel, impl=terms.impl) * _mean_magnitude(update)
     else:
         options = _quantization(compression, terms)

@@ -443,7 +443,7 @@ class LionCub(MomentumOptimizer):
         layout = self._sync.agreed(self._arrangement.layout)
         rank = self._wiring.rank
         flags = UNVERIFIED if self._unverified else 0
-        draft = Draft(self._step_count, layout, flags, rank, self._impl, self._scales.of)
+        draft = Draft(self._step_count, layout, flags, rank, self._workers, self._impl, self._scales.of)
         draft.attempt(self._check_state)
         draft.attempt(lambda: draft.read(self.param_groups))
         return draft

@@ -18,6 +18,7 @@ from lioncub.collectives.exchange import Exchange
 from lioncub.collectives.handshake import digest
 from lioncub.collectives.header import FAILED, FOUND_INF, STALE, Header, check_agreement, decode_headers
 from lioncub.encoding import Terms, encode
+from lioncub.kernels import abstain_parity
 
 # what workers have agreed to quantize a bucket by
 ScalesOf = Callable[[Bucket], list[Tensor] | None]
@@ -90,8 +91,11 @@ class Draft:
     raised only when they have been told.
     """
 
-    def __init__(self, step: int, layout: int, flags: int, rank: int, impl: str, scales: ScalesOf) -> None:
+    def __init__(
+        self, step: int, layout: int, flags: int, rank: int, workers: int, impl: str, scales: ScalesOf
+    ) -> None:
         self.step, self.layout, self.flags, self.rank, self.impl = step, layout, flags, rank, impl
+        self.parity = abstain_parity(step, rank, workers)
         self.scales = scales
         self.now: list[Hyperparameters] = []
         self.grad_scale = 1.0
@@ -143,7 +147,9 @@ def encode_bucket(bucket: Bucket, draft: Draft) -> Ballot:
     packed = _blank(bucket)
     status = torch.zeros(len(bucket.slots), dtype=torch.int32, device=bucket.device)
     beta1 = draft.now[bucket.group_index].beta1
-    terms = Terms(beta1, draft.grad_scale_of(bucket), draft.step, draft.rank, draft.impl, draft.scales(bucket))
+    terms = Terms(
+        beta1, draft.grad_scale_of(bucket), draft.step, draft.rank, draft.parity, draft.impl, draft.scales(bucket)
+    )
     residuals = encode(bucket, grads, packed, status, terms)
     return Ballot(grads, tuple(grad is not None for grad in found), packed, status, residuals)
 
@@ -209,7 +215,20 @@ def alone(buckets: Sequence[Bucket], draft: Draft) -> list[BucketVote]:
     mails = [prepare(bucket, draft) for bucket in buckets]
     if draft.failure is not None:
         raise draft.failure
-    return [_alone(bucket, mail, draft) for bucket, mail in zip(buckets, mails, strict=True)]
+    ballots = [mail.ballot for mail in mails if mail.ballot is not None]
+    # by device, since groups may be on several: one wait for each
+    statuses = {
+        device: torch.cat([b.status for bucket, b in zip(buckets, ballots, strict=True) if bucket.device == device])
+        for device in dict.fromkeys(bucket.device for bucket in buckets)
+    }
+    bad = {device: iter(status.tolist()) for device, status in statuses.items()}
+    votes = []
+    for bucket, ballot in zip(buckets, ballots, strict=True):
+        flags = [next(bad[bucket.device]) for _ in bucket.slots]
+        nonfinite = next((i for i, flag in enumerate(flags, start=1) if flag), 0)
+        header = Header(nonfinite=nonfinite, flags=draft.flags, has_gradient=ballot.has_gradient)
+        votes.append(BucketVote(ballot, None, [header], 0, bucket.elements, 0.0))
+    return votes
 
 
 def taking_part_of(headers: Sequence[Header]) -> tuple[bool, ...]:
@@ -235,11 +254,3 @@ def _result(bucket: Bucket, pending: Exchange) -> tuple[Tensor, list[Header], in
     ties, unanimous = tally.counts.tolist()
     # pad codes of the message are 0 on every worker, hence unanimous
     return tally.packed, headers, ties, unanimous - (8 * bucket.n_bytes - bucket.elements), pending.seconds
-
-
-def _alone(bucket: Bucket, mail: Mail, draft: Draft) -> BucketVote:
-    assert mail.ballot is not None
-    bad = mail.ballot.status.nonzero()
-    nonfinite = int(bad[0]) + 1 if len(bad) else 0
-    header = Header(nonfinite=nonfinite, flags=draft.flags, has_gradient=mail.ballot.has_gradient)
-    return BucketVote(mail.ballot, None, [header], 0, bucket.elements, 0.0)

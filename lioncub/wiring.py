@@ -72,16 +72,16 @@ class Wiring:
         do not allow it.
         """
         # votes that travel during backward must not come between a user's own collectives
-        group = subgroups(self.group, [range(self.workers)])[0] if self.overlap else self.group
+        group = subgroups(self.group, [range(self.workers)], device)[0] if self.overlap else self.group
         if self.mesh is not None:
-            self.routes = Routes.of_mesh(self.mesh, self.group)
+            self.routes = Routes.of_mesh(self.mesh, self.group, device)
             if self.overlap:
-                self.routes = Routes.build(group, self.routes.topology)
+                self.routes = Routes.build(group, self.routes.topology, device)
         elif self.algorithm in ("auto", "hierarchical") or self.profile is not None:
-            self.routes = Routes.build(group, find_topology(self.group))
+            self.routes = Routes.build(group, find_topology(self.group, device), device)
         elif self.algorithm == "reduce_scatter":
             # which way its messages take depends on the nodes; groups of theirs are not needed
-            self.routes = Routes(group, find_topology(self.group))
+            self.routes = Routes(group, find_topology(self.group, device))
         else:
             self.routes = Routes.flat(group)
         backend = backend_of(group, device.type)

@@ -17,6 +17,7 @@ from nets import Net, batch_of, groups_of
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lioncub import LionCub, MomentumSync, NonFiniteError, TernaryVote, WorkersDisagreeError
@@ -303,6 +304,46 @@ def test_the_host_reads_nothing_from_the_device() -> None:
         assert len(buckets) == 2
         with pytest.raises(DataDependentOutputException):
             int(clock)
+
+
+class HostCopies(TorchFunctionMode):
+    """Records the calls that would copy values from the host to a device that is not named "cpu"."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: list[str] = []
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        name, options = getattr(function, "__name__", ""), kwargs or {}
+        if name in ("tensor", "as_tensor", "from_numpy", "frombuffer", "new_tensor") and options.get("device") != "cpu":
+            self.made.append(name)
+        return function(*args, **options)
+
+
+def copies_from_the_host(rank: int, size: int) -> list[list[str]]:
+    found = []
+    for algorithm in ("all_gather", "reduce_scatter", "all_reduce"):
+        net = Net(rank)
+        how = {"algorithm": algorithm, "param_rounding": "stochastic"}
+        opt = LionCub(groups_of(net), lr=0.01, capturable=True, impl="reference", **how)
+        net(*batch_of(rank), True).backward()
+        with HostCopies() as copies:
+            opt.step()
+        opt.raise_errors()
+        found.append(copies.made)
+    return found
+
+
+def test_a_step_copies_nothing_from_the_host() -> None:
+    # a number that a kernel takes may be written to a tensor of the host's
+    with HostCopies() as copies:
+        torch.tensor(1.0, device="cpu")
+        torch.ones(1).new_tensor([1.0])
+    assert copies.made == ["new_tensor"]
+    for workers in (1, 2):
+        assert results_of(copies_from_the_host, workers) == [[[]] * 3] * workers
 
 
 def reset_compiler() -> None:

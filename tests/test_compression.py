@@ -38,8 +38,8 @@ def gradients(world_size: int, step: int, n: int) -> Tensor:
     return torch.randint(-2, 3, (world_size, n), generator=generator).float() / 4
 
 
-def codes_by_the_rules(compression: Compression, update: Tensor, step: int) -> Tensor:
-    """What one worker says of float [n], as whole numbers; without random numbers and blocks."""
+def codes_by_the_rules(compression: Compression, update: Tensor, step: int, rank: int, workers: int) -> Tensor:
+    """A rank's codes of float [n], as whole numbers; without random numbers and blocks."""
     if isinstance(compression, TernaryVote) and compression.up == "ternary":
         return update.sign()
     if isinstance(compression, Quantized):
@@ -49,8 +49,8 @@ def codes_by_the_rules(compression: Compression, update: Tensor, step: int) -> T
         gain = 1.0 if compression.norm == "linf" else 0.5
         factor = torch.tensor(gain * level) / scale[compression.norm].float()
         return (update * factor).round().clamp(-level, level)
-    parity = (torch.arange(len(update)) + step) % 2 * 2 - 1
-    return torch.where(update == 0, parity, update.sign())
+    abstain = (torch.arange(len(update)) + step + (rank + step // 4) % workers) % 2 * 2 - 1
+    return torch.where(update == 0, abstain, update.sign())
 
 
 def follow_the_rules(rank: int, world_size: int) -> int:
@@ -67,9 +67,9 @@ def follow_the_rules(rank: int, world_size: int) -> int:
         for t in range(5):
             grads = gradients(world_size, t, n)
             update = torch.tensor(0.9) * m + torch.tensor(1 - 0.9) * grads
-            total = sum(codes_by_the_rules(compression, row, t) for row in update)
+            total = sum(codes_by_the_rules(compression, row, t, r, world_size) for r, row in enumerate(update))
             if isinstance(compression, SignVote):
-                direction = torch.where(total == 0, (torch.arange(n) + t) % 2 * 2.0 - 1, total.sign())
+                direction = torch.where(total == 0, (torch.arange(n) + t // 2) % 2 * 2.0 - 1, total.sign())
                 move = direction * lr
             elif isinstance(compression, SignMean):
                 move = total * (torch.tensor(lr, dtype=torch.float64) / world_size).float()
@@ -143,7 +143,7 @@ def shared_scales_by_the_rules(rank: int, world_size: int) -> list[float]:
             scale = own if shared is None else shared.expand(world_size, -1)
             factor = torch.where(scale == 0, 0.0, 7 / scale).repeat_interleave(64, dim=1)[:, :n]
             total = (update * factor).round().clamp(-7, 7).sum(0)
-            parity = (torch.arange(n) + t) % 2 * 2.0 - 1
+            parity = (torch.arange(n) + t // 2) % 2 * 2.0 - 1
             direction = torch.where(total == 0, parity, total.sign()) if down == "sign" else total.sign()
             if t % 2 == 0:
                 shared = sum(own) / world_size
@@ -221,7 +221,7 @@ def residual_says_what_codes_do_not(rank: int, world_size: int) -> list[float]:
         for t in range(5):
             grad = torch.randn(n, generator=torch.Generator().manual_seed(10 * t + rank))
             update = torch.tensor(0.9) * m + torch.tensor(1 - 0.9) * grad + residual
-            said = codes_by_the_rules(compression, update, t)
+            said = codes_by_the_rules(compression, update, t, rank, world_size)
             scale = update.double().abs().mean().float()
             # a 2-bit level of the mean: gain * K / scale is 1 / (2 * scale)
             unit = scale / torch.tensor(0.5) if isinstance(compression, Quantized) else scale

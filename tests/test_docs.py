@@ -177,7 +177,7 @@ def run_the_pieces(rank: int, world_size: int, folder: str) -> list[str]:
 
 
 def test_the_pieces_of_the_pages_run(tmp_path: Path) -> None:
-    assert len(_blocks("quickstart.md")) == 3
+    assert len(_blocks("quickstart.md")) == 4
     assert len(_blocks("training.md")) == 9
     assert len(_blocks("compressing.md")) == 1
     files = results_of(run_the_pieces, 2, str(tmp_path))
@@ -200,8 +200,9 @@ def _worked_examples() -> list[tuple[str, int, int, str, str]]:
 @pytest.mark.parametrize(("name", "workers", "message", "formula", "total"), _worked_examples())
 def test_worked_examples_of_byte_counts(name: str, workers: int, message: int, formula: str, total: str) -> None:
     assert eval(formula) == int(total)
-    sizes = {136: (1000, 50), 1048576: (8388608,)}[message]
-    assert message == sum(packed_bytes(n) for n in sizes)
+    sizes = {144: (1000, 50), 1048576: (8388608,)}[message]
+    # padded to 16 bytes
+    assert message == -(-sum(packed_bytes(n) for n in sizes) // 16) * 16
     if name == "fp32 ring all-reduce":
         assert int(total) == 2 * (workers - 1) * sum(sizes) * 4 / workers
     elif name.startswith("hierarchical"):
@@ -221,7 +222,7 @@ def test_the_header_is_laid_out_as_documented() -> None:
     raw = encode_header(header, torch.device("cpu")).numpy().tobytes()
     table = re.findall(r"^\| (\d+) \| 8 \| (.+) \|$", (DOCS / "wire-format.md").read_text(), re.MULTILINE)
     words = {int(offset): int.from_bytes(raw[int(offset) :][:8], "little") for offset, _ in table[:6]}
-    assert words == {0: 1, 8: 2, 16: 3, 24: 4, 32: 5, 40: 3}
+    assert words == {0: 2, 8: 2, 16: 3, 24: 4, 32: 5, 40: 3}
     assert int.from_bytes(raw[48:], "little") == 1 + (1 << 65)
     assert len(raw) == header_bytes(66) == 48 + 8 * 2
     assert len(table[6:]) * 8 == RESULT_HEADER_BYTES == 32

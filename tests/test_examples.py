@@ -81,9 +81,10 @@ def signum_by_hand(rank: int, world_size: int) -> bool:
                 grads[-1] = 0
             params[i].grad = None if i == 2 and rank == world_size - 1 else grads[rank].clone()
             momenta[i] = torch.tensor(0.8) * momenta[i] + torch.tensor(1 - 0.8) * grads
-            parity = 2 * ((torch.arange(expected[i].numel()) + t) % 2).view(shape) - 1
-            total = torch.where(momenta[i] == 0, parity, momenta[i].sign()).sum(dim=0)
-            direction = torch.where(total == 0, parity, total.sign())
+            j = torch.arange(expected[i].numel()).view(shape)
+            abstain = torch.stack([2 * ((j + t + (r + t // 4) % world_size) % 2) - 1 for r in range(world_size)])
+            total = torch.where(momenta[i] == 0, abstain, momenta[i].sign()).sum(dim=0)
+            direction = torch.where(total == 0, 2 * ((j + t // 2) % 2) - 1, total.sign())
             expected[i] = torch.tensor(1 - 0.5 * 0.1) * expected[i] - 0.5 * direction
         opt.step()
         for p, x, m in zip(params, expected, momenta, strict=True):

@@ -102,6 +102,8 @@ def test_a_step_is_captured_in_a_graph(device: torch.device) -> None:
         assert_same_bits(one.detach().cpu(), other.detach().cpu(), "parameter")
 
 
+# the mode warns that it is a prototype
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 @pytest.mark.parametrize("device", DEVICES[1:])
 def test_a_capturable_step_synchronizes_nothing(device: torch.device) -> None:
     _, others, _, capturable = two_optimizers(device, "triton")

@@ -87,9 +87,10 @@ def vote_with_own_momentum(rank: int, world_size: int) -> bool:
             grads[1] = 0
         p.grad = None if t == 3 and rank == 1 else grads[rank].clone()
         update = torch.tensor(0.9) * m + torch.tensor(1 - 0.9) * grads
-        parity = (torch.arange(130) + t) % 2
-        codes = torch.where(update > 0, 1, torch.where(update < 0, 0, parity))
+        abstain = torch.stack([(torch.arange(130) + t + (r + t // 4) % world_size) % 2 for r in range(world_size)])
+        codes = torch.where(update > 0, 1, torch.where(update < 0, 0, abstain))
         ones = codes.sum(dim=0)
+        parity = (torch.arange(130) + t // 2) % 2
         up = torch.where(2 * ones == world_size, parity, (2 * ones > world_size).long())
         x = x * torch.tensor(1 - 0.5 * 0.1) - torch.where(up == 1, 0.5, -0.5)
         m = torch.tensor(0.99) * m + torch.tensor(1 - 0.99) * grads

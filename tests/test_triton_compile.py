@@ -71,11 +71,13 @@ def test_hyperparameters_never_recompile() -> None:
 
 
 def compare_specializations() -> dict[str, Any]:
-    """Per kernel, what triton would compile for each of two sets of run-time values."""
+    """Per kernel, what triton would compile for each of two sets of run-time values and places of flags."""
     import torch
     from triton.backends.compiler import GPUTarget
     from triton.compiler import make_backend
     from triton.runtime.jit import create_function_from_signature
+
+    from lioncub.kernels.triton_gpu.launch import FLAGS
 
     backend = make_backend(GPUTarget("cuda", 90, 32))
     tensor = torch.zeros(64)
@@ -86,12 +88,13 @@ def compare_specializations() -> dict[str, Any]:
         specialize = create_function_from_signature(variant.kernel.signature, variant.kernel.params, backend)
         keys[label] = []
         # 0, 1 and multiples of 16 are what triton would specialize integers for
-        for number, rate in ((16, 0.1), (1, 1.0)):
+        for number, rate, flags in ((16, 0.1, tensor), (1, 1.0, tensor[1:])):
             structure = dict.fromkeys(SIZES, 64) | dict(variant.constants)
             arguments = []
             for name in variant.kernel.arg_names:
                 value = rate if type_of(name, variant) == "fp32" else structure.get(name, number)
-                arguments.append(tensor if name.endswith("_ptr") else value)
+                pointer = flags if name in FLAGS else tensor
+                arguments.append(pointer if name.endswith("_ptr") else value)
             keys[label].append([str(part) for part in specialize(*arguments)[1]])
     return keys
 

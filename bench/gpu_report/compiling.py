@@ -13,7 +13,7 @@ from gpu_report.code import Listing
 from gpu_report.variants import Variant
 
 # multiples of 16 in a launch of whole tiles
-SIZES = ("n_elements", "n_words", "n_bytes", "n_packed", "row_stride", "group_stride", "plane_stride")
+SIZES = ("n_elements", "n_words", "n_bytes", "n_packed", "row_stride")
 # other run-time numbers that are not integers
 FLOATS = ("beta", "lr", "rate", "decay", "gain")
 

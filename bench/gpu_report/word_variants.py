@@ -21,7 +21,7 @@ def _vote_variants() -> list[Variant]:
     from lioncub.kernels.triton_gpu import counts, vote
 
     pointers = dict.fromkeys(("packed_ptr", "planes_ptr", "out_ptr"), "i32") | {"counts_ptr": "i64"}
-    flags = {"PLANES": VOTERS.bit_length(), "HAS_COUNTS": False, "BLOCK_SIZE": WORDS}
+    flags = {"PLANES": VOTERS.bit_length(), "HAS_COUNTS": False, "UNIT": 4, "BLOCK_SIZE": WORDS}
     voting = Variant("vote", "codes", vote._vote_majority_kernel, pointers, flags, (CODE,) * VOTERS, (CODE,))
     voting = replace(voting, elements=32 * WORDS)
     tally = replace(voting, label="vote with counts", constants={**flags, "HAS_COUNTS": True})

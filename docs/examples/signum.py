@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lioncub.collectives import vote
-from lioncub.kernels import apply_votes_, lion_encode_
+from lioncub.kernels import abstain_parity, apply_votes_, lion_encode_, tie_parity
 
 
 class Signum(torch.optim.Optimizer):
@@ -24,7 +24,7 @@ class Signum(torch.optim.Optimizer):
         for group in self.param_groups:
             # every message is padded to whole 64-bit words, so that joined they are one message
             messages = [self._encode(p, group) for p in group["params"]]
-            voted = vote(torch.cat(messages), parity=group["step"])
+            voted = vote(torch.cat(messages), parity=tie_parity(group["step"]))
             for p, bits in zip(group["params"], voted.split([len(m) for m in messages]), strict=True):
                 apply_votes_(p, bits, lr=group["lr"], weight_decay=group["weight_decay"])
             group["step"] += 1
@@ -37,7 +37,8 @@ class Signum(torch.optim.Optimizer):
         # all workers send votes of the same size, so one without a gradient votes with zeros
         grad = torch.zeros_like(p) if p.grad is None else p.grad
         # with equal betas, the update whose sign is packed is the new momentum itself
-        return lion_encode_(state["exp_avg"], grad, beta1=group["beta"], beta2=group["beta"], parity=group["step"])
+        parity = abstain_parity(group["step"], dist.get_rank(), dist.get_world_size())
+        return lion_encode_(state["exp_avg"], grad, beta1=group["beta"], beta2=group["beta"], parity=parity)
 
 
 if __name__ == "__main__":

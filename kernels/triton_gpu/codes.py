@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lioncub.kernels.rounding import Streams
 from lioncub.kernels.scalars import Mix, Number
-from lioncub.kernels.triton_gpu.launch import BLOCK_SIZE, elementwise_threads, launching_on, options, tiles
+from lioncub.kernels.triton_gpu.launch import BLOCK_SIZE, FLAGS, elementwise_threads, launching_on, options, tiles
 from lioncub.kernels.triton_gpu.lion_tiles import move_tile
 from lioncub.kernels.triton_gpu.random_rows import ROUNDING_ARGUMENTS, numbers_of, rounding_arguments, stream_number
 from lioncub.kernels.triton_gpu.rows import ROW, load, load_codes, rows_from, tile_rows, value_of
@@ -29,7 +29,7 @@ from lioncub.kernels.triton_gpu.tables import (
 _UNUSED = Mix(0.0, 0.0)
 
 
-@triton.jit(do_not_specialize=["step", "offset", *ROUNDING_ARGUMENTS, "tensor"])
+@triton.jit(do_not_specialize=["step", "offset", *ROUNDING_ARGUMENTS, "tensor"], do_not_specialize_on_alignment=FLAGS)
 def _apply_codes_kernel(
     param_ptr,
     packed_ptr,
@@ -64,7 +64,7 @@ def _apply_codes_kernel(
     )
 
 
-@triton.jit(do_not_specialize=["step", "offset", *ROUNDING_ARGUMENTS])
+@triton.jit(do_not_specialize=["step", "offset", *ROUNDING_ARGUMENTS], do_not_specialize_on_alignment=FLAGS)
 def _apply_all_codes_kernel(
     rows_ptr,
     owners_ptr,

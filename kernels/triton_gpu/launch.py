@@ -16,6 +16,8 @@ from lioncub.kernels.triton_gpu.arithmetic import INTERPRETED
 ROW_THREADS = 128
 # a thread holds 4 elements
 WIDE_THREADS = 256
+# arguments with one flag per tensor: slices of any alignment, which must not compile a kernel anew
+FLAGS = ["status_ptr", "gate_ptr"]
 # the interpreter takes as long for a tile of any size
 BLOCK_SIZE = 16384 if INTERPRETED else 8 * ROW_THREADS
 

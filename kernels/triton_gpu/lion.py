@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lioncub.kernels.rounding import Streams
 from lioncub.kernels.scalars import Mix, Number
-from lioncub.kernels.triton_gpu.launch import BLOCK_SIZE, elementwise_threads, launching_on, options, tiles
+from lioncub.kernels.triton_gpu.launch import BLOCK_SIZE, FLAGS, elementwise_threads, launching_on, options, tiles
 from lioncub.kernels.triton_gpu.lion_lists import _apply_all_votes_kernel, _encode_updates_kernel, _step_all_kernel
 from lioncub.kernels.triton_gpu.lion_tiles import apply_votes_tile, encode_tile, step_tile
 from lioncub.kernels.triton_gpu.random_rows import ROUNDING_ARGUMENTS, numbers_of, rounding_arguments, stream_number
@@ -20,7 +20,7 @@ from lioncub.kernels.triton_gpu.tables import is_shut, only_one, pointer_or, tab
 UNUSED = Mix(0.0, 0.0)
 
 
-@triton.jit(do_not_specialize=["parity"])
+@triton.jit(do_not_specialize=["parity"], do_not_specialize_on_alignment=FLAGS)
 def _encode_update_kernel(
     exp_avg_ptr,
     grad_ptr,
@@ -41,7 +41,7 @@ def _encode_update_kernel(
     encode_tile(exp_avg_ptr, grad_ptr, out_ptr, status_ptr, numbers, rows, n_elements, ADVANCE, HAS_STATUS)
 
 
-@triton.jit(do_not_specialize=[*ROUNDING_ARGUMENTS, "tensor"])
+@triton.jit(do_not_specialize=[*ROUNDING_ARGUMENTS, "tensor"], do_not_specialize_on_alignment=FLAGS)
 def _apply_votes_kernel(
     param_ptr,
     packed_ptr,
@@ -73,7 +73,7 @@ def _apply_votes_kernel(
     )
 
 
-@triton.jit(do_not_specialize=[*ROUNDING_ARGUMENTS, "tensor"])
+@triton.jit(do_not_specialize=[*ROUNDING_ARGUMENTS, "tensor"], do_not_specialize_on_alignment=FLAGS)
 def _step_lion_kernel(
     param_ptr,
     grad_ptr,

@@ -3,13 +3,14 @@
 import triton
 import triton.language as tl
 
+from lioncub.kernels.triton_gpu.launch import FLAGS
 from lioncub.kernels.triton_gpu.lion_tiles import apply_votes_tile, encode_tile, step_tile
 from lioncub.kernels.triton_gpu.random_rows import ROUNDING_ARGUMENTS
 from lioncub.kernels.triton_gpu.rows import rows_from
 from lioncub.kernels.triton_gpu.tables import form_of, is_shut, kind_at, pointer_at, stream_of, tile_of
 
 
-@triton.jit(do_not_specialize=["parity"])
+@triton.jit(do_not_specialize=["parity"], do_not_specialize_on_alignment=FLAGS)
 def _encode_updates_kernel(
     rows_ptr,
     owners_ptr,
@@ -80,7 +81,7 @@ def _encode(
     )
 
 
-@triton.jit(do_not_specialize=ROUNDING_ARGUMENTS)
+@triton.jit(do_not_specialize=ROUNDING_ARGUMENTS, do_not_specialize_on_alignment=FLAGS)
 def _apply_all_votes_kernel(
     rows_ptr,
     owners_ptr,
@@ -141,7 +142,7 @@ def _apply_votes(
     )
 
 
-@triton.jit(do_not_specialize=ROUNDING_ARGUMENTS)
+@triton.jit(do_not_specialize=ROUNDING_ARGUMENTS, do_not_specialize_on_alignment=FLAGS)
 def _step_all_kernel(
     rows_ptr,
     owners_ptr,

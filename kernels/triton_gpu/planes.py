@@ -16,11 +16,21 @@ WORDS_PER_TILE = 4 * ROW_THREADS
 
 def in_words(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Views of uint8 tensors as int32, where the addresses, rows and strides of all allow, else the tensors."""
-    for tensor in tensors:
-        places = (tensor.data_ptr(), tensor.shape[-1], *tensor.stride()[:-1])
-        if any(place % 4 for place in places):
-            return tensors
-    return tuple(tensor.view(torch.int32) for tensor in tensors)
+    return tuple(tensor.view(torch.int32) for tensor in tensors) if _unit(*tensors) >= 4 else tensors
+
+
+def in_units(*tensors: Tensor) -> tuple[tuple[Tensor, ...], int]:
+    """`in_words`, and how many words a kernel may take at a time: 4, where all is aligned to 128 bits, or 1.
+
+    A kernel that is given sizes and strides in units knows that they are multiples of it, whatever they are.
+    """
+    return in_words(*tensors), 4 if _unit(*tensors) == 16 else 1
+
+
+def _unit(*tensors: Tensor) -> int:
+    """The most bytes, of 16, 4 and 1, that divide the addresses, rows and strides of all tensors."""
+    places = [place for t in tensors for place in (t.data_ptr(), t.shape[-1], *t.stride()[:-1])]
+    return next((unit for unit in (16, 4) if not any(place % unit for place in places)), 1)
 
 
 @triton.jit

@@ -12,7 +12,7 @@ from lioncub.kernels.layout import largest_level
 from lioncub.kernels.random_bits import Stream
 from lioncub.kernels.scalars import Mix, round_to_float32
 from lioncub.kernels.triton_gpu.arithmetic import mix, round_half_even, round_stochastic
-from lioncub.kernels.triton_gpu.launch import BLOCK_SIZE, elementwise_threads, launching_on, options, tiles
+from lioncub.kernels.triton_gpu.launch import BLOCK_SIZE, FLAGS, elementwise_threads, launching_on, options, tiles
 from lioncub.kernels.triton_gpu.random_rows import random_rows, signed_words
 from lioncub.kernels.triton_gpu.rows import (
     ROW,
@@ -45,7 +45,7 @@ _TENSOR = 3
 _STREAM_ARGUMENTS = ["seed_low", "seed_high", "step", "tensor", "worker"]
 
 
-@triton.jit(do_not_specialize=_STREAM_ARGUMENTS)
+@triton.jit(do_not_specialize=_STREAM_ARGUMENTS, do_not_specialize_on_alignment=FLAGS)
 def _quantize_values_kernel(
     x_ptr,
     grad_ptr,
@@ -126,7 +126,7 @@ def quantize_tile(
     store_codes(out_ptr, rows, n_elements, level + largest, BITS)
 
 
-@triton.jit(do_not_specialize=_STREAM_ARGUMENTS)
+@triton.jit(do_not_specialize=_STREAM_ARGUMENTS, do_not_specialize_on_alignment=FLAGS)
 def _quantize_updates_kernel(
     rows_ptr,
     owners_ptr,

@@ -50,7 +50,7 @@ def parity_bits(parity):
 
 @triton.jit
 def parity_of(count):
-    """The parity bit, int32, of a step counter that the host gave or that stands on the device."""
+    """The lowest bit, int32, of a count that the host gave or that is stored on the device."""
     return (value_of(count) & 1).to(tl.int32)
 
 
