@@ -46,12 +46,12 @@ bench-compare: setup
 	$(BIN)/python bench/speed compare $(if $(OLD),--old $(OLD)) $(if $(NEW),--new $(NEW)) \
 		$(if $(TOLERANCE),--tolerance $(TOLERANCE))
 
-# on a machine with a GPU: real kernels against the reference, then achieved bandwidth
+# on a machine with a GPU: real kernels against the reference, then figures from it in runs/gpu
 gpu-test: setup
 	TRITON_INTERPRET=0 $(BIN)/python -m pytest -m gpu
 
 gpu-bench: setup
-	$(BIN)/python bench/gpu.py --out docs
+	$(BIN)/python bench/gpu run $(if $(STAGES),--stages $(STAGES)) --out runs/gpu
 
 # what every Triton kernel compiles to on each GPU, without one; a quarter of an hour
 gpu-report: setup

@@ -5,12 +5,6 @@ Where a check makes sense on the CPU too, Triton's interpreter runs it there, so
 
 from __future__ import annotations
 
-import importlib.util
-import json
-import sys
-from pathlib import Path
-from types import ModuleType
-
 import pytest
 import torch
 from gloo_workers import results_of
@@ -21,20 +15,6 @@ pytest.importorskip("triton")
 
 from lioncub.kernels import triton_gpu
 
-
-def _benchmark() -> ModuleType:
-    """bench/gpu.py, which is no package."""
-    spec = importlib.util.spec_from_file_location("gpu_bench", Path(__file__).parents[1] / "bench" / "gpu.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    # dataclasses look their module up by name
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-gpu = _benchmark()
 HAS_GPU = torch.cuda.is_available()
 needs_gpu = [pytest.mark.gpu, pytest.mark.skipif(not HAS_GPU, reason="needs a GPU")]
 interpreted = pytest.mark.skipif(not triton_gpu.INTERPRETED, reason="needs TRITON_INTERPRET=1")
@@ -136,20 +116,6 @@ def test_a_device_that_is_not_the_current_one() -> None:
     torch.cuda.set_device(0)
     for op in OPS:
         check_op(op, torch.device("cuda", 1), (1009,))
-
-
-def test_the_benchmark_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    options = ["--device", "cpu", "--elements", "1000", "--width", "8", "--layers", "1", "--vocabulary", "16"]
-    assert gpu.main([*options, "--repeats", "1", "--out", str(tmp_path)]) == 0
-    found = json.loads((tmp_path / "gpu_speed.json").read_text())
-    assert {row["dtype"] for row in found["kernels"]} == {"float32", "bfloat16", "float16", ""}
-    # momentum and gradient in, 128 bytes of codes out
-    assert found["kernels"][0]["n_bytes"] == 1000 * 8 + 128
-    assert all(row["gigabytes_per_second"] > 0 for row in found["kernels"] + found["steps"])
-    assert (tmp_path / "gpu_speed.md").read_text().count("| ") > 100
-    if not HAS_GPU:
-        assert gpu.main(["--out", str(tmp_path)]) == 1
-        assert "--device: expected a machine with a GPU for cuda, got none" in capsys.readouterr().err
 
 
 def vote_of(rank: int, size: int, backend: str) -> list[bool]:

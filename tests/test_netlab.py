@@ -178,6 +178,9 @@ def test_missing_tools_are_named_with_their_packages(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(os, "geteuid", lambda: 0)
     monkeypatch.setattr(lab_module.shutil, "which", lambda tool: None if tool in ("tc", "iperf3") else f"/bin/{tool}")
     with pytest.raises(LabError, match=r"not found: tc, iperf3; .*apt-get install iperf3 iproute2"):
+        require_abilities("iperf3")
+    # which a lab itself does not need
+    with pytest.raises(LabError, match=r"not found: tc; .*apt-get install iproute2$"):
         require_abilities()
 
 

@@ -101,7 +101,7 @@ def _run_matrix(options: argparse.Namespace) -> int:
     earlier = [read_journal(folder / JOURNAL_NAME) for folder in options.earlier]
     if not options.report:
         choice = choice_of(options)
-        require_abilities()
+        require_abilities("iperf3")
         print(f"about {clock_text(total_seconds(choice))} minutes; findings so far: {options.runs / JOURNAL_NAME}")
         try:
             with shown_progress(total_seconds(choice)) as on_progress:

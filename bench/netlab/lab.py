@@ -29,7 +29,6 @@ MAX_HOSTS = 200
 _TOOLS = {
     "ip": "iproute2",
     "tc": "iproute2",
-    "iperf3": "iperf3",
     "unshare": "util-linux",
     "setpriv": "util-linux",
     "taskset": "util-linux",
@@ -59,13 +58,14 @@ class Counters:
         )
 
 
-def require_abilities() -> None:
-    """Raise LabError unless this process is root on Linux and all tools are there."""
+def require_abilities(*further: str) -> None:
+    """Raise LabError unless this process is root on Linux and all tools are there, ``further`` programs among them."""
     if os.geteuid() != 0:
         raise LabError("the network lab makes network namespaces: run it as root")
-    missing = [tool for tool in _TOOLS if shutil.which(tool) is None]
+    missing = [tool for tool in (*_TOOLS, *further) if shutil.which(tool) is None]
     if missing:
-        packages = " ".join(sorted({_TOOLS[tool] for tool in missing}))
+        # iperf3 is in a package of its name
+        packages = " ".join(sorted({_TOOLS.get(tool, tool) for tool in missing}))
         raise LabError(f"not found: {', '.join(missing)}; on Debian and Ubuntu: apt-get install {packages}")
 
 

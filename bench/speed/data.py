@@ -16,8 +16,6 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # of ops on packed codes, which have no other
 PACKED = "packed"
 LR, DECAY, BETA1, BETA2 = 1e-4, 0.1, 0.9, 0.99
-# lists of the foreach ops
-PARTS = 64
 
 
 @dataclass(frozen=True)
@@ -40,17 +38,20 @@ def new(n: int, dtype: torch.dtype = torch.uint8) -> Tensor:
 
 @dataclass
 class Data:
-    """Tensors of n elements, a multiple of 4096, made when they are asked for; momentum is fp32."""
+    """Tensors of n elements, a multiple of 4096, made on the device when they are asked for."""
 
     n: int
     dtype: torch.dtype = torch.float32
     device: str = "cpu"
+    momentum_dtype: torch.dtype = torch.float32
+    # of lists for the foreach ops
+    parts: int = 64
     _voters: dict[int, Tensor] = field(default_factory=dict)
     _codes: dict[int, Tensor] = field(default_factory=dict)
 
     def _normal(self, seed: int) -> Tensor:
-        generator = torch.Generator().manual_seed(seed)
-        return torch.randn(self.n, generator=generator).to(self.dtype).to(self.device)
+        generator = torch.Generator(self.device).manual_seed(seed)
+        return torch.randn(self.n, generator=generator, device=self.device).to(self.dtype)
 
     @cached_property
     def param(self) -> Tensor:
@@ -62,7 +63,7 @@ class Data:
 
     @cached_property
     def exp_avg(self) -> Tensor:
-        return self._normal(2).float()
+        return self._normal(2).to(self.momentum_dtype)
 
     @cached_property
     def status(self) -> Tensor:
@@ -99,10 +100,9 @@ class Data:
         return add_codes(self.voters(8), bits=1, field_bits=4)
 
     def _bytes(self, n: int) -> Tensor:
-        generator = torch.Generator().manual_seed(3)
-        return torch.randint(0, 256, (n,), dtype=torch.uint8, generator=generator).to(self.device)
+        generator = torch.Generator(self.device).manual_seed(3)
+        return torch.randint(0, 256, (n,), dtype=torch.uint8, generator=generator, device=self.device)
 
-
-def parts(tensor: Tensor) -> list[Tensor]:
-    """A list for the foreach ops."""
-    return list(tensor.view(PARTS, -1).unbind())
+    def split(self, tensor: Tensor) -> list[Tensor]:
+        """A list for the foreach ops."""
+        return list(tensor.view(self.parts, -1).unbind())

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lioncub import kernels
 from lioncub.kernels import Rounding, packed_bytes
-from speed.data import BETA1, BETA2, DECAY, LR, PARTS, Call, Data, new, parts
+from speed.data import BETA1, BETA2, DECAY, LR, Call, Data, new
 
 _RATES: dict[str, Any] = {"lr": LR, "weight_decay": DECAY}
 _BETAS = {"beta1": BETA1, "beta2": BETA2}
@@ -39,7 +39,7 @@ def lion_encode_(data: Data, impl: str) -> Call:
 
 def foreach_lion_encode(data: Data, impl: str) -> Call:
     tensors = data.exp_avg, data.grad, data.codes()
-    m, g, out = map(parts, tensors)
+    m, g, out = map(data.split, tensors)
     return Call(
         lambda: kernels.foreach_lion_encode(m, g, beta1=BETA1, parity=0, out=out, impl=impl), tensors[:2], tensors[2:]
     )
@@ -63,8 +63,8 @@ def apply_votes_(data: Data, impl: str, *, momentum: bool = False, rounding: Rou
 
 def foreach_apply_votes_(data: Data, impl: str) -> Call:
     x, codes, g, m = data.param, data.codes(), data.grad, data.exp_avg
-    lists = {"grad": parts(g), "exp_avg": parts(m), "beta2": BETA2}
-    xs, packed = parts(x), parts(codes)
+    lists = {"grad": data.split(g), "exp_avg": data.split(m), "beta2": BETA2}
+    xs, packed = data.split(x), data.split(codes)
     return Call(
         lambda: kernels.foreach_apply_votes_(xs, packed, **_RATES, **lists, impl=impl), (x, codes, g, m), (x, m)
     )
@@ -82,8 +82,8 @@ def apply_codes_(data: Data, impl: str, *, momentum: bool = False, rounding: Rou
 
 def foreach_apply_codes_(data: Data, impl: str) -> Call:
     x, codes, g, m = data.param, data.codes(2), data.grad, data.exp_avg
-    lists = {"grad": parts(g), "exp_avg": parts(m), "beta2": BETA2}
-    xs, packed = parts(x), parts(codes)
+    lists = {"grad": data.split(g), "exp_avg": data.split(m), "beta2": BETA2}
+    xs, packed = data.split(x), data.split(codes)
     return Call(
         lambda: kernels.foreach_apply_codes_(xs, packed, **_TERNARY, **_RATES, **lists, impl=impl),
         (x, codes, g, m),
@@ -100,7 +100,7 @@ def lion_step_(data: Data, impl: str, *, rounding: Rounding | None = None) -> Ca
 
 def foreach_lion_step_(data: Data, impl: str) -> Call:
     tensors = data.param, data.grad, data.exp_avg
-    lists = list(map(parts, tensors))
+    lists = list(map(data.split, tensors))
     return Call(
         lambda: kernels.foreach_lion_step_(*lists, **_RATES, **_BETAS, impl=impl), tensors, (data.param, data.exp_avg)
     )
@@ -110,7 +110,7 @@ def quantize(data: Data, impl: str, *, bits: int = 2, stochastic: bool = False, 
     x, scale, out = (
         data.grad,
         data.scale if scaled else None,
-        torch.empty(packed_bytes(data.n, bits), dtype=torch.uint8),
+        torch.empty(packed_bytes(data.n, bits), dtype=torch.uint8, device=data.device),
     )
     return Call(
         lambda: kernels.quantize(x, bits=bits, scale=scale, stochastic=stochastic, out=out, impl=impl),
@@ -121,7 +121,7 @@ def quantize(data: Data, impl: str, *, bits: int = 2, stochastic: bool = False, 
 
 def lion_quantize(data: Data, impl: str, *, bits: int = 2, stochastic: bool = False, scaled: bool = True) -> Call:
     m, g, status, scale = data.exp_avg, data.grad, data.status, data.scale if scaled else None
-    out = torch.empty(packed_bytes(data.n, bits), dtype=torch.uint8)
+    out = torch.empty(packed_bytes(data.n, bits), dtype=torch.uint8, device=data.device)
     return Call(
         lambda: kernels.lion_quantize(
             m, g, beta1=BETA1, bits=bits, scale=scale, stochastic=stochastic, out=out, status=status, impl=impl
@@ -132,15 +132,16 @@ def lion_quantize(data: Data, impl: str, *, bits: int = 2, stochastic: bool = Fa
 
 
 def foreach_lion_quantize(data: Data, impl: str) -> Call:
-    m, g, out = data.exp_avg, data.grad, torch.empty(packed_bytes(data.n, 2), dtype=torch.uint8)
-    ms, gs, outs, scales = parts(m), parts(g), parts(out), [data.scale] * PARTS
+    m, g = data.exp_avg, data.grad
+    out = torch.empty(packed_bytes(data.n, 2), dtype=torch.uint8, device=data.device)
+    ms, gs, outs, scales = data.split(m), data.split(g), data.split(out), [data.scale] * data.parts
     return Call(
         lambda: kernels.foreach_lion_quantize(ms, gs, beta1=BETA1, scale=scales, out=outs, impl=impl), (m, g), (out,)
     )
 
 
 def dequantize(data: Data, impl: str, *, bits: int = 2) -> Call:
-    codes, scale, out = data.codes(bits), data.scale, torch.empty(data.n, dtype=data.dtype)
+    codes, scale, out = data.codes(bits), data.scale, torch.empty(data.n, dtype=data.dtype, device=data.device)
     return Call(
         lambda: kernels.dequantize(codes, scale, data.n, bits=bits, dtype=data.dtype, out=out, impl=impl),
         (codes,),

@@ -6,7 +6,7 @@ import ctypes
 import functools
 import os
 import platform
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
@@ -35,8 +35,15 @@ def describe_machine() -> dict[str, str]:
         "threads": str(torch.get_num_threads()),
         **gpu,
         "python": platform.python_version(),
-        **{package: version(package) for package in PACKAGES},
+        **{package: _version(package) for package in PACKAGES},
     }
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "absent"
 
 
 def keep_freed_memory() -> None:

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import lion_pytorch
 import numpy as np
 import torch
 from torch import Tensor
@@ -36,7 +35,7 @@ class Peer:
 
 def torch_pack(bits: Tensor) -> Tensor:
     """Booleans, a multiple of 8, to bits in plain torch ops."""
-    powers = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8)
+    powers = 1 << torch.arange(8, dtype=torch.uint8, device=bits.device)
     return torch.sum(bits.view(-1, 8) * powers, dim=1, dtype=torch.uint8)
 
 
@@ -47,7 +46,7 @@ def torch_encode(exp_avg: Tensor, grad: Tensor) -> Tensor:
 
 def torch_apply(param: Tensor, packed: Tensor) -> None:
     """param = param*decay - lr*(+1/-1)."""
-    bits = (packed.unsqueeze(1) >> torch.arange(8, dtype=torch.uint8)) & 1
+    bits = (packed.unsqueeze(1) >> torch.arange(8, dtype=torch.uint8, device=packed.device)) & 1
     votes = bits.view(-1).to(torch.float32).mul_(2).sub_(1)
     param.mul_(1 - LR * DECAY).add_(votes, alpha=-LR)
 
@@ -70,10 +69,17 @@ def foreach_lion_step(params: list[Tensor], grads: list[Tensor], exp_avgs: list[
 
 def lion_pytorch_step(params: list[Tensor], grads: list[Tensor]) -> Callable[[], object]:
     """The step of lion-pytorch's optimizer."""
-    leaves = [torch.nn.Parameter(param) for param in params]
-    for leaf, grad in zip(leaves, grads, strict=True):
+    import lion_pytorch
+
+    return lion_pytorch.Lion(leaves(params, grads), lr=LR, betas=(BETA1, BETA2), weight_decay=DECAY).step
+
+
+def leaves(params: list[Tensor], grads: list[Tensor]) -> list[torch.nn.Parameter]:
+    """Parameters in the tensors' memory, with their gradients: what an optimizer takes."""
+    found = [torch.nn.Parameter(param) for param in params]
+    for leaf, grad in zip(found, grads, strict=True):
         leaf.grad = grad
-    return lion_pytorch.Lion(leaves, lr=LR, betas=(BETA1, BETA2), weight_decay=DECAY).step
+    return found
 
 
 def compiled(function: Callable[..., None], *arguments: Any) -> Callable[[], object]:

@@ -6,11 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lioncub import Lion, LionCub
 from speed.data import BETA1, BETA2, DECAY, DTYPES, LR, Call
-from speed.peers import foreach_lion_step, lion_pytorch_step
+from speed.peers import foreach_lion_step, leaves, lion_pytorch_step
 
 LAYERS, WIDTH, CONTEXT, VOCABULARY = 12, 768, 1024, 50257
 # as GPT-2 is initialised: a step of LR moves most bf16 numbers of that size
@@ -70,8 +70,6 @@ def _prepare(step: Step, params: list[Tensor], grads: list[Tensor]) -> tuple[Cal
         return lambda: foreach_lion_step(params, grads, momenta), momenta
     if step.optimizer == "lion-pytorch":
         return lion_pytorch_step(params, grads), params
-    leaves = [nn.Parameter(param) for param in params]
-    for leaf, grad in zip(leaves, grads, strict=True):
-        leaf.grad = grad
-    opt = OURS[step.optimizer](leaves, **_OPTIONS)
-    return opt.step, [opt.state[leaf]["exp_avg"] for leaf in leaves]
+    of_ours = leaves(params, grads)
+    opt = OURS[step.optimizer](of_ours, **_OPTIONS)
+    return opt.step, [opt.state[leaf]["exp_avg"] for leaf in of_ours]

@@ -1,0 +1,1 @@
+"""Measurements on a GPU machine without network, in stages; on a CPU, without meaning, a dry run of all of them."""

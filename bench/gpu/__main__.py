@@ -1,0 +1,12 @@
+"""``python bench/gpu --help``."""
+
+import sys
+from pathlib import Path
+
+# started by its folder's name, which puts the folder itself on the path instead of the one that holds the package
+sys.path[0] = str(Path(__file__).parents[1])
+
+from gpu.cli import main  # noqa: E402
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,215 @@
+"""bench/gpu: every stage as a dry run on the CPU, and what becomes of stages that fail, hang or lack a program."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton")
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
+
+from gpu import driver, prepare, profiling
+from gpu.driver import DRIVER, STAGES, Stage
+from gpu.report import markdown, outcome
+from gpu.rows import Rows
+from gpu.workbench import Workbench
+from speed.cases import CASES
+
+BENCH = Path(__file__).parents[1] / "bench"
+# side by side, since most of a stage is imports
+PARTS = ("facts,test,speed,steps,sweep,sanitize", "bits,graphs,nccl,dist,ncu,race")
+KINDS = ("fp32", "bf16", "mixed", "packed")
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """What a dry run of each part has written."""
+    found, processes = [tmp_path_factory.mktemp("gpu") for _ in PARTS], []
+    for stages, out in zip(PARTS, found, strict=True):
+        command = [sys.executable, str(BENCH / "gpu"), "run", "--device", "cpu", "--stages", stages, "--out", str(out)]
+        processes.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
+    words = [process.communicate(timeout=280)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0] * len(PARTS), "\n".join(words)
+    return found
+
+
+@pytest.fixture(scope="module")
+def rows(folders: list[Path]) -> list[dict[str, Any]]:
+    """All rows of both."""
+    return [row for out in folders for row in json.loads((out / "gpu.json").read_text())]
+
+
+def of(rows: list[dict[str, Any]], stage: str) -> dict[str, dict[str, Any]]:
+    return {row["name"]: row for row in rows if row["stage"] == stage}
+
+
+def test_every_stage_runs_and_no_row_fails(rows: list[dict[str, Any]]) -> None:
+    assert sorted(",".join(PARTS).split(",")) == sorted(STAGES)
+    assert set(of(rows, DRIVER)) == set(STAGES)
+    for stage in STAGES:
+        outcomes = {name: outcome(row) for name, row in of(rows, stage).items()}
+        assert "measured" in outcomes.values(), stage
+        # what is absent needs a GPU, or a package that is installed on none of our machines
+        assert {name for name, kind in outcomes.items() if kind in ("error", "skipped")} == set(), stage
+
+
+def test_reports_have_every_row_and_say_that_it_is_a_dry_run(folders: list[Path], rows: list[dict[str, Any]]) -> None:
+    text = "\n".join((out / "gpu.md").read_text() for out in folders)
+    assert text.startswith("# A dry run without GPU: these figures mean nothing\n")
+    for row in rows:
+        if set(row) != {"stage", "name"}:
+            assert f"\n| {row['name']} | " in text, row
+    for stage in STAGES:
+        assert f"\n## {stage}\n" in text
+        assert f"=== {stage}\n" in "".join((out / "log.txt").read_text() for out in folders)
+
+
+def test_speed_has_every_kernel_with_its_bytes_and_its_share_of_a_copy(rows: list[dict[str, Any]]) -> None:
+    speed = of(rows, "speed")
+    triton = [case for case in CASES if "triton" in case.impls]
+    missing = {case.name for case in triton if not any(f"{case.name}/{kind}" in speed for kind in KINDS)}
+    assert missing == set()
+    for row in speed.values():
+        if outcome(row) == "measured":
+            assert row["of_copy"] > 0, row
+            assert row["host_microseconds"] > 0, row
+            assert row["data_sets"] == 1, row
+    n, codes = 4096, 512
+    expected = {
+        # momentum and gradient in, codes out
+        "lion_encode/fp32": 8 * n + codes,
+        "lion_encode/mixed": 6 * n + codes,
+        "lion_encode/bf16": 4 * n + codes,
+        # three in, two out
+        "lion_step_/fp32": 20 * n,
+        "lion_step_/mixed": 14 * n,
+        "foreach_apply_votes_/bf16": 10 * n + codes,
+        "majority_vote:8_voters/packed": 9 * codes,
+        "majority_vote:8_voters_8_bytes_off/packed": 9 * codes,
+        "lion_step_/torch.compile/fp32": 20 * n,
+        "lion_step_/torch_foreach/fp32": 20 * n,
+        "lion_step_/lion-pytorch/fp32": 20 * n,
+        "lion_step_/torch AdamW fused, 28 bytes/fp32": 28 * n,
+    }
+    assert {name: speed[name]["bytes"] for name in expected} == expected
+    assert {"absent": "a GPU"}.items() <= speed["lion_step_/bitsandbytes/fp32"].items()
+
+
+def test_checks_compare_what_they_should(rows: list[dict[str, Any]]) -> None:
+    bits, graphs = of(rows, "bits"), of(rows, "graphs")
+    assert [name.split()[0] for name in bits] == ["lists", "votes", "levels", "LionCub"]
+    assert graphs["captured iteration, LionCub"]["equal_to_eager"] is True
+    assert graphs["compiled step"]["compiled_ms"] > 0
+    assert len([name for name in of(rows, "nccl") if "vote" in name]) == 6
+    assert all("graph_wall_ms" in row for name, row in of(rows, "steps").items() if "capturable" in name)
+    assert {(row["block"], row["warps"]) for name, row in of(rows, "sweep").items() if "its own" not in name} == {
+        (1024, 4)
+    }
+
+
+def test_workers_train_by_each_method(rows: list[dict[str, Any]]) -> None:
+    methods = {name: row for name, row in of(rows, "dist").items() if name.endswith(": unshaped, 1 Gb/s")}
+    assert len(methods) == 5
+    assert all(row["steps"] == 2 and row["last_loss"] > 0 for row in methods.values())
+    assert all(row["bytes_per_step"] > 0 for name, row in methods.items() if name.startswith("LionCub"))
+
+
+def test_programs_of_a_stage_are_in_its_command(rows: list[dict[str, Any]]) -> None:
+    stages = of(rows, DRIVER)
+    assert stages["ncu"]["command"].startswith(
+        "ncu --clock-control none --csv --page raw -k regex:_kernel --metrics gpu__"
+    )
+    assert "dram__throughput.avg.pct_of_peak_sustained_elapsed" in stages["ncu"]["command"]
+    assert stages["race"]["command"].startswith("compute-sanitizer --tool racecheck --error-exitcode 9 python ")
+
+
+def test_ncu_s_words_become_rows(tmp_path: Path) -> None:
+    log, rows = tmp_path / "log.txt", Rows(tmp_path / "gpu.json")
+    header = '"ID","Kernel Name","gpu__time_duration.sum","launch__registers_per_thread"\n"","","us",""\n'
+    words = f'{header}"9","_old_kernel","1","2"\n=== ncu\n==PROF== x\n{header}"0","_step_kernel","430.1","40"\n'
+    log.write_text(f"=== ncu\n{words}")
+    profiling.add_metrics(rows, "ncu", log)
+    assert rows.read() == [{"stage": "ncu", "name": "0: _step_kernel", "duration": "430.1 us", "registers": "40"}]
+
+
+def test_a_row_that_fails_is_recorded_and_the_next_are_measured(tmp_path: Path) -> None:
+    bench = Workbench("any", tmp_path, "cpu", seconds=60)
+    bench.attempt("peer", lambda: {"figure": 1.0}, needs="no_such_package")
+    bench.attempt("broken", lambda: {"figure": {}["nothing"]})
+    bench.attempt("behind", lambda: {"figure": 2.5})
+    bench.attempt("behind", lambda: {"figure": 3.5})
+    late = Workbench("any", tmp_path, "cpu", seconds=-1)
+    late.attempt("late", lambda: {"figure": 1.0})
+    found = {row["name"]: row for row in bench.rows.read("any")}
+    assert [outcome(row) for row in found.values()] == ["absent", "error", "measured", "skipped"]
+    assert found["broken"]["error"] == "KeyError: 'nothing'"
+    assert found["behind"]["figure"] == 3.5
+    assert (bench.failed, late.failed) == (1, 0)
+    text = markdown(bench.rows.read(), is_dry=False)
+    assert "1 absent, 1 error, 1 measured, 1 skipped." in text
+    assert "| broken |  | error: KeyError: 'nothing' |" in text
+
+
+def test_a_stage_that_is_cut_off_keeps_its_rows_and_the_next_is_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add = f"Rows(Path({str(tmp_path / 'gpu.json')!r})).add('hangs', 'found', figure=1.5)"
+    imports = f"import sys, time; sys.path.insert(0, {str(BENCH)!r}); from pathlib import Path"
+    hang = f"{imports}; from gpu.rows import Rows; {add}; time.sleep(600)"
+    code = {"hangs": hang, "fails": "print('words'); raise SystemExit(3)", "lacks": "", "passes": ""}
+    stages = [Stage("hangs", 6, "x"), Stage("fails", 60, "x"), Stage("lacks", 60, "x", ("no-such-program",))]
+    monkeypatch.setattr(driver, "STAGES", {stage.name: stage for stage in (*stages, Stage("passes", 60, "x"))})
+    monkeypatch.setattr(driver, "command_of", lambda stage, *_: [sys.executable, "-c", code[stage.name]])
+    assert driver.run_stages(list(code), tmp_path, "cuda:0") == 1
+    found = Rows(tmp_path / "gpu.json")
+    assert [row["figure"] for row in found.read("hangs")] == [1.5]
+    errors = {row["name"]: row.get("error") for row in found.read(DRIVER)}
+    cut_off, missing = "cut off after 6 s", "not found: no-such-program"
+    assert errors == {"hangs": cut_off, "fails": "exit code 3", "lacks": missing, "passes": None}
+    assert "=== fails\nwords\n" in (tmp_path / "log.txt").read_text()
+    assert "| hangs | 6." in (tmp_path / "gpu.md").read_text()
+    assert driver.run_stages(["passes"], tmp_path, "cuda:0") == 0
+
+
+def test_where_nothing_is_installed_stages_take_the_copy_that_was_prepared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(driver, "CARRIED", tmp_path)
+    installed = driver.environment_of_stages(is_dry=True)
+    assert (installed["PYTHONSAFEPATH"], installed["TRITON_INTERPRET"]) == ("1", "1")
+    assert str(tmp_path / "copy") not in installed["PYTHONPATH"]
+    monkeypatch.setattr(driver, "_is_installed", lambda: False)
+    with pytest.raises(FileNotFoundError, match=r"expected it installed or in .*copy: python bench/gpu prepare"):
+        driver.environment_of_stages(is_dry=False)
+    (tmp_path / "copy").mkdir()
+    carried = driver.environment_of_stages(is_dry=False)
+    assert carried["PYTHONPATH"].split(":")[:2] == [str(tmp_path / "copy"), str(tmp_path / "extra")]
+    assert carried["TRITON_INTERPRET"] == "0"
+
+
+def test_of_a_wheel_the_libraries_of_one_version_of_cuda_travel(tmp_path: Path) -> None:
+    names = [
+        "bitsandbytes/optim/lion.py",
+        *(f"bitsandbytes/libbitsandbytes_{x}.so" for x in ("cpu", "cuda118", "cuda130")),
+    ]
+    with zipfile.ZipFile(tmp_path / "x.whl", "w") as wheel:
+        for name in [*names, "bitsandbytes/libbitsandbytes_rocm70.so"]:
+            wheel.writestr(name, "")
+    (unwanted,) = (pattern for name, pattern in prepare.PEERS.items() if name.startswith("bitsandbytes"))
+    prepare.unpack(tmp_path / "x.whl", tmp_path / "extra", unwanted)
+    unpacked = {str(path.relative_to(tmp_path / "extra")) for path in (tmp_path / "extra").rglob("*") if path.is_file()}
+    assert unpacked == {name for name in names if "cuda118" not in name}
+
+
+def test_without_a_gpu_or_with_unknown_stages_it_says_so(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    from gpu.cli import main
+
+    assert main(["run", "--stages", "facts,nonsense", "--device", "cpu", "--out", str(tmp_path)]) == 2
+    assert "--stages: expected some of facts, test, " in capsys.readouterr().err
