@@ -123,9 +123,8 @@ def test_workers_train_by_each_method(rows: list[dict[str, Any]]) -> None:
 
 def test_programs_of_a_stage_are_in_its_command(rows: list[dict[str, Any]]) -> None:
     stages = of(rows, DRIVER)
-    assert stages["ncu"]["command"].startswith(
-        "ncu --clock-control none --csv --page raw -k regex:_kernel --metrics gpu__"
-    )
+    kernels = "ncu --clock-control none --csv --page raw -k regex:^_[a-z_]+_kernel$ --metrics gpu__"
+    assert stages["ncu"]["command"].startswith(kernels)
     assert "dram__throughput.avg.pct_of_peak_sustained_elapsed" in stages["ncu"]["command"]
     assert stages["race"]["command"].startswith("compute-sanitizer --tool racecheck --error-exitcode 9 python ")
 
@@ -137,6 +136,9 @@ def test_ncu_s_words_become_rows(tmp_path: Path) -> None:
     log.write_text(f"=== ncu\n{words}")
     profiling.add_metrics(rows, "ncu", log)
     assert rows.read() == [{"stage": "ncu", "name": "0: _step_kernel", "duration": "430.1 us", "registers": "40"}]
+    log.write_text("=== ncu\n==ERROR== no permission\n")
+    profiling.add_metrics(rows, "ncu", log)
+    assert rows.read()[-1]["error"] == "ncu: expected a table of kernels in the log, got none"
 
 
 def test_a_row_that_fails_is_recorded_and_the_next_are_measured(tmp_path: Path) -> None:

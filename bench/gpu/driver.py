@@ -77,7 +77,7 @@ def run_stages(names: Sequence[str], out: Path, device: str, only: str = "") -> 
             profiling.add_metrics(rows, name, out / "log.txt")
         wrong = {"error": _describe(code, stage)} if code else {}
         rows.add(DRIVER, name, seconds=time.monotonic() - began, command=shown, **wrong)
-        failed = failed or bool(code)
+        failed = failed or bool(code) or any("error" in row for row in rows.read(name))
         (out / "gpu.md").write_text(markdown(rows.read(), is_dry=is_dry))
     return int(failed)
 

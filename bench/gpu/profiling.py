@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 from gpu.rows import Rows
 
 if TYPE_CHECKING:
-    from speed.data import Call
+    from speed.cases import Case
+    from speed.data import Data
 
     from gpu.workbench import Workbench
 
@@ -35,7 +36,7 @@ COMMAND = (
     "--page",
     "raw",
     "-k",
-    "regex:_kernel",
+    "regex:^_[a-z_]+_kernel$",
     "--metrics",
     ",".join(METRICS),
 )
@@ -64,17 +65,19 @@ def run(bench: Workbench) -> None:
         for case in CASES:
             if case.name in _CASES:
                 label = f"{case.name}, {str(dtype).removeprefix('torch.')}"
-                bench.attempt(label, partial(_launch, case.make(data, "triton")))
+                bench.attempt(label, partial(_launch, case, data))
 
 
-def _launch(call: Call) -> None:
-    call.run()
+def _launch(case: Case, data: Data) -> None:
+    case.make(data, "triton").run()
 
 
 def add_metrics(rows: Rows, stage: str, log: Path) -> None:
     """Add a row for each kernel that ncu speaks of, in the log of the stage's last run."""
     words = log.read_text().rpartition(f"=== {stage}\n")[2]
     table = list(csv.DictReader(line for line in words.splitlines() if line.startswith('"')))
+    if len(table) < 2:
+        rows.add(stage, "counters", error="ncu: expected a table of kernels in the log, got none")
     # the line below the header has the units
     for units, kernel in ((table[0], row) for row in table[1:]):
         figures = {

@@ -10,7 +10,7 @@ from speed.report import table
 
 from gpu.rows import NOT_MEASURED, Row
 
-_PERCENT = ("of_copy", "spread", "dram_share")
+_PERCENT = ("of_copy", "spread")
 _LABELS = ("stage", "name", *NOT_MEASURED)
 
 
@@ -25,7 +25,7 @@ def markdown(rows: Sequence[Row], *, is_dry: bool) -> str:
 
 
 def outcome(row: Row) -> str:
-    """ "measured", or why it is not."""
+    """Why a row has no figures, or "measured" where it may have some."""
     return next((kind for kind in NOT_MEASURED if kind in row), "measured")
 
 
