@@ -1,4 +1,4 @@
-"""Threads of the Numba kernels: the same bytes for any number, forks survived, the GIL released."""
+"""Threads of the Numba kernels: the same bytes for any number, forks and signals survived, the GIL released."""
 
 from __future__ import annotations
 
@@ -121,12 +121,12 @@ torch.set_num_threads(2)
 x = torch.ones(200_000)
 expected, out = torch.empty(25_000, dtype=torch.uint8), torch.zeros(25_000, dtype=torch.uint8)
 pack_signs(x, 0, expected)
-assert _POOL._executor is not None, "the parent did not use the pool"
+assert _POOL.size, "the parent did not use the pool"
 child = os.fork()
 if child == 0:
-    inherited = _POOL._executor
+    inherited = _POOL.size
     pack_signs(x, 0, out)
-    used_own_pool = inherited is None and _POOL._executor is not None
+    used_own_pool = inherited == 0 and _POOL.size > 0
     os._exit(0 if used_own_pool and bytes(out.numpy()) == bytes(expected.numpy()) else 3)
 print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
@@ -152,3 +152,85 @@ def test_kernels_release_the_gil_and_keep_exact_arithmetic() -> None:
         assert dispatcher.targetoptions["nogil"] is True, name
         assert not dispatcher.targetoptions.get("fastmath", False), name
         assert not dispatcher.targetoptions.get("parallel", False), name
+
+
+INTERRUPTED = """
+import os, random, signal, threading, time, torch
+from lioncub.kernels.numba_cpu import lion, threads
+from lioncub.kernels.scalars import Mix
+
+torch.set_num_threads(4)
+armed, rng = False, random.Random(0)
+begun, ended = [], []
+
+def interrupt(*_):
+    if armed:
+        raise KeyboardInterrupt
+
+def slow(first, last):
+    if first == 0:
+        # the calling thread's, which the signal itself may stop
+        time.sleep(0.002)
+        return
+    begun.append(first)
+    time.sleep(0.004 * first)
+    ended.append(first)
+    if first == 1:
+        raise ValueError("slice 1")
+
+def send():
+    for _ in range(2):
+        time.sleep(rng.random() * 0.006)
+        os.kill(os.getpid(), signal.SIGINT)
+
+def rounds(work, check, count):
+    global armed
+    interrupted = 0
+    for _ in range(count):
+        sender = threading.Thread(target=send)
+        try:
+            try:
+                armed = True
+                sender.start()
+                while True:
+                    work()
+            except KeyboardInterrupt:
+                armed = False
+                interrupted += 1
+        except KeyboardInterrupt:
+            # the second signal, before it was ignored
+            armed = False
+            interrupted += 1
+        check()
+        sender.join()
+    assert interrupted == count
+
+def slices():
+    try:
+        threads.run_slices(slow, [(i, i + 1) for i in range(4)])
+    except ValueError:
+        check_ended()
+
+def check_ended():
+    # slices that have not begun would begin and end together with the others
+    assert sorted(begun) == sorted(ended), f"slices {begun} began, {ended} have ended"
+
+signal.signal(signal.SIGINT, interrupt)
+rounds(slices, check_ended, 40)
+assert begun
+
+x, g, m = (torch.ones(1 << 21) for _ in range(3))
+def unchanged():
+    before = x.clone()
+    time.sleep(0.02)
+    assert torch.equal(x, before), "a kernel wrote behind KeyboardInterrupt"
+lion.lion_step_([x], [g], [m], 1e-3, 1.0, Mix(0.9, 0.1), Mix(0.9, 0.1))
+rounds(lambda: lion.lion_step_([x], [g], [m], 1e-3, 1.0, Mix(0.9, 0.1), Mix(0.9, 0.1)), unchanged, 15)
+print("ok")
+"""
+
+
+def test_no_slice_runs_on_behind_an_interrupt_or_an_error() -> None:
+    done = subprocess.run([sys.executable, "-P", "-c", INTERRUPTED], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "ok"
