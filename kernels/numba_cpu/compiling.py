@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-from collections.abc import Callable
+import pickle
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +23,18 @@ block_function = numba.njit(**_OPTIONS)
 
 
 def kernel(function: Callable[..., Any]) -> Any:
-    """Compile ``function`` at its first call with new types; later processes load it from Numba's cache folder."""
-    dispatcher = numba.njit(cache=True, **_OPTIONS)(function)
-    # numba's own key covers the kernel's file alone, so a changed device function would go unnoticed
-    dispatcher._cache = _PackageCache(dispatcher.py_func)
+    """Compile ``function`` at its first call with new types; later processes load it from Numba's cache folder.
+
+    Where no such folder can be written, every process compiles anew, with one warning.
+    """
+    dispatcher = numba.njit(**_OPTIONS)(function)
+    try:
+        # numba's own key covers the kernel's file alone, so a changed device function would go unnoticed
+        dispatcher._cache = _PackageCache(dispatcher.py_func)
+    except RuntimeError as error:
+        if "no locator available" not in str(error):
+            raise
+        _warn_uncached("neither the folder of lioncub nor the home folder can be written")
     return dispatcher
 
 
@@ -32,6 +43,26 @@ class _PackageCache(FunctionCache):
 
     def _index_key(self, sig: Any, codegen: Any) -> tuple[Any, ...]:
         return (*super()._index_key(sig, codegen), _SOURCES)
+
+    @contextlib.contextmanager
+    def _guard_against_spurious_io_errors(self) -> Iterator[None]:
+        """Around loading and saving: a folder that became full, read-only or broken costs time, and stops nobody."""
+        try:
+            yield
+        except (OSError, EOFError, pickle.UnpicklingError) as error:
+            _warn_uncached(f"{type(error).__name__}: {error}")
+
+
+def _warn_uncached(why: str) -> None:
+    if _warned:
+        return
+    _warned.append(why)
+    warnings.warn(
+        f"lioncub cannot keep its compiled CPU kernels, so every process compiles them anew, for seconds each ({why}); "
+        "set NUMBA_CACHE_DIR to a folder that can be written",
+        RuntimeWarning,
+        stacklevel=2,
+    )
 
 
 def _hash_sources() -> str:
@@ -44,3 +75,5 @@ def _hash_sources() -> str:
 
 
 _SOURCES = _hash_sources()
+# why there is no cache, once that has been told
+_warned: list[str] = []
