@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,13 +13,23 @@ FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def check_float(name: str, tensor: Tensor) -> None:
-    """Raise TypeError unless ``tensor`` is a dense fp32, bf16 or fp16 tensor."""
+    """Raise unless ``tensor`` is a dense fp32, bf16 or fp16 tensor with data."""
+    check_dense(name, tensor, FLOAT_DTYPES)
+
+
+def check_dense(name: str, tensor: Tensor, dtypes: Sequence[torch.dtype]) -> None:
+    """Raise TypeError unless ``tensor`` is a dense tensor of one of ``dtypes``, ValueError where it has no data."""
+    names = [_name_of(dtype) for dtype in dtypes]
+    kind = f"a {names[0]} tensor" if len(names) == 1 else "a torch.Tensor"
     if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
+        raise TypeError(f"{name}: expected {kind}, got {type(tensor).__name__}")
     if tensor.layout != torch.strided:
         raise TypeError(f"{name}: expected a dense tensor, got layout {tensor.layout}")
-    if tensor.dtype not in FLOAT_DTYPES:
-        raise TypeError(f"{name}: expected dtype float32, bfloat16 or float16, got {tensor.dtype}")
+    if tensor.dtype not in dtypes:
+        expected = kind if len(names) == 1 else f"dtype {', '.join(names[:-1])} or {names[-1]}"
+        raise TypeError(f"{name}: expected {expected}, got {tensor.dtype}")
+    if tensor.device.type == "meta":
+        raise ValueError(f"{name}: expected a tensor with data, got one on the meta device")
 
 
 def check_exp_avg(exp_avg: Tensor, param: Tensor) -> None:
@@ -59,33 +71,37 @@ def packed_out(out: Tensor | None, n_bytes: int, source: str, tensor: Tensor) ->
     return out
 
 
-def check_packed(name: str, packed: Tensor, n_bytes: int) -> None:
-    """Raise unless ``packed`` is a contiguous uint8 tensor of exactly ``n_bytes`` bytes."""
-    if not isinstance(packed, Tensor) or packed.dtype != torch.uint8:
-        raise TypeError(f"{name}: expected a uint8 tensor, got {_kind(packed)}")
-    if packed.dim() != 1 or not packed.is_contiguous() or packed.numel() != n_bytes:
+def check_packed(name: str, packed: Tensor, n_bytes: int | None) -> None:
+    """Raise unless ``packed`` is a contiguous uint8 tensor of exactly ``n_bytes`` bytes, of any number for None."""
+    check_dense(name, packed, (torch.uint8,))
+    check_flat(name, packed, torch.uint8, packed.numel() if n_bytes is None else n_bytes)
+
+
+def check_flat(name: str, tensor: Tensor, dtype: torch.dtype, count: int) -> None:
+    """Raise unless ``tensor`` is a contiguous tensor of ``dtype`` and shape [count]."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: expected a {_name_of(dtype)} tensor of shape ({count},), got {type(tensor).__name__}")
+    is_dense_one = tensor.layout == torch.strided and tensor.dtype == dtype
+    if not is_dense_one or tensor.shape != (count,) or not tensor.is_contiguous():
+        kind = "" if tensor.dtype == dtype else f"{tensor.dtype} of "
+        strides = f"with strides {tensor.stride()}" if tensor.layout == torch.strided else f"in {tensor.layout}"
         raise ValueError(
-            f"{name}: expected a contiguous tensor of shape ({n_bytes},), "
-            f"got shape {tuple(packed.shape)} with strides {packed.stride()}"
+            f"{name}: expected a contiguous {_name_of(dtype)} tensor of shape ({count},), "
+            f"got {kind}shape {tuple(tensor.shape)} {strides}"
         )
+    check_dense(name, tensor, (dtype,))
 
 
 def check_counts(counts: Tensor | None, peer_name: str, peer: Tensor) -> None:
-    """Raise ValueError unless ``counts`` is None or a contiguous int64[2] on ``peer``'s device."""
-    if counts is None:
-        return
-    if counts.dtype != torch.int64 or counts.shape != (2,) or not counts.is_contiguous():
-        raise ValueError(
-            f"counts: expected a contiguous int64[2], got {counts.dtype} of shape {tuple(counts.shape)} "
-            f"with strides {counts.stride()}"
-        )
-    check_device("counts", counts, peer_name, peer)
+    """Raise unless ``counts`` is None or a contiguous int64[2] on ``peer``'s device."""
+    if counts is not None:
+        check_flat("counts", counts, torch.int64, 2)
+        check_device("counts", counts, peer_name, peer)
 
 
 def check_rows(name: str, tensor: Tensor, axes: str) -> None:
     """Raise unless ``tensor`` is uint8 with these axes, of which only the last may be 0, and its bytes adjacent."""
-    if not isinstance(tensor, Tensor) or tensor.dtype != torch.uint8:
-        raise TypeError(f"{name}: expected a uint8 tensor, got {_kind(tensor)}")
+    check_dense(name, tensor, (torch.uint8,))
     if tensor.dim() != len(axes.split(", ")) or 0 in tensor.shape[:-1]:
         leading = axes[: axes.rindex(",")]
         raise ValueError(f"{name}: expected shape [{axes}] with {leading} >= 1, got {tuple(tensor.shape)}")
@@ -93,17 +109,33 @@ def check_rows(name: str, tensor: Tensor, axes: str) -> None:
         raise ValueError(f"{name}: expected rows of adjacent bytes, got strides {tensor.stride()}")
 
 
-def check_status(status: Tensor | None, peer: Tensor, n_tensors: int = 1) -> None:
+def check_status(status: Tensor | None, peer: Tensor | None, n_tensors: int = 1) -> None:
     """Raise unless ``status`` is None or a contiguous int32 tensor with one element per tensor."""
     if status is None:
         return
-    if not isinstance(status, Tensor) or status.dtype != torch.int32:
-        raise TypeError(f"status: expected an int32 tensor, got {_kind(status)}")
-    if status.numel() != n_tensors or not status.is_contiguous():
+    check_dense("status", status, (torch.int32,))
+    if status.shape != (n_tensors,) or not status.is_contiguous():
         raise ValueError(
             f"status: expected a contiguous tensor of {n_tensors} element(s), got shape {tuple(status.shape)}"
         )
-    check_device("status", status, "grad", peer)
+    if peer is not None:
+        check_device("status", status, "grad", peer)
+
+
+def check_integer(name: str, value: Any, least: int | None = 0, most: int | None = None) -> None:
+    """Raise TypeError unless ``value`` is an integer, ValueError unless it is in ``least`` .. ``most``."""
+    is_integer: bool = isinstance(value, int | numbers.Integral) and not isinstance(value, bool)
+    if not is_integer:
+        raise TypeError(f"{name}: expected an integer, got {type(value).__name__}")
+    if (least is not None and value < least) or (most is not None and value > most):
+        bounds = f">= {least}" if most is None else f"in {least} .. {most}"
+        raise ValueError(f"{name}: expected an integer {bounds}, got {value}")
+
+
+def check_choice(name: str, value: object, choices: Sequence[int]) -> None:
+    """Raise ValueError unless ``value`` is one of these integers."""
+    if isinstance(value, bool) or not isinstance(value, int) or value not in choices:
+        raise ValueError(f"{name}: expected one of {choices}, got {value!r}")
 
 
 def storage_order_view(name: str, tensor: Tensor) -> Tensor:
@@ -123,6 +155,8 @@ def storage_order_view(name: str, tensor: Tensor) -> Tensor:
 
 def is_dense(shape: Sequence[int], stride: Sequence[int]) -> bool:
     """Whether the elements fill a contiguous piece of storage, each place once, in whatever order."""
+    if 0 in shape:
+        return True
     expected = 1
     for step, size in sorted(zip(stride, shape, strict=True)):
         if size == 1:
@@ -133,5 +167,5 @@ def is_dense(shape: Sequence[int], stride: Sequence[int]) -> bool:
     return True
 
 
-def _kind(value: object) -> str:
-    return str(value.dtype) if isinstance(value, Tensor) else type(value).__name__
+def _name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

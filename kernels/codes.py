@@ -9,6 +9,7 @@ from torch import Tensor
 from lioncub.kernels.backends import backend
 from lioncub.kernels.checks import (
     check_all_or_none,
+    check_choice,
     check_device,
     check_exp_avg,
     check_float,
@@ -18,6 +19,14 @@ from lioncub.kernels.checks import (
 )
 from lioncub.kernels.gates import check_gate, let_through
 from lioncub.kernels.layout import FIELD_BITS, packed_bytes
+from lioncub.kernels.list_checks import (
+    check_code_list,
+    check_float_lists,
+    check_list_types,
+    check_momentum_dtypes,
+    code_bytes,
+)
+from lioncub.kernels.overlaps import check_lists_apart
 from lioncub.kernels.registry import mark_written, register
 from lioncub.kernels.rounding import Rounding, rounding_arguments, streams_of
 from lioncub.kernels.scalars import (
@@ -27,8 +36,9 @@ from lioncub.kernels.scalars import (
     factor_scalar,
     mix_of,
     rate_of,
-    rate_scalar,
+    rate_scalars,
 )
+from lioncub.kernels.tensor_lists import TensorList
 
 
 def apply_codes_(
@@ -122,27 +132,28 @@ def foreach_apply_codes_(
     tensors: Sequence[int] | None = None,
     impl: str = "auto",
 ) -> None:
-    """`apply_codes_` of lists of 1-d tensors in storage order, on one device; they are not checked.
+    """`apply_codes_` of lists of 1-d contiguous tensors in storage order, on one device.
 
     Where int32[n] ``gate`` is zero, a parameter and its momentum stay as they are. ``tensors`` are the numbers of the
     streams to round by, the tensors' places unless given.
     """
+    check_list_types(param=param, packed=packed)
     how = rounding_arguments(rounding, tensors, param)
     _check_format(bits, step, offset, divisor)
     check_gate(gate, param)
-    rates = rate_scalar("lr", lr), rate_scalar("weight_decay", weight_decay)
+    rates = rate_scalars(lr, weight_decay)
     form = bits, step, offset, divisor
     if grad is None or exp_avg is None or beta2 is None:
         check_all_or_none(grad=grad, exp_avg=exp_avg, beta2=beta2)
         _APPLY(param, packed, *form, *rates, gate, *how, impl)
     else:
+        check_list_types(grad=grad, exp_avg=exp_avg)
         b2, scale = beta_scalar("beta2", beta2), factor_scalar("grad_scale", grad_scale)
         _APPLY_MOMENTUM(param, packed, *form, *rates, grad, exp_avg, b2, scale, gate, *how, impl)
 
 
 def _check_format(bits: int, step: int, offset: int, divisor: int) -> None:
-    if bits not in FIELD_BITS:
-        raise ValueError(f"bits: expected one of {FIELD_BITS}, got {bits}")
+    check_choice("bits", bits, FIELD_BITS)
     for name, value, least in (("step", step, 1), ("offset", offset, 0), ("divisor", divisor, 1)):
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise ValueError(f"{name}: expected an integer >= {least}, got {value!r}")
@@ -165,6 +176,10 @@ def _apply(
     numbers: Sequence[int],
     impl: str,
 ) -> None:
+    param, packed = TensorList(param), TensorList(packed)
+    check_float_lists(param=param)
+    check_code_list("packed", packed, code_bytes(param.sizes, bits), "param", param)
+    check_lists_apart({"param": param}, {"packed": packed})
     options, (x, codes) = let_through(gate, streams_of(rounding, rounding_step, numbers), impl, param, packed)
     if x:
         run = backend(impl, x[0].device)
@@ -192,6 +207,11 @@ def _apply_momentum(
     numbers: Sequence[int],
     impl: str,
 ) -> None:
+    param, packed, grad, exp_avg = map(TensorList, (param, packed, grad, exp_avg))
+    check_float_lists(param=param, grad=grad, exp_avg=exp_avg)
+    check_momentum_dtypes(exp_avg, param)
+    check_code_list("packed", packed, code_bytes(param.sizes, bits), "param", param)
+    check_lists_apart({"param": param, "exp_avg": exp_avg}, {"packed": packed, "grad": grad})
     options, (x, codes, g, m) = let_through(
         gate, streams_of(rounding, rounding_step, numbers), impl, param, packed, grad, exp_avg
     )

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from lioncub.kernels.backends import backend
-from lioncub.kernels.checks import check_counts, check_device, check_packed, check_rows
+from lioncub.kernels.checks import check_counts, check_device, check_integer, check_packed, check_rows
 from lioncub.kernels.layout import counter_planes
+from lioncub.kernels.overlaps import check_apart
 from lioncub.kernels.registry import mark_written, register
 from lioncub.kernels.scalars import count_scalar, parity_of
 
@@ -19,7 +20,8 @@ def count_votes(packed: Tensor, *, out: Tensor | None = None, impl: str = "auto"
 
     Args:
         packed: uint8[N, B], one row per voter, N >= 1; rows may lie apart (any row stride), bytes may not.
-        out: uint8[P, B] to write, P = counter_planes(N); rows may lie apart, bytes may not. Allocated unless given.
+        out: uint8[P, B] to write, P = counter_planes(N); rows may lie apart, bytes may not. Its memory is that of no
+            argument. Allocated unless given.
         impl: "auto", "triton", "cpu" or "reference".
 
     Returns:
@@ -57,7 +59,7 @@ def majority_of_counts(
             strides), bytes may not. A group that needs fewer planes has zeros in the others.
         voters: number of voters of all groups, 1 <= voters <= G * (2^P - 1), at most 2^20.
         parity: a tie at element j gives bit (j + parity) & 1; `tie_parity` gives that of a step.
-        out: uint8[B] to write; allocated unless given.
+        out: uint8[B] to write, memory of no other argument; allocated unless given.
         counts: int64[2]; the numbers of tied and of unanimous codes among all 8*B are added to it.
         impl: "auto", "triton", "cpu" or "reference".
 
@@ -70,6 +72,7 @@ def majority_of_counts(
     if largest >= 2**31:
         raise ValueError(f"planes: expected counts whose sum is below 2^31, got shape {tuple(planes.shape)}")
     most = min(largest, MAX_VOTERS)
+    check_integer("voters", voters, least=None)
     if not 1 <= voters <= most:
         raise ValueError(f"voters: expected 1 to {most} for planes of shape {tuple(planes.shape)}, got {voters}")
     if out is None:
@@ -83,6 +86,7 @@ def majority_of_counts(
 
 def _count(packed: Tensor, out: Tensor, impl: str) -> None:
     run = backend(impl, packed.device)
+    check_apart({"out": out}, {"packed": packed})
     if out.numel():
         run.count_votes(packed, out)
     mark_written(out)
@@ -90,6 +94,7 @@ def _count(packed: Tensor, out: Tensor, impl: str) -> None:
 
 def _sum(planes: Tensor, voters: int, parity: Tensor, out: Tensor, counts: Tensor | None, impl: str) -> None:
     run = backend(impl, planes.device)
+    check_apart({"out": out, "counts": counts}, {"planes": planes})
     if out.numel():
         run.majority_of_counts(planes, voters, parity_of(parity), out, counts)
     mark_written(out, counts)

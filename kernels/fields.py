@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from lioncub.kernels.backends import backend
-from lioncub.kernels.checks import check_counts, check_device, check_packed
+from lioncub.kernels.checks import check_choice, check_counts, check_device, check_flat, check_integer, check_packed
 from lioncub.kernels.layout import CODE_BITS, FIELD_BITS, WORD_BYTES
+from lioncub.kernels.overlaps import check_apart
 from lioncub.kernels.registry import mark_written, register
 from lioncub.kernels.scalars import count_scalar, parity_of
 
@@ -24,15 +25,14 @@ def spread_codes(
         packed: contiguous uint8[B], B a multiple of 8.
         bits: width of a code: 1, 2, 4 or 8.
         field_bits: width of a field: 1, 2, 4, 8 or 16, at least ``bits``.
-        out: ``uint8[B*field_bits//bits]`` to write; allocated unless given.
+        out: ``uint8[B*field_bits//bits]`` to write, memory of no other argument; allocated unless given.
         impl: "auto", "triton", "cpu" or "reference".
 
     Returns:
         ``out``: field i is code i, little-endian as the codes are.
     """
-    if bits not in CODE_BITS:
-        raise ValueError(f"bits: expected one of {CODE_BITS}, got {bits}")
-    _check_width(field_bits)
+    check_choice("bits", bits, CODE_BITS)
+    check_choice("field_bits", field_bits, FIELD_BITS)
     if field_bits < bits:
         raise ValueError(f"field_bits: expected at least bits, {bits}, got {field_bits}")
     n_bytes = _check_multiple("packed", packed, WORD_BYTES)
@@ -65,25 +65,24 @@ def unpack_fields(
         field_bits: width of a field: 1, 2, 4, 8 or 16.
         step: integer; no result may leave int32.
         offset: integer.
-        out: int32[n] to write; allocated unless given.
+        out: int32[n] to write, memory of no other argument; allocated unless given.
         impl: "auto", "triton", "cpu" or "reference".
 
     Returns:
         ``out``.
     """
-    _check_width(field_bits)
+    check_choice("field_bits", field_bits, FIELD_BITS)
     available = 8 * _check_multiple("fields", fields, max(field_bits // 8, 1)) // field_bits
+    check_integer("n", n, least=None)
     if not 0 <= n <= available:
         raise ValueError(f"n: expected 0 to {available} fields of {field_bits} bits, got {n}")
+    for name, value in (("step", step), ("offset", offset)):
+        check_integer(name, value, least=None)
     if abs(step) * (2**field_bits - 1) + abs(offset) >= 2**31:
         raise ValueError(f"step, offset: expected results within int32, got step {step} and offset {offset}")
     if out is None:
         out = torch.empty(n, dtype=torch.int32, device=fields.device)
-    if out.dtype != torch.int32 or out.shape != (n,) or not out.is_contiguous():
-        raise ValueError(
-            f"out: expected a contiguous int32 tensor of shape ({n},), got {out.dtype} of shape {tuple(out.shape)} "
-            f"with strides {out.stride()}"
-        )
+    check_flat("out", out, torch.int32, n)
     check_device("out", out, "fields", fields)
     _UNPACK(fields, field_bits, step, offset, out, impl)
     return out
@@ -108,14 +107,15 @@ def majority_of_fields(
         field_bits: width of a field: 1, 2, 4, 8 or 16.
         voters: 1 <= voters < 2^field_bits.
         parity: a tie at element j gives bit (j + parity) & 1; `tie_parity` gives that of a step.
-        out: uint8[F/field_bits] to write; allocated unless given.
+        out: uint8[F/field_bits] to write, memory of no other argument; allocated unless given.
         counts: int64[2]; the numbers of tied and of unanimous fields are added to it.
         impl: "auto", "triton", "cpu" or "reference".
 
     Returns:
         ``out``: one bit per field, 1 where it is more than half of the voters.
     """
-    _check_width(field_bits)
+    check_choice("field_bits", field_bits, FIELD_BITS)
+    check_integer("voters", voters, least=None)
     if not 1 <= voters < 2**field_bits:
         raise ValueError(f"voters: expected 1 to {2**field_bits - 1} for fields of {field_bits} bits, got {voters}")
     n_bytes = _check_multiple("fields", fields, field_bits) // field_bits
@@ -128,16 +128,9 @@ def majority_of_fields(
     return out
 
 
-def _check_width(field_bits: int) -> None:
-    if field_bits not in FIELD_BITS:
-        raise ValueError(f"field_bits: expected one of {FIELD_BITS}, got {field_bits}")
-
-
 def _check_multiple(name: str, packed: Tensor, multiple: int) -> int:
     """Bytes of ``packed``, a contiguous uint8 tensor of a multiple of ``multiple`` bytes."""
-    if not isinstance(packed, Tensor):
-        raise TypeError(f"{name}: expected a uint8 tensor, got {type(packed).__name__}")
-    check_packed(name, packed, packed.numel())
+    check_packed(name, packed, None)
     if packed.numel() % multiple:
         raise ValueError(f"{name}: expected a multiple of {multiple} bytes, got {packed.numel()}")
     return packed.numel()
@@ -145,6 +138,7 @@ def _check_multiple(name: str, packed: Tensor, multiple: int) -> int:
 
 def _spread(packed: Tensor, bits: int, field_bits: int, out: Tensor, impl: str) -> None:
     run = backend(impl, packed.device)
+    check_apart({"out": out}, {"packed": packed})
     if bits == field_bits:
         out.copy_(packed)
     elif out.numel():
@@ -154,6 +148,7 @@ def _spread(packed: Tensor, bits: int, field_bits: int, out: Tensor, impl: str) 
 
 def _unpack(fields: Tensor, field_bits: int, step: int, offset: int, out: Tensor, impl: str) -> None:
     run = backend(impl, fields.device)
+    check_apart({"out": out}, {"fields": fields})
     if out.numel():
         run.unpack_fields(fields, field_bits, step, offset, out)
     mark_written(out)
@@ -163,6 +158,7 @@ def _vote(
     fields: Tensor, field_bits: int, voters: int, parity: Tensor, out: Tensor, counts: Tensor | None, impl: str
 ) -> None:
     run = backend(impl, fields.device)
+    check_apart({"out": out, "counts": counts}, {"fields": fields})
     if out.numel():
         run.majority_of_fields(fields, field_bits, voters, parity_of(parity), out, counts)
     mark_written(out, counts)

@@ -8,14 +8,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
-from lioncub.kernels.checks import storage_order_view
-from lioncub.kernels.layout import packed_bytes
+from lioncub.kernels.checks import (
+    FLOAT_DTYPES,
+    check_dense,
+    check_float,
+    check_integer,
+    check_same_storage_order,
+    check_status,
+    storage_order_view,
+)
+from lioncub.kernels.gates import check_gate
+from lioncub.kernels.layout import WORD_SIGNS, packed_bytes
 from lioncub.kernels.lion import foreach_apply_votes_, foreach_lion_encode, foreach_lion_step_
+from lioncub.kernels.list_checks import check_list_types
 from lioncub.kernels.registry import register
 from lioncub.kernels.rounding import Rounding, rounding_arguments, rounding_of
-from lioncub.kernels.scalars import Scalar, beta_scalar, count_scalar, factor_scalar, rate_scalar
+from lioncub.kernels.scalars import Scalar, beta_scalar, count_scalar, factor_scalar, rate_scalars
 
 
 def encode_bucket(
@@ -31,6 +42,9 @@ def encode_bucket(
     impl: str = "auto",
 ) -> None:
     """`foreach_lion_encode` of a bucket; ``out`` is uint8[n] for 8*n codes, ``status`` int32 with one per tensor."""
+    check_list_types(grad=grad)
+    _check_bucket(starts, grad, exp_avg=exp_avg, out=out)
+    check_status(status, grad[0] if grad else None, len(grad))
     numbers = beta_scalar("beta1", beta1), count_scalar("parity", parity)
     _ENCODE(exp_avg, grad, starts, *numbers, out, status, factor_scalar("grad_scale", grad_scale), impl)
 
@@ -52,7 +66,11 @@ def apply_bucket_(
     impl: str = "auto",
 ) -> None:
     """`foreach_apply_votes_` of a bucket. Mutates ``param`` and ``exp_avg`` of tensors whose ``gate`` is not zero."""
-    rates = rate_scalar("lr", lr), rate_scalar("weight_decay", weight_decay)
+    check_list_types(param=param, grad=grad)
+    _check_gradients(grad, param)
+    _check_bucket(starts, param, exp_avg=exp_avg, packed=packed)
+    check_gate(gate, param)
+    rates = rate_scalars(lr, weight_decay)
     further = beta_scalar("beta2", beta2), factor_scalar("grad_scale", grad_scale)
     how = rounding_arguments(rounding, tensors, param)
     _APPLY(param, packed, starts, *rates, grad, exp_avg, *further, gate, *how, impl)
@@ -75,10 +93,44 @@ def step_bucket_(
     impl: str = "auto",
 ) -> None:
     """`foreach_lion_step_` of a bucket. Mutates ``param`` and ``exp_avg`` of tensors whose ``gate`` is not zero."""
-    rates = rate_scalar("lr", lr), rate_scalar("weight_decay", weight_decay)
+    check_list_types(param=param, grad=grad)
+    _check_gradients(grad, param)
+    _check_bucket(starts, param, exp_avg=exp_avg)
+    check_gate(gate, param)
+    rates = rate_scalars(lr, weight_decay)
     betas = beta_scalar("beta1", beta1), beta_scalar("beta2", beta2)
     how = rounding_arguments(rounding, tensors, param)
     _STEP(param, grad, exp_avg, starts, *rates, *betas, factor_scalar("grad_scale", grad_scale), gate, *how, impl)
+
+
+def _check_gradients(grad: Sequence[Tensor], param: Sequence[Tensor]) -> None:
+    if len(grad) != len(param):
+        raise ValueError(f"grad: expected {len(param)} tensors, one for each of param, got {len(grad)}")
+    for i, (g, x) in enumerate(zip(grad, param, strict=True)):
+        check_float(f"grad[{i}]", g)
+        check_float(f"param[{i}]", x)
+        check_same_storage_order(f"grad[{i}]", g, f"param[{i}]", x)
+
+
+def _check_bucket(starts: Sequence[int], like: Sequence[Tensor], **flat: Tensor) -> None:
+    """Raise unless flat buffers have a place for each tensor: from a multiple of 64 on, behind the one before."""
+    if len(starts) != len(like):
+        raise ValueError(f"starts: expected {len(like)} numbers, one per tensor, got {len(starts)}")
+    end = 0
+    for i, (start, tensor) in enumerate(zip(starts, like, strict=True)):
+        check_integer(f"starts[{i}]", start, least=end)
+        if start % WORD_SIGNS:
+            raise ValueError(f"starts[{i}]: expected a multiple of {WORD_SIGNS}, got {start}")
+        end = start + 8 * packed_bytes(tensor.numel())
+    for name, buffer in flat.items():
+        is_codes = name != "exp_avg"
+        check_dense(name, buffer, (torch.uint8,) if is_codes else FLOAT_DTYPES)
+        least = end // 8 if is_codes else max((s + t.numel() for s, t in zip(starts, like, strict=True)), default=0)
+        if buffer.dim() != 1 or not buffer.is_contiguous() or buffer.numel() < least:
+            raise ValueError(
+                f"{name}: expected a contiguous tensor of shape [n] with n >= {least}, got shape {tuple(buffer.shape)} "
+                f"with strides {buffer.stride()}"
+            )
 
 
 def _encode(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lioncub.kernels.backends import resolve_impl
+from lioncub.kernels.checks import check_device, check_flat
 from lioncub.kernels.rounding import Streams
 
 Lists = tuple[Sequence[Tensor], ...]
@@ -18,13 +19,8 @@ def check_gate(gate: Tensor | None, param: Sequence[Tensor]) -> None:
     """Raise unless ``gate`` is None or a contiguous int32[n] on the device of the n tensors of ``param``."""
     if gate is None or not param:
         return
-    if gate.dtype != torch.int32 or gate.shape != (len(param),) or not gate.is_contiguous():
-        raise ValueError(
-            f"gate: expected a contiguous int32[{len(param)}], one flag per tensor, got {gate.dtype} of shape "
-            f"{tuple(gate.shape)} with strides {gate.stride()}"
-        )
-    if gate.device != param[0].device:
-        raise ValueError(f"gate: expected device {param[0].device} (param's), got {gate.device}")
+    check_flat("gate", gate, torch.int32, len(param))
+    check_device("gate", gate, "param", param[0])
 
 
 def let_through(

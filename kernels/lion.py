@@ -1,8 +1,9 @@
 """The Lion kernels: encode the update, apply a vote, or take the whole step on one device.
 
-Each public function takes one tensor; its ``foreach_`` twin takes lists, one call for a whole bucket, and checks
-nothing but what the registered op needs: 1-d contiguous tensors in storage order. There ``grad_scale`` multiplies the
-gradients within the pass, exactly for -1 and powers of two (maximization, the inverse of a loss scale).
+Each public function takes one tensor; its ``foreach_`` twin takes lists of 1-d contiguous tensors in storage order, one
+call for a whole bucket. Both raise, with nothing written, where a tensor does not fit the others. In lists
+``grad_scale`` multiplies the gradients within the pass, exactly for -1 and powers of two (maximization, the inverse of
+a loss scale).
 """
 
 from __future__ import annotations
@@ -25,6 +26,14 @@ from lioncub.kernels.checks import (
 )
 from lioncub.kernels.gates import check_gate, let_through
 from lioncub.kernels.layout import packed_bytes
+from lioncub.kernels.list_checks import (
+    check_code_list,
+    check_float_lists,
+    check_list_types,
+    check_momentum_dtypes,
+    code_bytes,
+)
+from lioncub.kernels.overlaps import check_lists_apart
 from lioncub.kernels.registry import mark_written, register
 from lioncub.kernels.rounding import Rounding, rounding_arguments, streams_of
 from lioncub.kernels.scalars import (
@@ -36,8 +45,9 @@ from lioncub.kernels.scalars import (
     mix_of,
     parity_of,
     rate_of,
-    rate_scalar,
+    rate_scalars,
 )
+from lioncub.kernels.tensor_lists import TensorList
 
 
 def lion_encode(
@@ -193,7 +203,9 @@ def foreach_lion_encode(
     grad_scale: Scalar = 1.0,
     impl: str = "auto",
 ) -> None:
-    """`lion_encode` of lists; status is int32 with one element per tensor."""
+    """`lion_encode` of lists of 1-d contiguous tensors; status is int32 with one element per tensor."""
+    check_list_types(exp_avg=exp_avg, grad=grad, out=out)
+    check_status(status, None, len(grad))
     b1 = beta_scalar("beta1", beta1)
     _ENCODE(
         exp_avg, grad, b1, count_scalar("parity", parity), out, status, factor_scalar("grad_scale", grad_scale), impl
@@ -215,17 +227,20 @@ def foreach_apply_votes_(
     tensors: Sequence[int] | None = None,
     impl: str = "auto",
 ) -> None:
-    """`apply_votes_` of lists; where int32[n] ``gate`` is zero, a parameter and its momentum stay as they are.
+    """`apply_votes_` of lists of 1-d contiguous tensors.
 
-    ``tensors`` are the numbers of the streams to round by, the tensors' places unless given.
+    Where int32[n] ``gate`` is zero, a parameter and its momentum stay as they are. ``tensors`` are the
+    numbers of the streams to round by, the tensors' places unless given.
     """
+    check_list_types(param=param, packed=packed)
     how = rounding_arguments(rounding, tensors, param)
-    rate, decay = rate_scalar("lr", lr), rate_scalar("weight_decay", weight_decay)
+    rate, decay = rate_scalars(lr, weight_decay)
     check_gate(gate, param)
     if grad is None or exp_avg is None or beta2 is None:
         check_all_or_none(grad=grad, exp_avg=exp_avg, beta2=beta2)
         _APPLY(param, packed, rate, decay, gate, *how, impl)
     else:
+        check_list_types(grad=grad, exp_avg=exp_avg)
         b2, scale = beta_scalar("beta2", beta2), factor_scalar("grad_scale", grad_scale)
         _APPLY_MOMENTUM(param, packed, rate, decay, grad, exp_avg, b2, scale, gate, *how, impl)
 
@@ -246,9 +261,10 @@ def foreach_lion_step_(
     impl: str = "auto",
 ) -> None:
     """`lion_step_` of lists; ``gate`` and ``tensors`` as in `foreach_apply_votes_`."""
+    check_list_types(param=param, grad=grad, exp_avg=exp_avg)
     how = rounding_arguments(rounding, tensors, param)
     check_gate(gate, param)
-    rate, decay = rate_scalar("lr", lr), rate_scalar("weight_decay", weight_decay)
+    rate, decay = rate_scalars(lr, weight_decay)
     b1, b2 = beta_scalar("beta1", beta1), beta_scalar("beta2", beta2)
     scale = factor_scalar("grad_scale", grad_scale)
     _STEP(param, grad, exp_avg, rate, decay, b1, b2, scale, gate, *how, impl)
@@ -265,6 +281,13 @@ def _encode_arguments(
     return storage_order_view("exp_avg", exp_avg), storage_order_view("grad", grad), out
 
 
+def _check_encoding(exp_avg: TensorList, grad: TensorList, out: TensorList, status: Tensor | None) -> None:
+    check_float_lists(grad=grad, exp_avg=exp_avg)
+    check_code_list("out", out, code_bytes(grad.sizes), "grad", grad)
+    check_status(status, grad[0] if grad else None, len(grad))
+    check_lists_apart({"out": out}, {"grad": grad, "exp_avg": exp_avg})
+
+
 def _encode(
     exp_avg: Sequence[Tensor],
     grad: Sequence[Tensor],
@@ -275,6 +298,8 @@ def _encode(
     grad_scale: Tensor,
     impl: str,
 ) -> None:
+    exp_avg, grad, out = map(TensorList, (exp_avg, grad, out))
+    _check_encoding(exp_avg, grad, out, status)
     if grad:
         run = backend(impl, grad[0].device)
         run.lion_encode(exp_avg, grad, mix_of(beta1, grad_scale), parity_of(parity), out, status)
@@ -291,6 +316,9 @@ def _encode_(
     status: Tensor | None,
     impl: str,
 ) -> None:
+    exp_avg, grad, out = map(TensorList, (exp_avg, grad, out))
+    _check_encoding(exp_avg, grad, out, status)
+    check_lists_apart({"exp_avg": exp_avg}, {"grad": grad})
     if grad:
         run = backend(impl, grad[0].device)
         run.lion_encode_(exp_avg, grad, mix_of(beta1), mix_of(beta2), parity_of(parity), out, status)
@@ -308,6 +336,10 @@ def _apply(
     numbers: Sequence[int],
     impl: str,
 ) -> None:
+    param, packed = TensorList(param), TensorList(packed)
+    check_float_lists(param=param)
+    check_code_list("packed", packed, code_bytes(param.sizes), "param", param)
+    check_lists_apart({"param": param}, {"packed": packed})
     options, (x, codes) = let_through(gate, streams_of(rounding, rounding_step, numbers), impl, param, packed)
     if x:
         run = backend(impl, x[0].device)
@@ -330,6 +362,11 @@ def _apply_momentum(
     numbers: Sequence[int],
     impl: str,
 ) -> None:
+    param, packed, grad, exp_avg = map(TensorList, (param, packed, grad, exp_avg))
+    check_float_lists(param=param, grad=grad, exp_avg=exp_avg)
+    check_momentum_dtypes(exp_avg, param)
+    check_code_list("packed", packed, code_bytes(param.sizes), "param", param)
+    check_lists_apart({"param": param, "exp_avg": exp_avg}, {"packed": packed, "grad": grad})
     options, (x, codes, g, m) = let_through(
         gate, streams_of(rounding, rounding_step, numbers), impl, param, packed, grad, exp_avg
     )
@@ -355,6 +392,10 @@ def _step(
     numbers: Sequence[int],
     impl: str,
 ) -> None:
+    param, grad, exp_avg = map(TensorList, (param, grad, exp_avg))
+    check_float_lists(param=param, grad=grad, exp_avg=exp_avg)
+    check_momentum_dtypes(exp_avg, param)
+    check_lists_apart({"param": param, "exp_avg": exp_avg}, {"grad": grad})
     options, (x, g, m) = let_through(gate, streams_of(rounding, rounding_step, numbers), impl, param, grad, exp_avg)
     if x:
         rate, decay = rate_of(lr), decay_of(lr, weight_decay)

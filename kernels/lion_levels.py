@@ -15,9 +15,22 @@ from lioncub.kernels.checks import (
     storage_order_view,
 )
 from lioncub.kernels.layout import packed_bytes
-from lioncub.kernels.quantization import GAINS, check_fields, check_scale, empty_scales, stream_tensor, streams_of
+from lioncub.kernels.list_checks import check_code_list, check_float_lists, check_list_types, check_scale_list
+from lioncub.kernels.overlaps import check_lists_apart
+from lioncub.kernels.quantization import (
+    GAINS,
+    check_fields,
+    check_format,
+    check_scale,
+    empty_scales,
+    scale_count,
+    stream_tensor,
+    streams_of,
+)
 from lioncub.kernels.registry import mark_written, register
+from lioncub.kernels.rounding import stream_numbers
 from lioncub.kernels.scalars import Scalar, beta_scalar, factor_scalar, mix_of
+from lioncub.kernels.tensor_lists import TensorList
 
 
 def lion_quantize(
@@ -97,6 +110,8 @@ def foreach_lion_quantize(
 
     ``tensors`` are the numbers of the random streams, the tensors' places unless given.
     """
+    check_list_types(exp_avg=exp_avg, grad=grad, out=out, scale=() if scale is None else scale)
+    check_status(status, None, len(grad))
     size = check_fields(bits, norm, block, max([g.numel() for g in grad], default=0), stochastic)
     b1, multiplier = beta_scalar("beta1", beta1), factor_scalar("grad_scale", grad_scale)
     scales = list(scale or ())
@@ -105,8 +120,9 @@ def foreach_lion_quantize(
             exp_avg, grad, beta1=beta1, norm=norm, block=block, grad_scale=grad_scale, impl=impl
         )
     stream = stream_tensor(seed, worker, step)
-    # as in a stream, any integer is taken modulo 2^32
-    numbers = [number & 0xFFFFFFFF for number in (range(len(grad)) if tensors is None else tensors)]
+    numbers = stream_numbers(range(len(grad)) if tensors is None else tensors)
+    if len(numbers) != len(grad):
+        raise ValueError(f"tensors: expected {len(grad)} numbers, one per tensor, got {len(numbers)}")
     how = (bits, norm, size, stochastic, impl)
     _LION_QUANTIZE(exp_avg, grad, b1, multiplier, scales, stream, numbers, out, status, *how)
     return scales
@@ -123,6 +139,8 @@ def foreach_lion_scale(
     impl: str = "auto",
 ) -> list[Tensor]:
     """The scales of Lion's updates, fp32[blocks] of each, as `foreach_lion_quantize` takes them."""
+    check_list_types(exp_avg=exp_avg, grad=grad)
+    check_format(2, norm, block)
     scales = empty_scales(grad, block or 0)
     b1, multiplier = beta_scalar("beta1", beta1), factor_scalar("grad_scale", grad_scale)
     _LION_SCALE(exp_avg, grad, b1, multiplier, scales, norm, block or 0, impl)
@@ -139,6 +157,10 @@ def _lion_scale(
     block: int,
     impl: str,
 ) -> None:
+    exp_avg, grad, scale = map(TensorList, (exp_avg, grad, scale))
+    check_float_lists(grad=grad, exp_avg=exp_avg)
+    check_scale_list(scale, [scale_count(size, block) for size in grad.sizes], "grad", grad)
+    check_lists_apart({"scale": scale}, {"grad": grad, "exp_avg": exp_avg})
     if grad:
         run = backend(impl, grad[0].device)
         run.lion_block_scale(exp_avg, grad, mix_of(beta1, grad_scale), norm, block, scale)
@@ -164,6 +186,12 @@ def _lion_quantize(
     stochastic: bool,
     impl: str,
 ) -> None:
+    exp_avg, grad, scale, out = map(TensorList, (exp_avg, grad, scale, out))
+    check_float_lists(grad=grad, exp_avg=exp_avg)
+    check_scale_list(scale, [scale_count(size, block) for size in grad.sizes], "grad", grad)
+    check_code_list("out", out, [packed_bytes(size, bits) for size in grad.sizes], "grad", grad)
+    check_status(status, grad[0] if grad else None, len(grad))
+    check_lists_apart({"out": out}, {"grad": grad, "exp_avg": exp_avg, "scale": scale})
     if grad:
         run = backend(impl, grad[0].device)
         streams = streams_of(stream, numbers) if stochastic else None

@@ -11,13 +11,17 @@ from torch import Tensor
 from lioncub.kernels.backends import backend
 from lioncub.kernels.checks import (
     FLOAT_DTYPES,
+    check_choice,
     check_device,
+    check_flat,
     check_float,
+    check_integer,
     check_packed,
     packed_out,
     storage_order_view,
 )
 from lioncub.kernels.layout import packed_bytes
+from lioncub.kernels.overlaps import check_apart
 from lioncub.kernels.random_bits import MAX_ELEMENTS, Stream
 from lioncub.kernels.registry import mark_written, register
 
@@ -90,12 +94,12 @@ def dequantize(
     """
     if dtype not in FLOAT_DTYPES:
         raise TypeError(f"dtype: expected float32, bfloat16 or float16, got {dtype}")
+    check_integer("n", n)
     size = check_fields(bits, norm, block, n, False)
     check_packed("packed", packed, packed_bytes(n, bits))
     if out is None:
         out = torch.empty(n, dtype=dtype, device=packed.device)
-    elif out.dtype != dtype or out.shape != (n,) or not out.is_contiguous():
-        raise ValueError(f"out: expected a contiguous {dtype} of shape ({n},), got {out.dtype} of {tuple(out.shape)}")
+    check_flat("out", out, dtype, n)
     check_device("out", out, "packed", packed)
     check_scale(scale, out, size)
     _DEQUANTIZE(packed, scale, out, bits, norm, size, impl)
@@ -104,17 +108,19 @@ def dequantize(
 
 def check_format(bits: int, norm: str, block: int | None) -> None:
     """Raise ValueError unless values can be quantized so."""
-    if bits not in FIELD_BITS:
-        raise ValueError(f"bits: expected one of {FIELD_BITS}, got {bits}")
-    if norm not in GAINS:
+    check_choice("bits", bits, FIELD_BITS)
+    if not isinstance(norm, str) or norm not in GAINS:
         raise ValueError(f"norm: expected one of {tuple(GAINS)}, got {norm!r}")
-    if block is not None and (not isinstance(block, int) or block < 1 or block & (block - 1)):
+    is_integer = isinstance(block, int) and not isinstance(block, bool)
+    if block is not None and (not is_integer or block < 1 or block & (block - 1)):
         raise ValueError(f"block: expected a power of two or None, got {block}")
 
 
 def check_fields(bits: int, norm: str, block: int | None, n: int, stochastic: bool) -> int:
     """Check what the fields are made of; the block size, 0 for one scale per tensor."""
     check_format(bits, norm, block)
+    if not isinstance(stochastic, bool):
+        raise TypeError(f"stochastic: expected True or False, got {stochastic!r}")
     if stochastic and n > MAX_ELEMENTS:
         raise ValueError(f"stochastic: expected at most 2^34 elements in a stream, got {n}")
     return block or 0
@@ -137,19 +143,14 @@ def scale_count(n: int, block: int) -> int:
 
 def check_scale(scale: Tensor, like: Tensor, block: int) -> None:
     """Raise unless ``scale`` holds the scales of ``like``, a tensor of elements, in blocks of ``block``, 0 for one."""
-    expected = (scale_count(like.numel(), block),)
-    if not isinstance(scale, Tensor):
-        raise TypeError(f"scale: expected a float32 tensor of shape {expected}, got {type(scale).__name__}")
-    if scale.dtype != torch.float32 or scale.shape != expected or not scale.is_contiguous():
-        raise ValueError(
-            f"scale: expected a contiguous float32 tensor of shape {expected}, "
-            f"got {scale.dtype} of shape {tuple(scale.shape)}"
-        )
+    check_flat("scale", scale, torch.float32, scale_count(like.numel(), block))
     check_device("scale", scale, "data", like)
 
 
 def stream_tensor(*parts: int) -> Tensor:
     """int64 of what a stream is a function of."""
+    for name, part in zip(("seed", "worker", "step", "tensor"), parts, strict=False):
+        check_integer(name, part, least=None)
     # any integer is taken modulo 2^64, so that a seed from os.urandom is as good as a small one
     signed = [(part + 2**63) % 2**64 - 2**63 for part in parts]
     return torch.tensor(signed, dtype=torch.int64, device="cpu")
@@ -174,6 +175,7 @@ def _quantize(
     x: Tensor, scale: Tensor, stream: Tensor, out: Tensor, bits: int, norm: str, block: int, stochastic: bool, impl: str
 ) -> None:
     run = backend(impl, x.device)
+    check_apart({"out": out}, {"x": x, "scale": scale})
     if x.numel():
         words = Stream(*stream.tolist()) if stochastic else None
         run.quantize(x, scale, GAINS[norm], block, bits, words, out)
@@ -182,6 +184,7 @@ def _quantize(
 
 def _dequantize(packed: Tensor, scale: Tensor, out: Tensor, bits: int, norm: str, block: int, impl: str) -> None:
     run = backend(impl, packed.device)
+    check_apart({"out": out}, {"packed": packed, "scale": scale})
     if out.numel():
         run.dequantize(packed, scale, GAINS[norm], block, bits, out)
     mark_written(out)

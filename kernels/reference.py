@@ -151,7 +151,9 @@ def apply_votes_(
     """param = param*decay - lr*(+1/-1); where given, exp_avg = beta2*exp_avg + (1-beta2)*grad."""
     for i, (x, votes) in enumerate(zip(param, packed, strict=True)):
         up = _unpack_fields(votes, x.numel(), 1) == 1
-        _store(x, x.float() * decay - torch.where(up, lr, -lr), None if rounding is None else rounding.of_param(i))
+        rate = torch.full_like(x, lr, dtype=torch.float32)
+        moved = x.float() * decay - torch.where(up, rate, -rate)
+        _store(x, moved, None if rounding is None else rounding.of_param(i))
     _advance(grad, exp_avg, beta2, rounding)
 
 
@@ -168,7 +170,8 @@ def lion_step_(
     """The whole Lion step of one worker; the sign of zero and of NaN is 0."""
     for i, (x, g, m) in enumerate(zip(param, grad, exp_avg, strict=True)):
         update = _mix(beta1, m, g)
-        step = torch.where(update > 0, lr, 0.0) - torch.where(update < 0, lr, 0.0)
+        rate = torch.full_like(update, lr)
+        step = torch.where(update > 0, rate, 0.0) - torch.where(update < 0, rate, 0.0)
         _store(x, x.float() * decay - step, None if rounding is None else rounding.of_param(i))
         _store(m, _mix(beta2, m, g), None if rounding is None else rounding.of_momentum(i))
 
@@ -201,7 +204,7 @@ def lion_block_scale(
 def quantize(x: Tensor, scale: Tensor, gain: float, block: int, bits: int, stream: Stream | None, out: Tensor) -> None:
     """out = packed codes q + K of x[n], q = gain*K*x/scale rounded to even or, with a stream, stochastically."""
     level = largest_level(bits)
-    factor = torch.where(scale == 0, 0.0, torch.tensor(gain * level, device=scale.device) / scale)
+    factor = torch.where(scale == 0, 0.0, torch.full_like(scale, gain * level) / scale)
     ratio = x.float() * _per_element(factor, block, x.numel())
     ratio = torch.where(ratio.isnan(), 0.0, ratio).clamp(-level, level)
     if stream is None:
@@ -276,7 +279,7 @@ def _sign_codes(x: Tensor, parity: int) -> Tensor:
 
 def _parity_bits(like: Tensor, parity: int) -> Tensor:
     """(j + t) & 1 of each flat index j (rule 3)."""
-    index = torch.arange(like.numel(), device=like.device)
+    index = torch.arange(like.numel(), dtype=torch.int64, device=like.device)
     return ((index + (parity & 1)) & 1).to(torch.uint8)
 
 

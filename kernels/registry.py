@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,15 +21,29 @@ def register(schema: str, kernel: Callable[..., None]) -> Any:
     name = schema.split("(", 1)[0]
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))  # type: ignore[no-untyped-call]
     _LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
-    torch.library.register_fake(f"lioncub::{name}", _fake, lib=_LIBRARY)
-    return getattr(torch.ops.lioncub, name).default
+    op = getattr(torch.ops.lioncub, name).default
+    arguments = [argument.name for argument in op._schema.arguments]
+    torch.library.register_fake(f"lioncub::{name}", functools.partial(_fake, arguments), lib=_LIBRARY)
+    return op
 
 
 def mark_written(*written: Tensor | Sequence[Tensor] | None) -> None:
     """Advance the version counters of tensors that a kernel wrote behind autograd's back."""
     tensors = [t for item in written for t in ((item,) if isinstance(item, Tensor) else item or ())]
-    torch.autograd.graph.increment_version([t for t in tensors if not t.is_inference()])
+    try:
+        torch.autograd.graph.increment_version(tensors)
+    except RuntimeError:
+        # tensors of inference mode have no counter; that one is among them is rare, and dear to ask each time
+        torch.autograd.graph.increment_version([t for t in tensors if not t.is_inference()])
 
 
-def _fake(*args: Any) -> None:
-    """Every op writes into arguments that the caller shaped, so tracing needs no output."""
+def _fake(names: Sequence[str], *args: Any) -> None:
+    """Every op writes into arguments that the caller shaped, so tracing needs no output.
+
+    It is also what torch calls, in place of the op, where any tensor is on the meta device: raises ValueError then.
+    """
+    for name, value in zip(names, args, strict=False):
+        for tensor in value if isinstance(value, list | tuple) else (value,):
+            # the tensors of a trace say which device they stand for
+            if isinstance(tensor, Tensor) and tensor.device.type == "meta":
+                raise ValueError(f"{name}: expected tensors with data, got one on the meta device")

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lioncub.kernels.checks import check_integer
 from lioncub.kernels.random_bits import MAX_ELEMENTS, Stream
 from lioncub.kernels.scalars import count_scalar, is_elsewhere
 
@@ -42,6 +43,11 @@ class Rounding:
     rank: int | None = None
 
     def __post_init__(self) -> None:
+        check_integer("seed", self.seed, least=None)
+        if not isinstance(self.step, Tensor):
+            check_integer("step", self.step, least=None)
+        if self.rank is not None:
+            check_integer("rank", self.rank, least=None)
         if self.rank is not None and not 0 <= self.rank < MOMENTUM_WORKERS:
             raise ValueError(f"rank: expected None or a rank in 0 .. 2^31 - 1, got {self.rank}")
 
@@ -81,7 +87,7 @@ def rounding_arguments(rounding: Rounding | None, tensors: Sequence[int] | None,
         return None, None, ()
     if not isinstance(rounding, Rounding):
         raise TypeError(f"rounding: expected None or Rounding(...), got {type(rounding).__name__}")
-    numbers = range(len(param)) if tensors is None else tensors
+    numbers: Sequence[int] = range(len(param)) if tensors is None else tensors
     if len(numbers) != len(param):
         raise ValueError(f"tensors: expected {len(param)} numbers, one per tensor, got {len(numbers)}")
     longest = max([tensor.numel() for tensor in param], default=0)
@@ -91,7 +97,15 @@ def rounding_arguments(rounding: Rounding | None, tensors: Sequence[int] | None,
     # any integer is taken modulo 2^64, so that a seed from os.urandom is as good as a small one
     seed = (rounding.seed + 2**63) % 2**64 - 2**63
     words = torch.tensor([seed, worker], dtype=torch.int64, device="cpu")
-    return words, count_scalar("step", rounding.step), [int(number) for number in numbers]
+    return words, count_scalar("step", rounding.step), stream_numbers(numbers)
+
+
+def stream_numbers(tensors: Sequence[int]) -> list[int]:
+    """Numbers of tensors as a registered op takes them, modulo 2^32 as in a stream."""
+    for i, number in enumerate(tensors):
+        if type(number) is not int:
+            check_integer(f"tensors[{i}]", number, least=None)
+    return [int(number) & 0xFFFFFFFF for number in tensors]
 
 
 def rounding_of(words: Tensor | None, step: Tensor | None) -> Rounding | None:

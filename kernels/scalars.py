@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import ctypes
 import math
+import numbers
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-Scalar = float | Tensor
+from lioncub.kernels.checks import check_integer
 
+Scalar = float | Tensor
+# the largest finite float32
+LARGEST = float(torch.finfo(torch.float32).max)
 
 # a float32 value held as a Python float, or a 0-dim float32 tensor on the device that a kernel reads it from
 Number = float | Tensor
@@ -73,22 +77,32 @@ def _rounded(value: Number) -> Number:
 
 def beta_scalar(name: str, value: Scalar) -> Tensor:
     """A 0-dim float64 tensor of a beta in [0, 1]; a 0-dim tensor passes through unread."""
-    if not isinstance(value, Tensor) and not 0.0 <= value <= 1.0:
+    if not isinstance(value, Tensor) and not (_is_number(name, value) and 0.0 <= value <= 1.0):
         raise ValueError(f"{name}: expected a number in [0, 1], got {value}")
     return _scalar(name, value)
 
 
 def rate_scalar(name: str, value: Scalar) -> Tensor:
-    """A 0-dim float64 tensor of a finite number >= 0; a 0-dim tensor passes through unread."""
-    if not isinstance(value, Tensor) and not 0.0 <= value < math.inf:
+    """A 0-dim float64 tensor of a number >= 0 that is finite in float32; a 0-dim tensor passes through unread."""
+    if not isinstance(value, Tensor) and not (_is_number(name, value) and 0.0 <= value < math.inf):
         raise ValueError(f"{name}: expected a finite number >= 0, got {value}")
+    _check_range(name, value)
     return _scalar(name, value)
 
 
+def rate_scalars(lr: Scalar, weight_decay: Scalar) -> tuple[Tensor, Tensor]:
+    """`rate_scalar` of both. Raises ValueError also where the decay lr*weight_decay is not finite in float32."""
+    rates = rate_scalar("lr", lr), rate_scalar("weight_decay", weight_decay)
+    if not isinstance(lr, Tensor) and not isinstance(weight_decay, Tensor) and lr * weight_decay > LARGEST:
+        raise ValueError(f"lr, weight_decay: expected a finite product in float32, got {lr} * {weight_decay}")
+    return rates
+
+
 def factor_scalar(name: str, value: Scalar) -> Tensor:
-    """A 0-dim float64 tensor of a finite number; a 0-dim tensor passes through unread."""
-    if not isinstance(value, Tensor) and not -math.inf < value < math.inf:
+    """A 0-dim float64 tensor of a number that is finite in float32; a 0-dim tensor passes through unread."""
+    if not isinstance(value, Tensor) and not (_is_number(name, value) and -math.inf < value < math.inf):
         raise ValueError(f"{name}: expected a finite number, got {value}")
+    _check_range(name, value)
     return _scalar(name, value)
 
 
@@ -96,13 +110,27 @@ def count_scalar(name: str, value: int | Tensor) -> Tensor:
     """A 0-dim int64 tensor of an integer; a 0-dim tensor passes through unread."""
     if isinstance(value, Tensor):
         return _scalar(name, value)
+    check_integer(name, value, -(2**63), 2**63 - 1)
     return torch.tensor(value, dtype=torch.int64, device="cpu")
+
+
+def _is_number(name: str, value: object) -> bool:
+    if isinstance(value, bool) or not isinstance(value, float | int | numbers.Real):
+        raise TypeError(f"{name}: expected a number or a 0-dim tensor, got {type(value).__name__}")
+    return True
+
+
+def _check_range(name: str, value: Scalar) -> None:
+    if not isinstance(value, Tensor) and not -LARGEST <= value <= LARGEST:
+        raise ValueError(f"{name}: expected a number of at most {LARGEST:.8g}, which float32 holds, got {value}")
 
 
 def _scalar(name: str, value: Scalar) -> Tensor:
     if isinstance(value, Tensor):
         if value.dim() != 0:
             raise ValueError(f"{name}: expected a number or a 0-dim tensor, got shape {tuple(value.shape)}")
+        if value.device.type == "meta":
+            raise ValueError(f"{name}: expected a tensor with data, got one on the meta device")
         return value
     # the device is named because torch.set_default_device must not send a scalar to an accelerator
     return torch.tensor(value, dtype=torch.float64, device="cpu")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lioncub.kernels.backends import backend
-from lioncub.kernels.checks import FLOAT_DTYPES, check_float, check_packed, storage_order_view
+from lioncub.kernels.checks import FLOAT_DTYPES, check_float, check_integer, check_packed, storage_order_view
 from lioncub.kernels.layout import packed_bytes
 from lioncub.kernels.registry import mark_written, register
 from lioncub.kernels.scalars import count_scalar, parity_of
@@ -50,6 +50,7 @@ def pack_signs(x: Tensor, *, parity: int | Tensor = 0, impl: str = "auto") -> Te
 
 def unpack_signs(packed: Tensor, n: int, *, dtype: torch.dtype = torch.float32, impl: str = "auto") -> Tensor:
     """The first n one-bit codes of ``packed`` (uint8[packed_bytes(n)]) as -1/+1 values of ``dtype``, shape [n]."""
+    check_integer("n", n)
     check_packed("packed", packed, packed_bytes(n))
     if dtype not in FLOAT_DTYPES:
         raise TypeError(f"dtype: expected float32, bfloat16 or float16, got {dtype}")

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from lioncub.kernels.backends import backend
-from lioncub.kernels.checks import check_counts, check_device, check_packed, check_rows
+from lioncub.kernels.checks import check_choice, check_counts, check_device, check_integer, check_packed, check_rows
 from lioncub.kernels.layout import FIELD_BITS, WORD_BYTES
+from lioncub.kernels.overlaps import check_apart
 from lioncub.kernels.registry import mark_written, register
 
 # 2-bit codes of 32 fields fill a word
@@ -23,15 +24,14 @@ def add_codes(packed: Tensor, *, bits: int, field_bits: int, out: Tensor | None 
         packed: uint8[G, B], rows of adjacent bytes with any distance between them, G >= 1, B a multiple of 8.
         bits: width of a code: 1, 2, 4, 8 or 16.
         field_bits: width of a field: 1, 2, 4, 8 or 16, at least ``bits``.
-        out: ``uint8[B*field_bits//bits]`` to write; allocated unless given.
+        out: ``uint8[B*field_bits//bits]`` to write, memory of no other argument; allocated unless given.
         impl: "auto", "triton", "cpu" or "reference".
 
     Returns:
         ``out``: field i is the sum of code i of all rows.
     """
     for name, width in (("bits", bits), ("field_bits", field_bits)):
-        if width not in FIELD_BITS:
-            raise ValueError(f"{name}: expected one of {FIELD_BITS}, got {width}")
+        check_choice(name, width, FIELD_BITS)
     if field_bits < bits:
         raise ValueError(f"field_bits: expected at least bits, {bits}, got {field_bits}")
     check_rows("packed", packed, "G, B")
@@ -65,18 +65,19 @@ def ternary_of_fields(
         step: an integer >= 1.
         offset: an integer >= 0; no difference may leave int32.
         largest: the largest sum that there can be, for ``counts``.
-        out: uint8[n//4] to write; allocated unless given.
+        out: uint8[n//4] to write, memory of no other argument; allocated unless given.
         counts: int64[2]; the number of fields whose sign is 0, and of those that are 0 or ``largest``, are added to it.
         impl: "auto", "triton", "cpu" or "reference".
 
     Returns:
         ``out``.
     """
-    if field_bits not in FIELD_BITS:
-        raise ValueError(f"field_bits: expected one of {FIELD_BITS}, got {field_bits}")
+    check_choice("field_bits", field_bits, FIELD_BITS)
+    for name, value in (("step", step), ("offset", offset), ("largest", largest)):
+        check_integer(name, value, -(2**63), 2**63 - 1)
     if step < 1 or offset < 0 or step * (2**field_bits - 1) + offset >= 2**31:
         raise ValueError(f"step, offset: expected step >= 1, offset >= 0 within int32, got {step} and {offset}")
-    check_packed("fields", fields, fields.numel())
+    check_packed("fields", fields, None)
     n, rest = divmod(8 * fields.numel(), field_bits)
     if rest or n % _WORD_TERNARIES:
         raise ValueError(
@@ -93,6 +94,7 @@ def ternary_of_fields(
 
 def _add(packed: Tensor, bits: int, field_bits: int, out: Tensor, impl: str) -> None:
     run = backend(impl, packed.device)
+    check_apart({"out": out}, {"packed": packed})
     if out.numel():
         run.add_codes(packed, bits, field_bits, out)
     mark_written(out)
@@ -109,6 +111,7 @@ def _ternary(
     impl: str,
 ) -> None:
     run = backend(impl, fields.device)
+    check_apart({"out": out, "counts": counts}, {"fields": fields})
     if out.numel():
         run.ternary_of_fields(fields, field_bits, step, offset, largest, out, counts)
     mark_written(out, counts)

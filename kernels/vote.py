@@ -7,6 +7,7 @@ from torch import Tensor
 
 from lioncub.kernels.backends import backend
 from lioncub.kernels.checks import check_counts, check_device, check_packed, check_rows
+from lioncub.kernels.overlaps import check_apart
 from lioncub.kernels.registry import mark_written, register
 from lioncub.kernels.scalars import count_scalar, parity_of
 
@@ -24,7 +25,7 @@ def majority_vote(
     Args:
         packed: uint8[N, B], one row per voter, N >= 1; rows may lie apart (any row stride), bytes may not.
         parity: a tie at element j gives bit (j + parity) & 1; `tie_parity` gives that of a step.
-        out: uint8[B] to write; allocated unless given.
+        out: uint8[B] to write, memory of no other argument; allocated unless given.
         counts: int64[2]; the numbers of tied and of unanimous codes among all 8*B are added to it.
         impl: "auto", "triton", "cpu" or "reference".
 
@@ -44,6 +45,7 @@ def majority_vote(
 
 def _vote(packed: Tensor, parity: Tensor, out: Tensor, counts: Tensor | None, impl: str) -> None:
     run = backend(impl, packed.device)
+    check_apart({"out": out, "counts": counts}, {"packed": packed})
     if out.numel():
         run.majority_vote(packed, parity_of(parity), out, counts)
     mark_written(out, counts)

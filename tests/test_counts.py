@@ -182,7 +182,7 @@ def _bytes(*shape: int) -> Tensor:
         (
             lambda: majority_of_counts(_bytes(1, 1, 8), voters=1, counts=torch.zeros(2)),
             ValueError,
-            r"counts: expected a contiguous int64\[2\], got torch.float32",
+            r"counts: expected a contiguous int64 tensor of shape \(2,\), got torch.float32",
         ),
         (lambda: count_votes(_bytes(1, 8), impl="metal"), ValueError, "impl: expected one of .*, got 'metal'"),
     ],

@@ -263,7 +263,7 @@ def _bytes(n: int) -> Tensor:
         (
             lambda: majority_of_fields(_bytes(8), field_bits=4, voters=3, counts=_bytes(2)),
             ValueError,
-            r"counts: expected a contiguous int64\[2\]",
+            r"counts: expected a contiguous int64 tensor of shape \(2,\)",
         ),
     ],
 )

@@ -31,9 +31,9 @@ def count_votes(packed: Tensor, out: Tensor) -> None:
     if words:
         _count(packed, words, out)
     if tail:
-        padded = torch.zeros(packed.shape[0], 8, dtype=torch.uint8)
+        padded = torch.zeros(packed.shape[0], 8, dtype=torch.uint8, device="cpu")
         padded[:, :tail] = packed[:, 8 * words :]
-        planes = torch.empty(out.shape[0], 8, dtype=torch.uint8)
+        planes = torch.empty(out.shape[0], 8, dtype=torch.uint8, device="cpu")
         _count(padded, 1, planes)
         out[:, 8 * words :] = planes[:, :tail]
 
@@ -45,9 +45,9 @@ def majority_of_counts(planes: Tensor, voters: int, parity: int, out: Tensor, co
         _vote(planes, words, voters, parity, out, counts, 0)
     if tail:
         # pad codes are unanimous but not counted
-        padded = torch.zeros(*planes.shape[:2], 8, dtype=torch.uint8)
+        padded = torch.zeros(*planes.shape[:2], 8, dtype=torch.uint8, device="cpu")
         padded[..., :tail] = planes[..., 8 * words :]
-        voted = torch.empty(8, dtype=torch.uint8)
+        voted = torch.empty(8, dtype=torch.uint8, device="cpu")
         _vote(padded, 1, voters, parity, voted, counts, 64 - 8 * tail)
         out[8 * words :] = voted[:tail]
 

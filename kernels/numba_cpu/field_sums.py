@@ -32,7 +32,7 @@ def spread_codes(packed: Tensor, bits: int, field_bits: int, out: Tensor) -> Non
     """out[B*field_bits//bits] = each code of packed[B] in a field of field_bits bits, more than ``bits``."""
     if field_bits == 16 * bits:
         # less than a byte of codes makes a word of such fields, so they go through narrower ones
-        narrow = torch.empty(2 * packed.numel(), dtype=torch.uint8)
+        narrow = torch.empty(2 * packed.numel(), dtype=torch.uint8, device="cpu")
         spread_codes(packed, bits, 2 * bits, narrow)
         packed, bits = narrow, 2 * bits
     chunk = CHUNKS[8 * bits // field_bits]
@@ -51,7 +51,10 @@ def unpack_fields(fields: Tensor, field_bits: int, step: int, offset: int, out: 
         _unpack_eights(fields, eights, field_bits, step, offset, out)
     if tail:
         # eight fields are as many bytes as a field has bits; not all of the last ones may exist
-        padded, values = torch.zeros(field_bits, dtype=torch.uint8), torch.empty(8, dtype=torch.int32)
+        padded, values = (
+            torch.zeros(field_bits, dtype=torch.uint8, device="cpu"),
+            torch.empty(8, dtype=torch.int32, device="cpu"),
+        )
         rest = fields[eights * field_bits : (eights + 1) * field_bits]
         padded[: rest.numel()] = rest
         _unpack_eights(padded, 1, field_bits, step, offset, values)
@@ -68,9 +71,9 @@ def majority_of_fields(
         _vote(fields, chunks, field_bits, voters, parity, out, counts, 0)
     if tail:
         # pad fields are unanimous but not counted
-        padded = torch.zeros(chunk_bytes * field_bits, dtype=torch.uint8)
+        padded = torch.zeros(chunk_bytes * field_bits, dtype=torch.uint8, device="cpu")
         padded[: tail * field_bits] = fields[chunks * chunk_bytes * field_bits :]
-        voted = torch.empty(chunk_bytes, dtype=torch.uint8)
+        voted = torch.empty(chunk_bytes, dtype=torch.uint8, device="cpu")
         _vote(padded, 1, field_bits, voters, parity, voted, counts, 8 * (chunk_bytes - tail))
         out[chunks * chunk_bytes :] = voted[:tail]
 

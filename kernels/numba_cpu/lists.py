@@ -6,12 +6,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from lioncub.kernels.numba_cpu.compiling import device_function
 from lioncub.kernels.numba_cpu.memory import STORAGE
 from lioncub.kernels.numba_cpu.threads import run_slices, slices
+from lioncub.kernels.tensor_lists import tensor_list
 
 
 def launch(
@@ -23,20 +23,23 @@ def launch(
     and last count elements through the whole table, so that small tensors share a thread and large ones are
     cut. Tensors whose dtypes differ from their neighbours' get a launch of their own.
     """
-    tables: dict[tuple[torch.dtype, ...], list[tuple[int, ...]]] = {}
-    for i, tensors in enumerate(zip(*floats, strict=True)):
-        dtypes = tuple(tensor.dtype for tensor in tensors)
-        row = (tensors[0].numel(), *[tensor.data_ptr() for tensor in tensors], *[column[i] for column in others])
-        tables.setdefault(dtypes, []).append(row)
-    for dtypes, rows in tables.items():
-        table = np.array(rows, dtype=np.int64)
-        total = int(table[:, 0].sum())
-        run_slices(kernel, slices(total), table, *[STORAGE[dtype] for dtype in dtypes], *args)
+    lists = [tensor_list(tensors) for tensors in floats]
+    dtypes = list(zip(*[tensors.dtypes for tensors in lists], strict=True))
+    columns = [lists[0].sizes, *[tensors.addresses for tensors in lists], *others]
+    table = np.empty((len(dtypes), len(columns)), np.int64)
+    for i, column in enumerate(columns):
+        table[:, i] = column
+    combinations = dict.fromkeys(dtypes)
+    for combination in combinations:
+        is_whole = len(combinations) == 1
+        rows = table if is_whole else table[[row for row, own in enumerate(dtypes) if own == combination]]
+        parts = slices(int(rows[:, 0].sum()))
+        run_slices(kernel, parts, rows, *[STORAGE[dtype] for dtype in combination], *args)
 
 
 def addresses(tensors: Sequence[Tensor]) -> list[int]:
     """Of each tensor's first element."""
-    return [tensor.data_ptr() for tensor in tensors]
+    return tensor_list(tensors).addresses
 
 
 def element_addresses(tensor: Tensor | None, count: int) -> Sequence[int]:

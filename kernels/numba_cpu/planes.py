@@ -34,7 +34,7 @@ def add_tally(counts: Tensor | None, counted: Sequence[tuple[int, int]], pads: i
     """counts[2] += (ties, unanimous codes) of all slices, less ``pads`` codes that are unanimous and stand for none."""
     if counts is not None:
         ties, unanimous = (sum(part) for part in zip(*counted, strict=True))
-        counts += torch.tensor([ties, unanimous - pads])
+        counts += torch.tensor([ties, unanimous - pads], dtype=torch.int64, device="cpu")
 
 
 @device_function

@@ -45,7 +45,7 @@ def _scale(kernel: Callable[..., Any], source: tuple[Any, ...], n: int, norm: st
     if not n:
         return
     size = min(block or _PIECE, _PIECE)
-    sums = torch.empty(-(-n // size), dtype=torch.float64)
+    sums = torch.empty(-(-n // size), dtype=torch.float64, device="cpu")
     parts = slices(sums.numel(), 1, -(-MIN_SLICE // size))
     run_slices(kernel, parts, *source, n, size, _NORMS[norm], sums.data_ptr())
     _finish_kernel(sums.data_ptr(), n, size, block or n, _NORMS[norm], scale.data_ptr(), scale.numel())

@@ -27,7 +27,7 @@ def add_codes(packed: Tensor, bits: int, field_bits: int, out: Tensor) -> None:
     """out[B*field_bits//bits] = the sum over rows of each code of packed[G, B], in a field of field_bits bits."""
     if field_bits == 16 * bits:
         # less than a byte of codes makes a word of such fields, so they go through narrower ones
-        narrow = torch.empty(len(packed), 2 * packed.shape[1], dtype=torch.uint8)
+        narrow = torch.empty(len(packed), 2 * packed.shape[1], dtype=torch.uint8, device="cpu")
         for row, wider in zip(packed, narrow, strict=True):
             spread_codes(row, bits, 2 * bits, wider)
         packed, bits = narrow, 2 * bits
@@ -47,7 +47,10 @@ def ternary_of_fields(
         parts = slices(groups, 1, MIN_SLICE // _GROUP)
         counted = run_slices(_ternary_kernel, parts, fields.data_ptr(), *rule, out.data_ptr(), _GROUP)
     if rest:
-        padded, codes = torch.zeros(8 * field_bits, dtype=torch.uint8), torch.empty(16, dtype=torch.uint8)
+        padded, codes = (
+            torch.zeros(8 * field_bits, dtype=torch.uint8, device="cpu"),
+            torch.empty(16, dtype=torch.uint8, device="cpu"),
+        )
         padded[: rest * field_bits // 8] = fields[groups * 8 * field_bits :]
         counted += run_slices(_ternary_kernel, [(0, 1)], padded.data_ptr(), *rule, codes.data_ptr(), rest)
         out[16 * groups :] = codes[: rest // 4]

@@ -27,9 +27,9 @@ def majority_vote(packed: Tensor, parity: int, out: Tensor, counts: Tensor | Non
         _vote(packed, words, parity, out, counts, 0)
     if tail:
         # the last bytes are voted on in words of their own, whose pad codes are unanimous but not counted
-        padded = torch.zeros(packed.shape[0], 8, dtype=torch.uint8)
+        padded = torch.zeros(packed.shape[0], 8, dtype=torch.uint8, device="cpu")
         padded[:, :tail] = packed[:, 8 * words :]
-        voted = torch.empty(8, dtype=torch.uint8)
+        voted = torch.empty(8, dtype=torch.uint8, device="cpu")
         _vote(padded, 1, parity, voted, counts, 64 - 8 * tail)
         out[8 * words :] = voted[:tail]
 

@@ -98,8 +98,9 @@ def _kinds(dtypes: Dtypes) -> tuple[tuple[tuple[int, ...], ...], tuple[int, ...]
 
 @functools.lru_cache(maxsize=_KEPT)
 def _owners(numels: tuple[int, ...], device: torch.device, stream: int) -> Tensor:
-    tiles = torch.tensor([triton.cdiv(n, BLOCK_SIZE) for n in numels])
-    return _on_device(torch.repeat_interleave(torch.arange(len(numels), dtype=torch.int32), tiles), device)
+    tiles = torch.tensor([triton.cdiv(n, BLOCK_SIZE) for n in numels], dtype=torch.int64, device="cpu")
+    numbers = torch.arange(len(numels), dtype=torch.int32, device="cpu")
+    return _on_device(torch.repeat_interleave(numbers, tiles), device)
 
 
 @functools.lru_cache(maxsize=_KEPT)
@@ -119,7 +120,7 @@ def _rows(
         is_wide = all(column[i] % (_WIDE if column in floats else _CODES) == 0 for column in columns)
         rows.append([*(column[i] for column in columns), numel, first, 2 * numbers[i] + is_wide, of_streams[i]])
         first += triton.cdiv(numel, BLOCK_SIZE)
-    return _on_device(torch.tensor(rows, dtype=torch.int64), device)
+    return _on_device(torch.tensor(rows, dtype=torch.int64, device="cpu"), device)
 
 
 def _on_device(values: Tensor, device: torch.device) -> Tensor:

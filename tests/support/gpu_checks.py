@@ -18,7 +18,7 @@ Op = Callable[[int, torch.dtype, torch.device, str], list[Tensor]]
 def _codes(n: int, device: torch.device, bits: int = 1, rows: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(n)
     shape = (rows, bits * packed_bytes(n)) if rows else (bits * packed_bytes(n),)
-    return torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8).to(device)
+    return torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8, device="cpu").to(device)
 
 
 def _floats(n: int, dtype: torch.dtype, device: torch.device, *, finite: bool = False) -> list[Tensor]:
@@ -71,7 +71,7 @@ def _quantize(n: int, dtype: torch.dtype, device: torch.device, impl: str) -> li
     x = _floats(n, dtype, device, finite=True)[0]
     found = []
     for stochastic in (False, True):
-        scale = torch.full((1,), 0.5, device=device)
+        scale = torch.full((1,), 0.5, dtype=torch.float32, device=device)
         options: dict[str, Any] = {
             "scale": scale,
             "stochastic": stochastic,

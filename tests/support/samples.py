@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -14,11 +16,14 @@ _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 def sample(n: int, dtype: torch.dtype, seed: int, *, finite: bool = False) -> Tensor:
     """n normal values of many magnitudes, about a third replaced by zeros, denormals, NaN and infinities."""
-    generator = torch.Generator().manual_seed(seed)
-    values = torch.randn(n, generator=generator) * 10.0 ** torch.randint(-4, 3, (n,), generator=generator)
-    special = torch.tensor(_FINITE if finite else _SPECIAL)
-    chosen = special[torch.randint(len(special), (n,), generator=generator)]
-    return torch.where(torch.rand(n, generator=generator) < 0.33, chosen, values).to(dtype)
+    # the same whatever torch.set_default_dtype and torch.set_default_device say
+    floats: dict[str, Any] = {"dtype": torch.float32, "device": "cpu", "generator": torch.Generator().manual_seed(seed)}
+    integers = floats | {"dtype": torch.int64}
+    tens = torch.full((n,), 10.0, dtype=torch.float32, device="cpu")
+    values = torch.randn(n, **floats) * tens ** torch.randint(-4, 3, (n,), **integers)
+    special = torch.tensor(_FINITE if finite else _SPECIAL, dtype=torch.float32, device="cpu")
+    chosen = special[torch.randint(len(special), (n,), **integers)]
+    return torch.where(torch.rand(n, **floats) < 0.33, chosen, values).to(dtype)
 
 
 def poisoned(n: int, dtype: torch.dtype = torch.uint8) -> Tensor:
