@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from lioncub.collectives.exchange import Phase
+from lioncub.collectives.handshake import agreement
 from lioncub.collectives.transport import (
     AVERAGES,
     LATER,
@@ -13,6 +14,7 @@ from lioncub.collectives.transport import (
     Group,
     all_gather,
     all_to_all,
+    check_carried,
     has_point_to_point,
     world_size_of,
 )
@@ -105,14 +107,31 @@ class Averaging:
 def average_(values: Tensor, *, group: Group = None, dtype: str = "fp32") -> None:
     """Replace ``values`` (contiguous fp32[n]) on every worker by their mean over workers; a collective call.
 
-    See `Averaging`; each worker sends `average_bytes`. "bf16" and "int8" (blocks of `BLOCK`) round values on the way
-    there and means on the way back. Raises ValueError for another ``dtype`` or other values.
+    See `Averaging`; each worker sends a handshake of `HANDSHAKE_BYTES`, then `average_bytes`. "bf16" and "int8" (blocks
+    of `BLOCK`) round values on the way there and means on the way back. Raises ValueError or TypeError for another
+    ``dtype`` or other values, WorkersDisagreeError on all other workers, and on all where sizes or dtypes differ.
     """
-    if values.dtype != torch.float32 or values.dim() != 1 or not values.is_contiguous():
-        raise ValueError(f"values: expected a contiguous float32 [n], got {values.dtype} {tuple(values.shape)}")
+    with agreement(group) as facts:
+        check_dtype(dtype)
+        _check_values(values, group)
+        facts |= {"the number of values": values.numel(), "the device type": values.device.type, "the dtype": dtype}
+    average_agreed_(values, group=group, dtype=dtype)
+
+
+def average_agreed_(values: Tensor, *, group: Group, dtype: str = "fp32") -> None:
+    """`average_` without a handshake: the caller has made sure that all workers' arguments are alike."""
+    _check_values(values, group)
     check_dtype(dtype)
     if values.numel():
         values.copy_(Averaging(values, group=group, dtype=dtype).result())
+
+
+def _check_values(values: Tensor, group: Group) -> None:
+    if not isinstance(values, Tensor):
+        raise TypeError(f"values: expected a float32 tensor, got {type(values).__name__}")
+    if values.dtype != torch.float32 or values.dim() != 1 or not values.is_contiguous():
+        raise ValueError(f"values: expected a contiguous float32 [n], got {values.dtype} {tuple(values.shape)}")
+    check_carried("values", values, group)
 
 
 def rank_order_mean(rows: Tensor) -> Tensor:
@@ -125,7 +144,7 @@ def rank_order_mean(rows: Tensor) -> Tensor:
 
 def check_dtype(dtype: str) -> None:
     """Raise ValueError unless values can travel as ``dtype``."""
-    if dtype not in DTYPES:
+    if not isinstance(dtype, str) or dtype not in DTYPES:
         raise ValueError(f"dtype: expected one of {DTYPES}, got {dtype!r}")
 
 

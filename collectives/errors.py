@@ -6,7 +6,10 @@ from collections.abc import Sequence
 
 
 class WorkersDisagreeError(RuntimeError):
-    """Workers of one group are not doing the same thing: every one of them raises this, with the same text."""
+    """Workers of one group are not doing the same thing: every one of them raises this, with the same text.
+
+    Where one cannot do it at all, that one raises its own error and all others this, with its rank and what it said.
+    """
 
 
 def by_value(values: Sequence[object]) -> str:

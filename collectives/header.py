@@ -72,7 +72,7 @@ def first_nonfinite(status: Tensor) -> Tensor:
     """1 + the index of the first non-zero of int32[n], n > 0, or 0; int64 scalar, computed without waiting."""
     bad = status != 0
     # argmax finds the first of equal maxima only for integers on some devices, hence the descending weights
-    order = torch.arange(status.numel(), 0, -1, device=status.device)
+    order = torch.arange(status.numel(), 0, -1, dtype=torch.int64, device=status.device)
     first = status.numel() - (bad * order).max()
     return torch.where(bad.any(), first + 1, 0)
 

@@ -15,12 +15,14 @@ import torch
 import torch.distributed as dist
 
 from lioncub.collectives.cost import rounds_pay
+from lioncub.collectives.handshake import agreement
 from lioncub.collectives.header import Header
 from lioncub.collectives.profile import Point, Profile, fit_line
 from lioncub.collectives.routes import Routes
 from lioncub.collectives.traffic import candidates
-from lioncub.collectives.transport import backend_of, gather_objects, rank_of
+from lioncub.collectives.transport import backend_of, check_carried, gather_objects, rank_of
 from lioncub.collectives.vote import Voter
+from lioncub.kernels import resolve_impl
 
 MESSAGE_BYTES = (512, 2048, 8192, 32768, 131072, 524288, 2097152, 4194304)
 # a ladder ends at the first vote that takes longer
@@ -77,6 +79,12 @@ def probe(
     """
     if routes.workers < 2:
         raise ValueError(f"routes: expected a group of at least 2 workers, got {routes.workers}")
+    with agreement(routes.group) as facts:
+        if isinstance(seconds, bool) or not isinstance(seconds, float | int):
+            raise TypeError(f"seconds: expected a number, got {type(seconds).__name__}")
+        check_carried("device", torch.empty(0, dtype=torch.uint8, device=device), routes.group)
+        resolve_impl(impl, torch.device(device))
+        facts |= {"the nodes": routes.topology.nodes, "seconds": seconds, "the device type": torch.device(device).type}
     run = _Run(routes, seconds, on_progress, torch.device(device), impl)
     run.warm_up()
     run.first_pass()
@@ -99,7 +107,9 @@ class _Run:
         self.elapsed = 0.0
         # this worker's own noise, so that no two agree by construction
         generator = torch.Generator().manual_seed(rank_of(None))
-        self.noise = torch.randint(256, (MESSAGE_BYTES[-1],), dtype=torch.uint8, generator=generator).to(self.device)
+        n_bytes = MESSAGE_BYTES[-1]
+        noise = torch.randint(256, (n_bytes,), dtype=torch.uint8, device="cpu", generator=generator)
+        self.noise = noise.to(self.device)
 
     def warm_up(self) -> None:
         """Connections, compiled kernels: not measured."""

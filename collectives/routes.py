@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 from torch.distributed.device_mesh import DeviceMesh
 
-from lioncub.collectives.handshake import handshake
+from lioncub.collectives.handshake import agreement, handshake
 from lioncub.collectives.topology import Topology, find_topology
 from lioncub.collectives.transport import Group, device_of, rank_of, whole, world_size_of
 from lioncub.collectives.virtual import VirtualGroup
@@ -46,11 +46,16 @@ class Routes:
         """Make the groups of a topology; a collective call of all workers of ``group``.
 
         Messages are on ``device``, the group's own unless given. Raises ValueError where the topology has another
-        number of workers than the group.
+        number of workers than the group, WorkersDisagreeError on all other workers, and on all where they pass
+        different topologies.
         """
         size = world_size_of(group)
-        if topology.workers != size:
-            raise ValueError(f"topology: expected one of the group's {size} workers, got {topology.workers}")
+        with agreement(group, device) as facts:
+            if not isinstance(topology, Topology):
+                raise TypeError(f"topology: expected Topology(...), got {type(topology).__name__}")
+            if topology.workers != size:
+                raise ValueError(f"topology: expected one of the group's {size} workers, got {topology.workers}")
+            facts["the nodes"] = topology.nodes
         if not topology.is_two_level:
             return cls(group, topology)
         node, place = topology.place_of(rank_of(group))
@@ -73,12 +78,17 @@ class Routes:
         Messages are on ``device``, the group's own unless given. Raises ValueError unless the mesh has two dimensions
         and holds exactly the workers of ``group``.
         """
-        if mesh.ndim != 2:
-            raise ValueError(f"mesh: expected dimensions (nodes, workers per node), got shape {tuple(mesh.mesh.shape)}")
         ranks = dist.get_process_group_ranks(group or dist.group.WORLD)
-        rows = [[int(rank) for rank in row] for row in mesh.mesh.tolist()]
-        if sorted(rank for row in rows for rank in row) != sorted(ranks):
-            raise ValueError(f"mesh: expected the ranks {sorted(ranks)} of the group, got {rows}")
+        with agreement(group, device) as facts:
+            if not isinstance(mesh, DeviceMesh):
+                raise TypeError(f"mesh: expected a DeviceMesh, got {type(mesh).__name__}")
+            if mesh.ndim != 2:
+                shape = tuple(mesh.mesh.shape)
+                raise ValueError(f"mesh: expected dimensions (nodes, workers per node), got shape {shape}")
+            rows = [[int(rank) for rank in row] for row in mesh.mesh.tolist()]
+            if sorted(rank for row in rows for rank in row) != sorted(ranks):
+                raise ValueError(f"mesh: expected the ranks {sorted(ranks)} of the group, got {rows}")
+            facts["the mesh"] = rows
         places = {rank: place for place, rank in enumerate(ranks)}
         topology = Topology(tuple(sorted(tuple(sorted(places[rank] for rank in row)) for row in rows)))
         if not topology.is_two_level:
@@ -107,7 +117,7 @@ def subgroups(group: Group, partition: Sequence[Sequence[int]], device: torch.de
         # the name of a group that only its members make is hashed from their ranks and from how many groups each is in
         known = len(distributed_c10d._world.pg_names)
         facts = {"the number of process groups that this process is in": known}
-        handshake(facts, group=group, device=device or device_of(group))
+        handshake(facts, group=group, device=device_of(group, device))
     made: list[Group] = []
     for ranks in partition:
         new = None

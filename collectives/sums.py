@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lioncub.collectives.handshake import handshake
-from lioncub.collectives.transport import Group, all_reduce, world_size_of
-from lioncub.kernels import field_bits, packed_bytes, spread_codes, unpack_fields
-from lioncub.kernels.layout import largest_level
+from lioncub.collectives.handshake import agreement
+from lioncub.collectives.transport import Group, all_reduce, check_carried, world_size_of
+from lioncub.kernels import field_bits, packed_bytes, resolve_impl, spread_codes, unpack_fields
+from lioncub.kernels.checks import check_choice, check_flat, check_integer
+from lioncub.kernels.layout import CODE_BITS, largest_level
 
 
 def sum_bytes(n_bytes: int, bits: int, world_size: int) -> int:
@@ -38,15 +39,19 @@ def sum_codes(
         2404.00438). Raises ValueError where ``fields`` is too narrow, WorkersDisagreeError where workers disagree.
     """
     workers = world_size_of(group)
-    expected = packed_bytes(n, bits)
-    if packed.dtype != torch.uint8 or packed.shape != (expected,) or not packed.is_contiguous():
-        raise ValueError(
-            f"packed: expected a contiguous uint8 [{expected}] for {n} codes of {bits} bits, got {packed.dtype} "
-            f"{tuple(packed.shape)}"
-        )
-    width = field_bits(_largest_code(bits), workers, fields)
-    facts = {"the number of codes": n, "the bits of a code": bits, "the bits of a field": width}
-    handshake(facts, group=group, device=packed.device)
+    with agreement(group) as facts:
+        check_integer("n", n)
+        check_choice("bits", bits, CODE_BITS)
+        check_flat("packed", packed, torch.uint8, packed_bytes(n, bits))
+        check_carried("packed", packed, group)
+        resolve_impl(impl, packed.device)
+        width = field_bits(_largest_code(bits), workers, fields)
+        facts |= {
+            "the number of codes": n,
+            "the device type": packed.device.type,
+            "the bits of a code": bits,
+            "the bits of a field": width,
+        }
     total = spread_codes(packed, bits=bits, field_bits=width, impl=impl)
     # fields never carry into one another, so wider integers give the same sums
     all_reduce(total.view(torch.int32) if width == 16 else total, group).wait()

@@ -78,10 +78,18 @@ def find_topology(group: Group = None, device: torch.device | None = None) -> To
     are on simulated hosts. Messages are on ``device``, the group's own unless given.
     """
     if isinstance(group, VirtualGroup):
-        mine = (group.host, 0)
+        mine = (group.host, "")
     else:
-        mine = (socket.gethostname(), int(os.environ.get("LOCAL_WORLD_SIZE", "0") or 0))
-    return group_by_host(gather_objects(mine, group, device or device_of(group)))
+        mine = (socket.gethostname(), os.environ.get("LOCAL_WORLD_SIZE", ""))
+    stated = gather_objects(mine, group, device_of(group, device))
+    # read only now, so that a value that is no number is an error on all workers
+    return group_by_host([(host, _local_size(rank, value)) for rank, (host, value) in enumerate(stated)])
+
+
+def _local_size(rank: int, value: str) -> int:
+    if value and not value.isdecimal():
+        raise ValueError(f"LOCAL_WORLD_SIZE: expected a number of workers, got {value!r} on rank {rank}")
+    return int(value or "0")
 
 
 def group_by_host(stated: Sequence[tuple[str, int]]) -> Topology:

@@ -55,7 +55,7 @@ def gather_objects(value: Any, group: Group, device: torch.device) -> list[Any]:
     payload = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8).to(device)
     size = world_size_of(group)
     lengths = torch.empty(size, dtype=torch.int64, device=device)
-    all_gather(lengths, torch.tensor([payload.numel()], device=device), group).wait()
+    all_gather(lengths, torch.tensor([payload.numel()], dtype=torch.int64, device=device), group).wait()
     sizes = lengths.tolist()
     padded = payload.new_zeros(max(sizes))
     padded[: payload.numel()] = payload
@@ -139,20 +139,32 @@ def whole(group: Group) -> dist.ProcessGroup:
     return found
 
 
-def device_of(group: Group) -> torch.device:
-    """A device whose messages the group carries: the CPU where it is one, else the one that the group is bound to.
+def device_of(group: Group, device: torch.device | None = None) -> torch.device:
+    """A device whose messages the group carries: the CPU where it is one, else ``device``, where a caller's data is.
 
-    A group that is bound to none takes this process's current device: without `torch.cuda.set_device` that is GPU 0 on
-    every rank, so callers that know where their messages are pass the device on instead.
+    Where the caller has none, it is the one that the group is bound to, or this process's current device: without
+    `torch.cuda.set_device` that is GPU 0 on every rank.
     """
     if isinstance(group, VirtualGroup):
         return torch.device("cpu")
     devices: list[torch.device] = whole(group)._device_types
-    device = next((device for device in devices if device.type == "cpu"), devices[0])
-    if device.type != "cuda" or device.index is not None:
+    carried = next((device for device in devices if device.type == "cpu"), devices[0])
+    if carried.type != "cuda":
+        return carried
+    if device is not None and device.type == "cuda":
         return device
     bound: torch.device | None = whole(group).bound_device_id
     return bound or torch.device("cuda", torch.cuda.current_device())
+
+
+def check_carried(name: str, tensor: Tensor, group: Group) -> None:
+    """Raise ValueError unless ``group`` carries messages of ``tensor``'s device."""
+    if isinstance(group, VirtualGroup):
+        return
+    world_size_of(group)
+    types = [device.type for device in whole(group)._device_types]
+    if tensor.device.type not in types:
+        raise ValueError(f"{name}: expected a device whose messages the group carries, {types}, got {tensor.device}")
 
 
 def backend_of(group: Group, device_type: str) -> str:

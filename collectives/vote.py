@@ -13,12 +13,21 @@ from lioncub.collectives.algorithms import EXCHANGES
 from lioncub.collectives.codes import VOTES, Codes
 from lioncub.collectives.cost import Costs, bytes_sent, choose, default_costs, rounds_pay
 from lioncub.collectives.exchange import Exchange, Inbox, Tally, Terms
-from lioncub.collectives.handshake import handshake
+from lioncub.collectives.handshake import agreement
 from lioncub.collectives.header import Header, check_agreement, decode_headers, encode_header, header_bytes
 from lioncub.collectives.routes import Routes
 from lioncub.collectives.traffic import check_approximate
-from lioncub.collectives.transport import AVERAGES, SINGLE_VOTES, Group, backend_of, has_point_to_point, whole
-from lioncub.kernels import tie_parity
+from lioncub.collectives.transport import (
+    AVERAGES,
+    SINGLE_VOTES,
+    Group,
+    backend_of,
+    check_carried,
+    has_point_to_point,
+    whole,
+)
+from lioncub.kernels import resolve_impl, tie_parity
+from lioncub.kernels.checks import check_dense
 
 # votes of one group that are in flight at once need messages of different tags; keyed by the group's name
 _TAGS: defaultdict[str, Iterator[int]] = defaultdict(lambda: itertools.cycle(range(SINGLE_VOTES, AVERAGES)))
@@ -116,6 +125,45 @@ def vote_async(
 
     Handles started by one worker must be waited for in the same order on all workers.
     """
+    whole_group = group if routes is None else getattr(routes, "group", group)
+    with agreement(whole_group, packed.device if isinstance(packed, Tensor) else None) as facts:
+        routes = _check_vote(packed, group, routes, algorithm, approximate, parity, codes, impl)
+        facts |= {
+            "the bytes of the message": packed.numel(),
+            "the device type": packed.device.type,
+            "the algorithm": algorithm,
+            "approximate": approximate,
+            "the nodes": routes.topology.nodes,
+            "the parity": parity & 1,
+            "the format of codes": codes,
+        }
+        voter = Voter(
+            packed.numel() // codes.bits,
+            routes=routes,
+            algorithm=algorithm,
+            approximate=approximate,
+            impl=impl,
+            device_type=packed.device.type,
+            codes=codes,
+        )
+    # the same on all workers, since those that disagreed have raised
+    voter._tag = next(_TAGS[whole(whole_group).group_name])
+    return PendingVote(voter.start(packed, Header(), parity=parity & 1))
+
+
+def _check_vote(
+    packed: Tensor,
+    group: Group,
+    routes: Routes | None,
+    algorithm: str,
+    approximate: bool,
+    parity: int,
+    codes: Codes,
+    impl: str,
+) -> Routes:
+    """The routes of a vote. Raises TypeError or ValueError for arguments that are impossible."""
+    if not isinstance(codes, Codes):
+        raise TypeError(f"codes: expected Codes(...), got {type(codes).__name__}")
     if not isinstance(packed, Tensor) or packed.dtype != torch.uint8:
         raise TypeError(f"packed: expected a uint8 tensor, got {getattr(packed, 'dtype', type(packed).__name__)}")
     if packed.dim() != 1 or not packed.is_contiguous() or packed.numel() % (8 * codes.bits):
@@ -123,31 +171,19 @@ def vote_async(
             f"packed: expected a contiguous tensor of shape (B,), B a multiple of {8 * codes.bits}, got shape "
             f"{tuple(packed.shape)} with strides {packed.stride()}"
         )
+    check_dense("packed", packed, (torch.uint8,))
+    if isinstance(parity, bool) or not isinstance(parity, int):
+        raise TypeError(f"parity: expected an integer, got {type(parity).__name__}")
+    resolve_impl(impl, packed.device)
     check_approximate(approximate, algorithm, codes)
-    if group is not None and routes is not None and routes.group is not group:
+    if routes is None:
+        routes = Routes.flat(group)
+    elif not isinstance(routes, Routes):
+        raise TypeError(f"routes: expected Routes, got {type(routes).__name__}")
+    elif group is not None and routes.group is not group:
         raise ValueError("group: expected none, or that of routes, got another")
-    routes = routes or Routes.flat(group)
-    facts = {
-        "the bytes of the message": packed.numel(),
-        "the algorithm": algorithm,
-        "approximate": approximate,
-        "the nodes": routes.topology.nodes,
-        "the parity": parity & 1,
-        "the format of codes": codes,
-    }
-    handshake(facts, group=routes.group, device=packed.device)
-    tag = next(_TAGS[whole(routes.group).group_name])
-    voter = Voter(
-        packed.numel() // codes.bits,
-        routes=routes,
-        algorithm=algorithm,
-        approximate=approximate,
-        impl=impl,
-        tag=tag,
-        device_type=packed.device.type,
-        codes=codes,
-    )
-    return PendingVote(voter.start(packed, Header(), parity=parity & 1))
+    check_carried("packed", packed, routes.group)
+    return routes
 
 
 def vote(
@@ -164,8 +200,8 @@ def vote(
     """The exact majority of all workers' packed one-bit codes (Lion Cub, arXiv 2411.16462, section 1).
 
     A collective call: every worker of ``group`` calls it with a message of the same size. A handshake of
-    `HANDSHAKE_BYTES` per worker goes first, so that workers that disagree on size, algorithm or parity all raise
-    instead of hanging; those who vote on one size over and over save it with `Voter`.
+    `HANDSHAKE_BYTES` per worker goes first, so that workers that disagree on size, algorithm or parity, or one of whom
+    has wrong arguments, all raise instead of hanging; those who vote on one size over and over save it with `Voter`.
 
     Args:
         packed: uint8[B] of packed codes, B a multiple of 8 * ``codes.bits``; not changed.

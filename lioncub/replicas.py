@@ -10,8 +10,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lioncub.collectives.errors import WorkersDisagreeError, by_value
-from lioncub.collectives.handshake import digest
-from lioncub.collectives.transport import Group, all_gather, gather_objects, world_size_of
+from lioncub.collectives.handshake import agreement, gather_where_different, telling
+from lioncub.collectives.transport import Group, check_carried, device_of
 from lioncub.kernels.registry import mark_written
 
 _CHUNK_BYTES = 1 << 24
@@ -22,14 +22,36 @@ _LOW_BITS = (1 << 35) - 1
 
 
 def broadcast_module(module: torch.nn.Module, *, group: Group = None) -> None:
-    """Overwrite parameters and buffers of ``module`` with those of the group's first rank; a collective call."""
-    broadcast_tensors([*module.parameters(), *module.buffers()], group=group)
+    """Overwrite parameters and buffers of ``module`` with those of the group's first rank; a collective call.
+
+    A handshake goes first. Raises WorkersDisagreeError on all workers, with nothing changed, where modules differ in
+    names, shapes or dtypes; TypeError or ValueError for what cannot be sent, then WorkersDisagreeError on all others.
+    """
+    with telling(group):
+        if not isinstance(module, torch.nn.Module):
+            raise TypeError(f"module: expected a torch.nn.Module, got {type(module).__name__}")
+        named = [*module.named_parameters(), *module.named_buffers()]
+    _broadcast(named, group)
 
 
 def broadcast_tensors(tensors: Iterable[Tensor], *, group: Group = None) -> None:
-    """Overwrite tensors with those of the group's first rank; a collective call, the same tensors on all workers."""
+    """Overwrite tensors with those of the group's first rank; a collective call, errors as in `broadcast_module`."""
+    with telling(group):
+        named = [(f"tensor {i}", tensor) for i, tensor in enumerate(tensors)]
+    _broadcast(named, group)
+
+
+def _broadcast(named: Sequence[tuple[str, Tensor]], group: Group) -> None:
+    with agreement(group) as facts:
+        for name, tensor in named:
+            if not isinstance(tensor, Tensor):
+                raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
+            if tensor.layout != torch.strided or tensor.device.type == "meta":
+                raise ValueError(f"{name}: expected a dense tensor with data, got {tensor.layout} on {tensor.device}")
+            check_carried(name, tensor, group)
+            facts[name] = f"{tensor.dtype}, shape {tuple(tensor.shape)}"
     with torch.no_grad():
-        for tensor in tensors:
+        for _, tensor in named:
             # backends want contiguous memory, and a copy keeps what other strides mean
             whole = tensor.contiguous()
             dist.broadcast(whole, group=group, group_src=0)
@@ -41,21 +63,18 @@ def broadcast_tensors(tensors: Iterable[Tensor], *, group: Group = None) -> None
 
 
 def check_equal(named: Sequence[tuple[str, Tensor]], *, group: Group = None) -> None:
-    """Compare tensors bit for bit over workers, by 64-bit hashes; a collective call of 8 bytes while all is well.
+    """Compare tensors bit for bit over workers, by 64-bit hashes; a collective call of 16 bytes while all is well.
 
     1. Every worker gathers everyone's hash of all hashes: a fixed size, whatever the workers hold.
     2. Only where they differ, the hashes of the tensors are gathered and compared in their order.
 
     Raises WorkersDisagreeError on all workers, naming the first tensor that differs and each rank's hash.
     """
-    hashes = [(name, f"hash {int(hash_bits(tensor)) & (2**64 - 1):016x}") for name, tensor in named]
-    device = named[0][1].device if named else torch.device("cpu")
-    mine = torch.tensor([digest(hashes)], dtype=torch.int64, device=device)
-    everyone = mine.new_empty(world_size_of(group))
-    all_gather(everyone, mine, group).wait()
-    if bool((everyone == mine).all()):
+    with telling(group):
+        hashes = [(name, f"hash {int(hash_bits(tensor)) & (2**64 - 1):016x}") for name, tensor in named]
+    stated = gather_where_different(hashes, group, device_of(group))
+    if stated is None:
         return
-    stated: list[list[tuple[str, str]]] = gather_objects(hashes, group, device)
     for row in zip_longest(*stated, fillvalue=("(none)", "no such parameter")):
         names, values = zip(*row, strict=True)
         if any(name != names[0] for name in names):
@@ -73,6 +92,8 @@ def hash_bits(tensor: Tensor) -> Tensor:
         piece = raw[start : start + _CHUNK_BYTES]
         words = torch.nn.functional.pad(piece, (0, -piece.numel() % 8)).view(torch.int64)
         # the sum of words times odd, position-dependent weights, all modulo 2^64
-        weights = torch.arange(start, start + words.numel(), device=tensor.device) * _MULTIPLIER * 2 + 1
+        places = torch.arange(start, start + words.numel(), dtype=torch.int64, device=tensor.device)
+        places = torch.arange(start, start + words.numel(), dtype=torch.int64, device=tensor.device)
+        weights = places * _MULTIPLIER * 2 + 1
         total += ((words ^ (words >> 29 & _LOW_BITS)) * weights).sum()
     return total

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lioncub.arrangement import Arrangement
 from lioncub.buckets import Bucket
-from lioncub.collectives.average import average_, average_bytes
+from lioncub.collectives.average import average_agreed_, average_bytes
 from lioncub.collectives.transport import Group
 from lioncub.compression import Compression, Quantized
 from lioncub.kernels.lion_levels import foreach_lion_scale
@@ -91,7 +91,7 @@ class SharedScales:
         if not mine:
             return
         mean = torch.cat(mine)
-        average_(mean, group=self._group)
+        average_agreed_(mean, group=self._group)
         self.bytes_sent = average_bytes(len(mean), self._workers)
         for scale, part in zip(shared, torch.split(mean, [len(scale) for scale in shared]), strict=True):
             scale.copy_(part)

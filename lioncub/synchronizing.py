@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lioncub.arrangement import Arrangement
 from lioncub.buckets import Bucket, Slot
-from lioncub.collectives.average import Averaging, average_, average_bytes
+from lioncub.collectives.average import Averaging, average_agreed_, average_bytes
 from lioncub.collectives.exchange import Exchange
 from lioncub.collectives.handshake import digest
 from lioncub.collectives.header import FAILED, FOUND_INF, STALE, Header, decode_headers
@@ -194,12 +194,12 @@ class Synchronizer:
         samples = [_next_momentum(buckets[i], votes[i].ballot, j, _sample_of(slot), draft) for i, j, slot in present]
         mine = torch.cat(samples)
         mean = mine.clone()
-        average_(mean, group=self._group)
+        average_agreed_(mean, group=self._group)
         sizes = [len(sample) for sample in samples]
         apart = [part.double().square().sum() for part in torch.split(mine - mean, sizes)]
         squares = [sample.double().square().sum() for sample in samples]
         moments = torch.stack([*apart, *squares]).float()
-        average_(moments, group=self._group)
+        average_agreed_(moments, group=self._group)
         self.bytes_sent += sum(average_bytes(len(sent), self._workers) for sent in (mine, moments))
         variance, power = moments.view(2, -1)
         # momentum that is zero on all workers does not drift
