@@ -140,4 +140,4 @@ def _given_scales(bucket: Bucket, terms: Terms) -> list[Tensor] | None:
 @functools.cache
 def _least_scales(count: int, device: torch.device) -> list[Tensor]:
     """fp32[1] of the least normal number for each of ``count`` tensors, to be read only."""
-    return [torch.full((1,), _LEAST_NORMAL, device=device)] * count
+    return [torch.full((1,), _LEAST_NORMAL, dtype=torch.float32, device=device)] * count

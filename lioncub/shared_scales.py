@@ -47,7 +47,9 @@ class SharedScales:
             assert isinstance(bucket.compression, Quantized)
             for slot in bucket.slots:
                 blocks = scale_count(slot.numel, bucket.compression.block or 0)
-                self._state[slot.param]["scale"] = torch.full((blocks,), NOT_AGREED, device=bucket.device)
+                self._state[slot.param]["scale"] = torch.full(
+                    (blocks,), NOT_AGREED, dtype=torch.float32, device=bucket.device
+                )
 
     def forget(self) -> None:
         """State has been loaded or buckets have changed."""

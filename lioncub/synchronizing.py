@@ -173,7 +173,7 @@ class Synchronizer:
         if self._policy is None or not stretches:
             return None
         sizes = [stretch.padded for stretch in stretches]
-        values = torch.zeros(sum(sizes), device=bucket.device)
+        values = torch.zeros(sum(sizes), dtype=torch.float32, device=bucket.device)
         for one, room in zip(stretches, torch.split(values, sizes), strict=True):
             room[: one.end - one.start] = _next_momentum(bucket, ballot, one.index, one.part, draft)
         return Averaging(

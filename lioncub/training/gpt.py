@@ -52,7 +52,9 @@ class GPT(nn.Module):
     def forward(self, windows: Tensor) -> Tensor:
         """int64 [batch, time + 1] -> mean cross-entropy (nats per byte) of predicting each byte from those before."""
         inputs, targets = windows[:, :-1], windows[:, 1:]
-        x = self.embedding(inputs) + self.position(torch.arange(inputs.shape[1], device=windows.device))
+        x = self.embedding(inputs) + self.position(
+            torch.arange(inputs.shape[1], dtype=torch.int64, device=windows.device)
+        )
         for block in self.blocks:
             x = block(x)
         logits = functional.linear(self.norm(x), self.embedding.weight)

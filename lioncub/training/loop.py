@@ -120,7 +120,7 @@ class Trainer:
 
     @torch.no_grad()
     def _validation_loss(self, model: GPT) -> float:
-        total = torch.zeros((), dtype=torch.float64)
+        total = torch.zeros((), dtype=torch.float64, device="cpu")
         # no window at all where there are more workers than windows
         for start in range(0, len(self.validation), self.config.batch):
             windows = self.validation[start : start + self.config.batch]
@@ -135,6 +135,6 @@ class Trainer:
 
 
 def _mean_over_workers(figures: dict[str, float]) -> dict[str, float]:
-    total = torch.tensor(list(figures.values()), dtype=torch.float64)
+    total = torch.tensor(list(figures.values()), dtype=torch.float64, device="cpu")
     dist.all_reduce(total)
     return dict(zip(figures, (total / dist.get_world_size()).tolist(), strict=True))

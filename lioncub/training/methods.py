@@ -184,4 +184,4 @@ def warm_up(config: TrainConfig) -> None:
     """One step of each method on a throwaway model, so that no timed step compiles kernels. Collective."""
     tiny = dataclasses.replace(config, layers=1, heads=1, width=8)
     for name in config.methods:
-        build_method(name, tiny).step(torch.zeros(1, config.context + 1, dtype=torch.int64))
+        build_method(name, tiny).step(torch.zeros(1, config.context + 1, dtype=torch.int64, device="cpu"))

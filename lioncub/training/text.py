@@ -71,16 +71,16 @@ def training_windows(text: Text, *, batch: int, context: int, seed: int, rank: i
     """int64 [batch, context + 1]: random windows that depend on nothing but the arguments."""
     digest = hashlib.blake2b(f"{seed} {rank} {step}".encode(), digest_size=8).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest, "little"))
-    starts = torch.randint(0, len(text.train) - context, (batch,), generator=generator)
+    starts = torch.randint(0, len(text.train) - context, (batch,), generator=generator, dtype=torch.int64, device="cpu")
     return _windows(text.train, starts, context)
 
 
 def validation_windows(text: Text, *, count: int, context: int) -> Tensor:
     """int64 [count, context + 1]: evenly spaced windows, always the same."""
     last = len(text.validation) - context - 1
-    starts = torch.arange(count) * last // max(1, count - 1)
+    starts = torch.arange(count, dtype=torch.int64, device="cpu") * last // max(1, count - 1)
     return _windows(text.validation, starts, context)
 
 
 def _windows(tokens: Tensor, starts: Tensor, context: int) -> Tensor:
-    return tokens[starts[:, None] + torch.arange(context + 1)].long()
+    return tokens[starts[:, None] + torch.arange(context + 1, dtype=torch.int64, device="cpu")].long()
