@@ -60,17 +60,6 @@ class Arrangement:
         """Lay out all groups anew, in the order in which gradients get ready; momentum moves along."""
         self._use(self._lay_out(param_groups, range(len(param_groups)), ready))
 
-    def check_state(self) -> None:
-        """Raise RuntimeError where a parameter's momentum or residual is no longer the one in its bucket."""
-        for bucket in self.buckets:
-            for slot, views in zip(bucket.slots, bucket.views, strict=True):
-                for name, view in views.items():
-                    if self._state[slot.param].get(name) is not view:
-                        raise RuntimeError(
-                            f"state of parameter {slot.name}: expected the {name} made at construction, got another "
-                            "object; change it in place or through load_state_dict"
-                        )
-
     def stats(self, seconds: Sequence[float]) -> tuple[BucketStats, ...]:
         """What each bucket's last exchange cost; 0 seconds for buckets that have not travelled yet."""
         took = [*seconds, *[0.0] * (len(self.buckets) - len(seconds))]

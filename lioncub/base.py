@@ -11,7 +11,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from lioncub.arguments import Hyperparameters, check_no_overlap, check_parameter, parameter_names
+from lioncub.arguments import (
+    Hyperparameters,
+    check_no_overlap,
+    check_parameter,
+    parameter_names,
+    step_of,
+)
+from lioncub.holding import STATE_ENTRIES, Holding
 from lioncub.kernels.backends import IMPLS, resolve_impl
 from lioncub.masters import Masters, master_of
 from lioncub.precision import Precision
@@ -48,10 +55,15 @@ class MomentumOptimizer(torch.optim.Optimizer):
         self._impl, self._precision = impl, precision
         # of parameters that are known to be their masters, rounded
         self._versions: dict[Tensor, int] = {}
+        # the step to come, as last known
+        self._next_step = 0
+        self._holding: Holding | None = None
         super().__init__(params, defaults)
+        self._hold()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group as `torch.optim.Optimizer` does; where it is refused, nothing has changed."""
+        self._check_held()
         super().add_param_group(param_group)
         try:
             self._check_last_group()
@@ -65,12 +77,16 @@ class MomentumOptimizer(torch.optim.Optimizer):
             for param in self.param_groups[-1]["params"]:
                 if param.dtype != torch.float32:
                     self.state[param]["master"] = master_of(param)
+        if self._holding is not None:
+            self._hold()
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Load a checkpoint: momentum is copied bit for bit into the memory that the optimizer already uses.
 
-        Raises ValueError or TypeError, with nothing changed, where groups, shapes or dtypes do not fit.
+        Raises ValueError or TypeError, with nothing changed, where groups, shapes or dtypes do not fit, or where it is
+        that of another optimizer.
         """
+        self._check_held()
         loaded: Any = dict(state_dict)
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             replaced = pre_hook(self, loaded)
@@ -82,6 +98,7 @@ class MomentumOptimizer(torch.optim.Optimizer):
                 mine.copy_(saved)
         for group, options in zip(self.param_groups, groups, strict=True):
             group.update(options)
+        self._next_step = self._step_count
         # a parameter that is loaded, before or after, counts for more than a master
         self._versions.clear()
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
@@ -93,7 +110,7 @@ class MomentumOptimizer(torch.optim.Optimizer):
 
     @property
     def _masters(self) -> Masters:
-        return Masters(self.state, self._versions)
+        return Masters(self.state, self._versions, self._precision.master_weights)
 
     def _refresh_masters(self) -> None:
         if self._precision.master_weights:
@@ -101,20 +118,36 @@ class MomentumOptimizer(torch.optim.Optimizer):
 
     @property
     def _step_count(self) -> int:
-        return int(self.param_groups[0]["step"])
+        return step_of(self.param_groups[0])
 
     def _advance(self) -> None:
-        step = self._step_count + 1
+        self._next_step = self._step_count + 1
         for group in self.param_groups:
-            group["step"] = step
+            group["step"] = self._next_step
+
+    def _hold(self) -> None:
+        """Keep in mind which parameters and which state there are."""
+        self._holding = Holding(self.state, [self._named_group(i) for i in range(len(self.param_groups))])
+
+    def _check_held(self) -> None:
+        """Raise RuntimeError where the user has put others in their place."""
+        if self._holding is not None:
+            self._holding.check_parameters(self.param_groups)
+            other = self._holding.other_state(self.state)
+            if other is not None:
+                self._adopt_state(other)
+
+    def _adopt_state(self, other: str) -> None:
+        """The state is another than it was, as ``other`` says. Raises RuntimeError where it cannot be taken."""
+        raise RuntimeError(other)
 
     def _named_parameters(self) -> list[tuple[str, Tensor]]:
         """All parameters with the names that errors use, in the order of the groups."""
-        return [
-            pair
-            for i, group in enumerate(self.param_groups)
-            for pair in zip(parameter_names(group, i), group["params"], strict=True)
-        ]
+        return [pair for i in range(len(self.param_groups)) for pair in self._named_group(i)]
+
+    def _named_group(self, index: int) -> list[tuple[str, Tensor]]:
+        group = self.param_groups[index]
+        return list(zip(parameter_names(group, index), group["params"], strict=True))
 
     def _check_last_group(self) -> None:
         Hyperparameters.of(self.param_groups[-1])
@@ -127,15 +160,29 @@ class MomentumOptimizer(torch.optim.Optimizer):
 
     def _checked_groups(self, state_dict: Mapping[str, Any]) -> list[dict[str, Any]]:
         """The saved groups' options, without parameters and their names."""
+        for key in ("state", "param_groups"):
+            if key not in state_dict:
+                raise ValueError(f"state_dict: expected keys 'state' and 'param_groups', got {list(state_dict)}")
         saved = state_dict["param_groups"]
+        if not all(isinstance(group, Mapping) and "params" in group for group in saved):
+            raise TypeError(f"state_dict: expected param groups with 'params', got {saved!r}")
         expected = [len(group["params"]) for group in self.param_groups]
         got = [len(group["params"]) for group in saved]
         if expected != got:
             raise ValueError(f"state_dict: expected param groups of {expected} parameters, got {got}")
         kept = ("params", "param_names")
         options = [{key: deepcopy(value) for key, value in group.items() if key not in kept} for group in saved]
-        for mine, theirs in zip(self.param_groups, options, strict=True):
+        for i, (mine, theirs) in enumerate(zip(self.param_groups, options, strict=True)):
+            if "step" not in theirs:
+                raise ValueError(
+                    f"state_dict: expected that of Lion or LionCub, with a step counter in every param group, got "
+                    f"{sorted(theirs)} in group {i}: that of another optimizer?"
+                )
             Hyperparameters.of({**mine, **theirs})
+            step_of(theirs)
+        steps = [step_of(theirs) for theirs in options]
+        if len(set(steps)) > 1:
+            raise ValueError(f"state_dict: expected one step counter in all param groups, got {steps}")
         return options
 
     def _checked_state(self, state_dict: Mapping[str, Any]) -> list[tuple[Tensor, Tensor]]:
@@ -144,16 +191,12 @@ class MomentumOptimizer(torch.optim.Optimizer):
         pairs = []
         for key, (name, param) in zip(saved_ids, self._named_parameters(), strict=True):
             saved, mine = state_dict["state"].get(key, {}), self.state[param]
+            self._check_entries(name, param, saved)
             if "exp_avg" not in saved and not param.requires_grad:
                 # distributed checkpointing leaves out the state of frozen parameters
                 continue
-            for entry, option in (("residual", "error feedback"), ("master", "master_weights=True")):
-                if entry in saved and entry not in mine and (entry == "residual" or param.dtype != torch.float32):
-                    raise ValueError(
-                        f"state_dict: expected no {entry} of parameter {name}, since this optimizer was built without "
-                        f"{option}, got one"
-                    )
-            for entry, tensor in mine.items():
+            for entry in (entry for entry in STATE_ENTRIES if entry in mine):
+                tensor = mine[entry]
                 if entry in saved:
                     _check_saved(name, entry, tensor, saved[entry])
                     pairs.append((tensor, saved[entry]))
@@ -164,6 +207,28 @@ class MomentumOptimizer(torch.optim.Optimizer):
                 else:
                     raise ValueError(f"state_dict: expected {entry} of parameter {name}, got none")
         return pairs
+
+    def _check_entries(self, name: str, param: Tensor, saved: Mapping[str, Any]) -> None:
+        """Raise ValueError where a parameter's saved state is not ours, or more than this optimizer keeps."""
+        mine = self.state[param]
+        if not isinstance(saved, Mapping):
+            raise TypeError(f"state_dict: expected the state of parameter {name} as a dictionary, got {saved!r}")
+        unknown = [
+            entry
+            for entry, value in saved.items()
+            if entry not in STATE_ENTRIES and isinstance(value, Tensor) and entry not in mine
+        ]
+        if unknown:
+            raise ValueError(
+                f"state_dict: expected that of Lion or LionCub, with {', '.join(STATE_ENTRIES)} of a parameter, got "
+                f"{', '.join(map(str, unknown))} of parameter {name}: that of another optimizer?"
+            )
+        for entry, option in (("residual", "error feedback"), ("master", "master_weights=True")):
+            if entry in saved and entry not in mine and (entry == "residual" or param.dtype != torch.float32):
+                raise ValueError(
+                    f"state_dict: expected no {entry} of parameter {name}, since this optimizer was built without "
+                    f"{option}, got one"
+                )
 
     def _warn_where_lr_moves_nothing(self, group: dict[str, Any]) -> None:
         """Warn, once per group, where most low-precision weights are too large for a step of lr to change them."""
@@ -188,8 +253,11 @@ class MomentumOptimizer(torch.optim.Optimizer):
             )
 
 
-def _check_saved(name: str, entry: str, mine: Tensor, saved: Tensor) -> None:
-    """Raise unless a saved tensor of a parameter's state has this one's shape and dtype."""
+def _check_saved(name: str, entry: str, mine: Tensor, saved: Any) -> None:
+    """Raise unless what was saved of a parameter's state can be copied into this tensor."""
+    if not isinstance(saved, Tensor) or saved.layout != torch.strided or saved.is_meta:
+        got = type(saved).__name__ if not isinstance(saved, Tensor) else "meta" if saved.is_meta else str(saved.layout)
+        raise TypeError(f"state_dict: expected {entry} of parameter {name} as a dense tensor with memory, got {got}")
     if saved.shape != mine.shape:
         raise ValueError(
             f"state_dict: expected {entry} of parameter {name} of shape {tuple(mine.shape)}, got {tuple(saved.shape)}"

@@ -47,9 +47,9 @@ class Slot:
     def check_unchanged(self, device: torch.device) -> None:
         """Raise ValueError where the parameter is no longer what the bucket was laid out for."""
         p = self.param
-        expected = (self.dtype, self.shape, self.stride, device)
-        got = (p.dtype, tuple(p.shape), p.stride(), p.device)
-        if got != expected:
+        if p.shape != self.shape or p.stride() != self.stride or p.dtype is not self.dtype or p.device != device:
+            expected = (self.dtype, self.shape, self.stride, device)
+            got = (p.dtype, tuple(p.shape), p.stride(), p.device)
             raise ValueError(
                 f"parameter {self.name}: expected (dtype, shape, strides, device) {expected} as when the optimizer was "
                 f"built, got {got}"
@@ -171,8 +171,13 @@ def bucket_bytes_of(bucket_mb: Any) -> int:
     return max(int(bucket_mb * 2**20), 8)
 
 
+def slot_of(number: int, name: str, param: Tensor, start: int = 0) -> Slot:
+    """The slot of a parameter as it is."""
+    shape, n = tuple(param.shape), param.numel()
+    return Slot(number, name, param, start, shape, param.stride(), param.dtype, n, packed_bytes(n))
+
+
 def _next_slot(slots: Sequence[Slot], number: int, name: str, param: Tensor) -> Slot:
     start = slots[-1].end if slots else 0
     assert start % WORD_SIGNS == 0
-    shape, n = tuple(param.shape), param.numel()
-    return Slot(number, name, param, start, shape, param.stride(), param.dtype, n, packed_bytes(n))
+    return slot_of(number, name, param, start)

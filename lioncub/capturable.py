@@ -40,7 +40,10 @@ if TYPE_CHECKING:
     from lioncub.wiring import Wiring
 
 # reasons, the first word of a report; then step, tensor and rank
-_NOTHING, _NONFINITE, _DISAGREE = range(3)
+_NOTHING, _NONFINITE, _DISAGREE, _ABSENT = range(4)
+# in place of the wire version in a control message: its worker takes no step because of an error, or because its
+# parameters may be new
+FAILED, UNVERIFIED = -1, -2
 # one bit of a word is its sign
 _BITS = 63
 
@@ -76,7 +79,7 @@ def keep_tensors(param_groups: Sequence[dict[str, Any]], kept: Sequence[dict[str
     """Write what was loaded into the tensors that the groups had, which graphs may hold."""
     for group, tensors in zip(param_groups, kept, strict=True):
         for name, tensor in tensors.items():
-            tensor.copy_(torch.as_tensor(group[name]))
+            tensor.copy_(torch.as_tensor(group[name], dtype=tensor.dtype, device=tensor.device))
             group[name] = tensor
 
 
@@ -128,7 +131,7 @@ class CapturableStep:
         # what moves: parameters, or their masters
         self._params = [[masters.moved(slot.name, slot.param) for slot in bucket.slots] for bucket in buckets]
         self._n_tensors = sum(len(bucket.slots) for bucket in buckets)
-        indices = torch.arange(self._n_tensors, device=device)
+        indices = torch.arange(self._n_tensors, dtype=torch.int64, device=device)
         self._words, self._shifts = indices // _BITS, indices % _BITS
         # copied once, since a captured step copies nothing from the host
         padding = sum(8 * bucket.n_bytes - bucket.elements for bucket in buckets)
@@ -136,7 +139,9 @@ class CapturableStep:
         self._constants = torch.tensor([WIRE_VERSION, layout], dtype=torch.int64, device=device)
         self.report = torch.zeros(4, dtype=torch.int64, device=device)
         # the last step's report on the host, and when it is there
-        self._last = torch.zeros(4, dtype=torch.int64).pin_memory() if self.report.is_cuda else self.report
+        self._last = (
+            torch.zeros(4, dtype=torch.int64, device="cpu").pin_memory() if self.report.is_cuda else self.report
+        )
         self._copied: torch.cuda.Event | None = None
         self.skipped = torch.zeros((), dtype=torch.int64, device=device)
         self.counts = torch.zeros(2, dtype=torch.int64, device=device)
@@ -144,8 +149,12 @@ class CapturableStep:
     @property
     def control_bytes_sent(self) -> int:
         """Bytes of control messages that each worker sends per step."""
-        groups = len({bucket.group_index for bucket in self._buckets})
-        return (self._workers - 1) * 8 * (3 + 5 * groups + 2 + -(-self._n_tensors // _BITS))
+        return (self._workers - 1) * 8 * (self._n_fixed + -(-self._n_tensors // _BITS))
+
+    @property
+    def _n_fixed(self) -> int:
+        """Words of a control message before the bitmap."""
+        return 3 + 5 * len({bucket.group_index for bucket in self._buckets}) + 2
 
     def stats(self, buckets: Sequence[BucketStats]) -> tuple[BucketStats, ...]:
         """Those of buckets that travel as this step sends them."""
@@ -201,9 +210,42 @@ class CapturableStep:
         self._masters.write_back([slot.param for bucket in self._buckets for slot in bucket.slots])
         clock.add_(1)
         if self.report.is_cuda and not torch.compiler.is_compiling() and not torch.cuda.is_current_stream_capturing():
+            self._keep_report()
+
+    def tell(self, word: int, clock: Tensor) -> list[int]:
+        """Send the messages that others wait for, in a step that this worker does not take; everyone's first words.
+
+        A collective call as `run`, which raises on all others with their next step. ``word`` is `FAILED` or
+        `UNVERIFIED`. Changes what is reported, and waits for the device.
+        """
+        assert self._gather is not None
+        device, bitmap = self.report.device, -(-self._n_tensors // _BITS)
+        blanks = [torch.zeros(bucket.n_bytes, dtype=torch.uint8, device=device) for bucket in self._buckets]
+        pending = [vote.start(blank) for vote, blank in zip(self._votes, blanks, strict=True)]
+        sent = self._gather(torch.full((self._n_fixed + bitmap,), word, dtype=torch.int64, device=device))
+        pending = [vote.advance(each, clock) for vote, each in zip(self._votes, pending, strict=True)]
+        everyone = arrived(sent).view(self._workers, -1)
+        for vote, each in zip(self._votes, pending, strict=True):
+            vote.finish(each, clock)
+        words: list[int] = everyone[:, 0].tolist()
+        if set(words) != {UNVERIFIED}:
+            self._judge(everyone, self._n_fixed, clock)
+            self._keep_report()
+        return words
+
+    def _keep_report(self) -> None:
+        """Bring the report to the host, without waiting."""
+        if self.report.is_cuda:
             self._last.copy_(self.report, non_blocking=True)
             self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._copied.record()
+
+    def check_unchanged(self) -> None:
+        """Raise where parameters or gradients are not what this step was made for."""
+        for bucket in self._buckets:
+            for slot in bucket.slots:
+                slot.check_unchanged(bucket.device)
+                gradient_of(slot.name, slot.param)
 
     def raise_last(self) -> None:
         """Raise what the last step reported, and no more than that: what has been launched since is not waited for."""
@@ -223,6 +265,10 @@ class CapturableStep:
             raise NonFiniteError(
                 f"step {step}: a gradient, momentum or update is not finite, first in parameter {names[tensor - 1]} on "
                 f"rank {rank}; no worker changed anything"
+            )
+        if reason == _ABSENT:
+            raise WorkersDisagreeError(
+                f"step {step} was taken by no worker, because of an error on rank {rank} (reported there)"
             )
         if reason == _DISAGREE:
             raise WorkersDisagreeError(
@@ -273,9 +319,14 @@ class CapturableStep:
         has = (everyone[:, n_fixed:][:, self._words] >> self._shifts) & 1
         # the least of those that are not 0, and the first worker that has it
         least = torch.where(is_bad, first, self._n_tensors + 1).amin()
-        rank = torch.where(is_bad & (first == least), torch.arange(len(first), device=first.device), len(first)).amin()
+        rank = torch.where(
+            is_bad & (first == least), torch.arange(len(first), dtype=torch.int64, device=first.device), len(first)
+        ).amin()
         # an overflow that a GradScaler found is no error
         reason = torch.where(agreed, torch.where(any_bad & ~overflows, self._worst, _NOTHING), _DISAGREE)
+        absent = everyone[:, 0] < 0
+        reason = torch.where(absent.any(), _ABSENT, reason)
+        rank = torch.where(absent.any(), absent.to(torch.int64).argmax(), rank)
         news = torch.stack([reason, clock, least, rank])
         # what nobody has been told yet is kept
         self.report.copy_(torch.where(self.report[0] == _NOTHING, news, self.report))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from lioncub.arguments import check_count, check_flag
 from lioncub.collectives import Codes
 from lioncub.kernels.quantization import check_format
 
@@ -19,8 +20,7 @@ class Compression:
     error_feedback: bool = False
 
     def __post_init__(self) -> None:
-        if not isinstance(self.error_feedback, bool):
-            raise TypeError(f"error_feedback: expected True or False, got {self.error_feedback!r}")
+        check_flag("error_feedback", self.error_feedback)
 
     @property
     def codes(self) -> Codes:
@@ -109,12 +109,16 @@ class Quantized(Compression):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_flag("stochastic", self.stochastic)
+        for name in ("bits", "block", "seed"):
+            value = getattr(self, name)
+            if (name, value) != ("block", None) and (isinstance(value, bool) or not isinstance(value, int)):
+                raise TypeError(f"{name}: expected an integer, got {value!r}")
         check_format(self.bits, self.norm, self.block)
         if self.down not in ("ternary", "sign"):
             raise ValueError(f"down: expected 'ternary' or 'sign', got {self.down!r}")
-        every = self.share_scales_every
-        if every is not None and (isinstance(every, bool) or not isinstance(every, int) or every < 1):
-            raise ValueError(f"share_scales_every: expected None or a number of steps >= 1, got {every!r}")
+        if self.share_scales_every is not None:
+            check_count("share_scales_every", self.share_scales_every, "None or a number of steps")
 
     @property
     def codes(self) -> Codes:
@@ -146,8 +150,7 @@ class BySize:
     def __post_init__(self) -> None:
         for name in ("small", "large"):
             _check_single(name, getattr(self, name))
-        if isinstance(self.most, bool) or not isinstance(self.most, int) or self.most < 1:
-            raise ValueError(f"most: expected a number of elements >= 1, got {self.most!r}")
+        check_count("most", self.most, "a number of elements")
 
     def of(self, numel: int) -> Compression:
         """The compression of a tensor of ``numel`` elements."""

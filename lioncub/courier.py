@@ -75,6 +75,11 @@ class Courier:
         """End the thread when it has nothing left to do."""
         self._jobs.put(None)
 
+    def join(self, seconds: float) -> bool:
+        """Wait for the thread's end; whether it has come."""
+        self._thread.join(seconds)
+        return not self._thread.is_alive()
+
     def join_stream(self) -> None:
         """Make the current stream wait for what has been sent so far; nothing to do on a CPU."""
         if self._stream is not None:

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lioncub.arguments import Hyperparameters, gradient_of, parameter_names
+from lioncub.arguments import Hyperparameters, gradient_of
 from lioncub.base import MomentumOptimizer, Params
-from lioncub.buckets import number_of
+from lioncub.buckets import Slot, number_of, slot_of
 from lioncub.kernels import foreach_lion_step_
 from lioncub.kernels.checks import storage_order_view
 from lioncub.precision import Precision
@@ -63,6 +63,38 @@ class Lion(MomentumOptimizer):
         for param in self.param_groups[group_index]["params"]:
             self.state[param]["exp_avg"] = torch.zeros_like(param, dtype=self._precision.momentum_dtype)
 
+    def _hold(self) -> None:
+        super()._hold()
+        # with the momentum of each in storage order
+        self._slots = [self._slots_of(index) for index in range(len(self.param_groups))]
+
+    def _slots_of(self, index: int) -> list[tuple[Slot, torch.device, Tensor]]:
+        return [
+            (
+                slot_of(number_of(index, i), name, param),
+                param.device,
+                storage_order_view(name, self.state[param]["exp_avg"]),
+            )
+            for i, (name, param) in enumerate(self._named_group(index))
+        ]
+
+    def _adopt_state(self, other: str) -> None:
+        # one that was moved to another device and back, to make room, is as good
+        for name, param in self._named_parameters():
+            state = self.state.get(param, {})
+            dtypes = {"exp_avg": self._precision.momentum_dtype}
+            if self._precision.master_weights and param.dtype != torch.float32:
+                dtypes["master"] = torch.float32
+            for entry, dtype in dtypes.items():
+                expected = (dtype, tuple(param.shape), param.stride(), param.device)
+                got = _kind_of(state.get(entry))
+                if got != expected:
+                    raise RuntimeError(
+                        f"state of parameter {name}: expected {entry} of (dtype, shape, strides, device) {expected}, "
+                        f"got {got}"
+                    )
+        self._hold()
+
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every parameter that has a gradient; gives the closure's loss. Mutates parameters and momentum."""
@@ -70,6 +102,8 @@ class Lion(MomentumOptimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if not torch.compiler.is_compiling():
+            self._check_held()
         self._refresh_masters()
         # everything that can be refused comes before the first write
         for call in [call for i in range(len(self.param_groups)) for call in self._plan_group(i)]:
@@ -78,40 +112,55 @@ class Lion(MomentumOptimizer):
         return loss
 
     def __getstate__(self) -> dict[str, Any]:
-        own = {"_impl": self._impl, "_precision": self._precision, "_versions": {}}
+        own = {"_impl": self._impl, "_precision": self._precision, "_versions": {}, "_next_step": self._next_step}
         return {**super().__getstate__(), **own}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._hold()
 
     def _plan_group(self, index: int) -> list[Callable[[], None]]:
         """The step of one group, a call per device."""
         group = self.param_groups[index]
         now = Hyperparameters.of(group)
         rounding, masters = self._precision.rounding(self._step_count, rank=0), self._masters
-        by_device: dict[torch.device, tuple[list[Tensor], list[Tensor], list[Tensor]]] = {}
-        numbers: dict[torch.device, list[int]] = {}
-        moved = []
-        for i, (name, param) in enumerate(zip(parameter_names(group, index), group["params"], strict=True)):
-            grad = gradient_of(name, param)
+        by_device: dict[torch.device, tuple[list[Tensor], list[Tensor], list[Tensor], list[int]]] = {}
+        moved, is_traced = [], torch.compiler.is_compiling()
+        for slot, device, exp_avg in self._slots[index]:
+            slot.check_unchanged(device)
+            grad = gradient_of(slot.name, slot.param)
             if grad is None:
                 continue
-            params, grads, momenta = by_device.setdefault(param.device, ([], [], []))
-            params.append(masters.of(name, param))
+            if device not in by_device:
+                by_device[device] = ([], [], [], [])
+            params, grads, momenta, numbers = by_device[device]
+            params.append(masters.of(slot.name, slot.param))
             grads.append(grad)
-            momenta.append(storage_order_view(name, self.state[param]["exp_avg"]))
-            numbers.setdefault(param.device, []).append(number_of(index, i))
-            moved.append(param)
+            # a compiler guards what it finds in the state
+            momenta.append(storage_order_view(slot.name, self.state[slot.param]["exp_avg"]) if is_traced else exp_avg)
+            numbers.append(slot.number)
+            moved.append(slot.param)
         steps = [
             partial(
                 foreach_lion_step_,
-                *tensors,
+                params,
+                grads,
+                momenta,
                 lr=now.lr,
                 beta1=now.beta1,
                 beta2=now.beta2,
                 weight_decay=now.weight_decay,
                 grad_scale=-1.0 if now.maximize else 1.0,
                 rounding=rounding,
-                tensors=numbers[device],
+                tensors=numbers,
                 impl=self._impl,
             )
-            for device, tensors in by_device.items()
+            for params, grads, momenta, numbers in by_device.values()
         ]
         return [*steps, partial(masters.write_back, moved)]
+
+
+def _kind_of(tensor: Any) -> object:
+    if not isinstance(tensor, Tensor):
+        return tensor
+    return tensor.dtype, tuple(tensor.shape), tensor.stride(), tensor.device

@@ -23,11 +23,13 @@ def master_of(param: Tensor) -> Tensor:
 class Masters:
     """The masters in ``state[p]["master"]``; a parameter without one moves itself.
 
-    ``versions`` are those of the parameters when they were last known to be their masters, rounded to nearest.
+    ``versions`` are those of the parameters when they were last known to be their masters, rounded to nearest. Where
+    ``in_use`` is false, no parameter has one, and none is looked for.
     """
 
     state: Mapping[Tensor, dict[str, Any]]
     versions: MutableMapping[Tensor, int]
+    in_use: bool = True
 
     def of(self, name: str, param: Tensor) -> Tensor:
         """The 1-d view, in storage order, of what moves."""
@@ -35,6 +37,8 @@ class Masters:
 
     def moved(self, name: str, param: Tensor) -> Tensor:
         """What moves: the parameter's master, or itself."""
+        if not self.in_use:
+            return param
         master: Tensor | None = self.state[param].get("master")
         if master is None:
             return param
@@ -54,6 +58,8 @@ class Masters:
 
     def write_back(self, params: Sequence[Tensor]) -> None:
         """Round the masters of these parameters, to nearest, into them."""
+        if not self.in_use:
+            return
         low = [param for param in params if "master" in self.state[param]]
         if low:
             torch._foreach_copy_(low, [self.state[param]["master"] for param in low])

@@ -9,6 +9,7 @@ from functools import lru_cache
 
 from torch import Tensor
 
+from lioncub.arguments import check_count
 from lioncub.collectives.average import check_dtype
 
 SCHEDULES = ("fixed", "growing", "staggered")
@@ -38,13 +39,18 @@ class MomentumSync:
     dtype: str = "fp32"
 
     def __post_init__(self) -> None:
-        if isinstance(self.every, bool) or not isinstance(self.every, int) or self.every < 1:
-            raise ValueError(f"every: expected a number of steps >= 1, got {self.every!r}")
+        check_count("every", self.every, "a number of steps")
         if self.schedule not in SCHEDULES:
             raise ValueError(f"schedule: expected one of {SCHEDULES}, got {self.schedule!r}")
         check_dtype(self.dtype)
         if isinstance(self.select, str) and self.select != "auto":
             raise ValueError(f"select: expected 'auto', a list of patterns or a function, got {self.select!r}")
+        if isinstance(self.select, Sequence) and not all(isinstance(pattern, str) for pattern in self.select):
+            raise TypeError(f"select: expected patterns, which are strings, got {self.select!r}")
+        if not (self.select is None or isinstance(self.select, Sequence) or callable(self.select)):
+            raise TypeError(f"select: expected 'auto', a list of patterns or a function, got {self.select!r}")
+        if isinstance(self.budget, bool):
+            raise TypeError(f"budget: expected a fraction > 0 or None, got {self.budget!r}")
         if self.is_auto and self.schedule == "growing":
             raise ValueError("schedule: expected 'fixed' or 'staggered' with select='auto', whose budget is per step")
         if self.is_auto and not (isinstance(self.budget, int | float) and 0 < self.budget < float("inf")):

@@ -14,11 +14,15 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from lioncub.applying import plan_bucket
+from lioncub.arguments import Hyperparameters, check_count, check_flag, hint_of_shards, refuse_shards
 from lioncub.arrangement import Arrangement
 from lioncub.base import MomentumOptimizer, Params
 from lioncub.buckets import Bucket, bucket_bytes_of
+from lioncub.capturable import FAILED as FAILED_WORD
+from lioncub.capturable import UNVERIFIED as UNVERIFIED_WORD
 from lioncub.capturable import CapturableStep, Rates, check_capturable, keep_tensors
-from lioncub.collectives import Voter, average_, handshake
+from lioncub.collectives import Voter, WorkersDisagreeError, average_, handshake
+from lioncub.collectives.errors import by_value
 from lioncub.collectives.header import UNVERIFIED
 from lioncub.collectives.traffic import check_approximate
 from lioncub.compression import AnyCompression, check_compression, default_compression, parts_of
@@ -26,16 +30,33 @@ from lioncub.courier import Courier
 from lioncub.explaining import Explanation
 from lioncub.kernels import resolve_impl
 from lioncub.momentum_sync import MomentumSync, check_momentum_sync
-from lioncub.overlap import Overlap, refuse_with_overlap
+from lioncub.overlap import Overlap, check_devices, end_overlap, refuse_with_overlap
 from lioncub.precision import Precision
 from lioncub.replicas import broadcast_tensors, check_equal
 from lioncub.shared_scales import NOT_AGREED, SharedScales
 from lioncub.stats import Stats
 from lioncub.synchronizing import NOT_MEASURED, Synchronizer
-from lioncub.voting import BucketVote, Draft, NonFiniteError, Verdict, alone, exchange, judge
-from lioncub.wiring import PathOrProfile, Wiring
+from lioncub.voting import (
+    NO_GRADIENT_TO_SCALE,
+    BucketVote,
+    Draft,
+    NonFiniteError,
+    Verdict,
+    alone,
+    exchange,
+    judge,
+)
+from lioncub.wiring import PathOrProfile, Wiring, destroy_groups
 
 _LOG = logging.getLogger("lioncub")
+# seconds that `close` waits for messages to end
+_PATIENCE = 5.0
+# what all workers raise in one and the same step
+_AGREED_ERRORS = (WorkersDisagreeError, NonFiniteError)
+_NOT_CAPTURABLE = (
+    "capturable: expected LionCub(capturable=True) for a step that torch.compile traces, got False: an ordinary step "
+    "waits for other workers"
+)
 # between measurements of drift, where it decides what is synchronized
 _DRIFT_EVERY = 100
 
@@ -130,14 +151,16 @@ class LionCub(MomentumOptimizer):
         )
         if on_nonfinite not in ("raise", "skip"):
             raise ValueError(f"on_nonfinite: expected 'raise' or 'skip', got {on_nonfinite!r}")
+        check_flag("broadcast", broadcast)
+        check_flag("capturable", capturable)
         bucket_bytes = None if bucket_mb is None else bucket_bytes_of(bucket_mb)
         # one for each param group; not in the groups, since a checkpoint fits any
         self._compressions: list[AnyCompression] = []
         policy = check_momentum_sync(momentum_sync)
         if drift_every is None and policy is not None and policy.is_auto:
             drift_every = _DRIFT_EVERY
-        if drift_every is not None and (isinstance(drift_every, bool) or drift_every < 1):
-            raise ValueError(f"drift_every: expected a number of steps >= 1, got {drift_every!r}")
+        if drift_every is not None:
+            check_count("drift_every", drift_every, "a number of steps")
         self._policy, self._drift_every = policy, drift_every
         self._wiring = Wiring(process_group, algorithm, approximate, mesh, profile, overlap, impl)
         self._group, self._workers = process_group, self._wiring.workers
@@ -146,6 +169,8 @@ class LionCub(MomentumOptimizer):
         self._compression = check_compression(compression)
         self._broadcast, self._on_nonfinite = broadcast, on_nonfinite
         self._overlap: Overlap | None = None
+        self._courier: Courier | None = None
+        self._end_overlap: Callable[[], object] = _nothing
         # parameters to broadcast, and the number of buckets that all workers are known to have
         self._unequal: list[Tensor] = []
         self._agreed = 0
@@ -154,28 +179,25 @@ class LionCub(MomentumOptimizer):
         self._exposed = 0.0
         self._skipped = 0
         self._counts = (0, 0)
-        self._is_built = False
+        self._is_built = self._is_closed = False
         super().__init__(params, lr, betas, weight_decay, maximize, impl, precision)
         if not self._named_parameters():
             raise ValueError("params: expected at least one parameter, got none")
         device = self._named_parameters()[0][1].device
         devices = sorted({str(param.device) for _, param in self._named_parameters()})
-        if overlap and (len(devices) > 1 or device.type not in ("cpu", "cuda")):
-            raise ValueError(f"overlap: expected all parameters on the CPU or on one CUDA device, got {devices}")
+        if overlap:
+            check_devices(devices)
         self._capturable = capturable
         self._capturable_step: CapturableStep | None = None
         if capturable:
             check_capturable(self._wiring, devices, self._compressions, policy, drift_every)
-            self.param_groups[0]["step"] = torch.zeros((), dtype=torch.int64, device=device)
+            self._clock = torch.zeros((), dtype=torch.int64, device=device)
+            self.param_groups[0]["step"] = self._clock
         facts = self._facts(bucket_mb)
+        # until here nothing has been sent
         if self._workers > 1:
-            handshake(facts, group=process_group, device=device)
-            self._wiring.connect(device)
-            if overlap:
-                courier = Courier(device)
-                weakref.finalize(self, courier.close)
-                # the synchronizer is made later, and an average follows a vote
-                self._overlap = Overlap(courier, self._new_draft, lambda *what: self._sync.follower(*what))
+            self._shake_hands(facts, device)
+            self._connect(device)
         self._arrangement = Arrangement(
             self._wiring, bucket_bytes, self.state, self._compressions, precision.momentum_dtype
         )
@@ -190,6 +212,7 @@ class LionCub(MomentumOptimizer):
         self._agreed = len(self._buckets)
         if capturable:
             self.verify()
+        self._hold()
         self._announce()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -199,6 +222,7 @@ class LionCub(MomentumOptimizer):
         parameters equal. Where the group is refused, nothing has changed. Its "compression" is that of `LionCub` unless
         it has one.
         """
+        self._check_open()
         compression = self._compression
         if isinstance(param_group, dict) and "compression" in param_group:
             param_group = dict(param_group)
@@ -240,16 +264,23 @@ class LionCub(MomentumOptimizer):
         Mutates parameters and momentum, after every vote and status is known. Raises NonFiniteError (or skips, by
         ``on_nonfinite``; under a GradScaler an overflow always skips) and WorkersDisagreeError on all workers alike.
         """
+        self._check_open()
+        if torch.compiler.is_compiling() and not self._capturable:
+            _refuse_to_compile()
         self._check_process_group()
-        loss = None
+        loss, failure = None, None
         if closure is not None and self._overlap is None:
-            with torch.enable_grad():
-                loss = closure()
+            try:
+                with torch.enable_grad():
+                    loss = closure()
+            except Exception as error:
+                # raised when the other workers have been told
+                failure = error
         try:
             if self._capturable:
-                self._take_capturable_step()
+                self._take_capturable_step(failure)
             else:
-                self._take_step(has_closure=closure is not None)
+                self._take_step(failure, has_closure=closure is not None)
         except Exception:
             # a GradScaler takes these back only after a step that returns; left behind, they would scale the next one
             self.__dict__.pop("grad_scale", None)
@@ -262,6 +293,7 @@ class LionCub(MomentumOptimizer):
 
         Raises ValueError or TypeError, with nothing changed, where groups, shapes or dtypes do not fit.
         """
+        self._check_open()
         kept = [{name: value for name, value in g.items() if isinstance(value, Tensor)} for g in self.param_groups]
         try:
             super().load_state_dict(state_dict)
@@ -278,6 +310,7 @@ class LionCub(MomentumOptimizer):
 
     def stats(self) -> Stats:
         """What the last step cost and how its votes fell; see `Stats`."""
+        self._check_open()
         elements = max(sum(bucket.elements for bucket in self._buckets), 1)
         buckets, skipped = self._arrangement.stats(self._seconds), self._skipped
         sent = self._sync.bytes_sent + self._scales.bytes_sent
@@ -303,6 +336,7 @@ class LionCub(MomentumOptimizer):
 
         Printed, it is a table; it communicates nothing.
         """
+        self._check_open()
         return self._arrangement.explain()
 
     def verify(self) -> None:
@@ -311,6 +345,7 @@ class LionCub(MomentumOptimizer):
         A step does it by itself after construction, `load_state_dict` and `add_param_group`, unless it is compiled or
         captured. Raises WorkersDisagreeError on all workers where they differ.
         """
+        self._check_open()
         if self._workers > 1:
             facts = {"the bucket layout": self._arrangement.layout, "the step": self._step_count}
             handshake(facts, group=self._group, device=self._buckets[0].device)
@@ -342,6 +377,7 @@ class LionCub(MomentumOptimizer):
 
         Raises WorkersDisagreeError on all workers, naming the first parameter that differs.
         """
+        self._check_open()
         if self._workers > 1:
             self._refresh_masters()
             named = self._named_parameters()
@@ -352,6 +388,7 @@ class LionCub(MomentumOptimizer):
 
         Before `state_dict`, it makes one worker's file serve any number of workers.
         """
+        self._check_open()
         if self._workers > 1:
             handshake(
                 {"the bucket layout": self._arrangement.layout}, group=self._group, device=self._buckets[0].device
@@ -361,8 +398,62 @@ class LionCub(MomentumOptimizer):
                 average_(mean, group=self._group)
                 bucket.exp_avg.copy_(mean)
 
+    def close(self) -> None:
+        """End the thread of ``overlap``, the hooks on parameters and the process groups that were made for this.
+
+        On all workers, when no step or backward is under way. Parameters, state and `state_dict` remain; all else
+        raises RuntimeError afterwards. Closing twice does nothing. An optimizer that is collected is closed too, but
+        that its groups on backends other than Gloo last until destroy_process_group.
+        """
+        if self._is_closed:
+            return
+        self._is_closed = True
+        self._end_overlap()
+        ended = self._courier is None or self._courier.join(_PATIENCE)
+        # with what refers to them, their threads and sockets end
+        self._overlap = self._courier = self._capturable_step = None
+        groups = self._wiring.own_groups
+        del self._wiring, self._arrangement, self._sync, self._scales
+        if not ended:
+            raise RuntimeError(
+                "close: expected no votes under way, got some that other workers have not answered; they end with the "
+                "process group's timeout"
+            )
+        destroy_groups(groups)
+
     def __getstate__(self) -> dict[str, Any]:
         raise TypeError("LionCub cannot be copied or pickled, since its process group cannot; use state_dict()")
+
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise RuntimeError("LionCub: expected an open optimizer, got one after close()")
+
+    def _shake_hands(self, facts: dict[str, object], device: torch.device) -> None:
+        try:
+            handshake(facts, group=self._group, device=device)
+        except WorkersDisagreeError as error:
+            raise WorkersDisagreeError(f"{error}{hint_of_shards(str(error))}") from None
+
+    def _connect(self, device: torch.device) -> None:
+        """Make process groups and what overlaps; their end comes with this optimizer's."""
+        self._wiring.connect(device)
+        if self._wiring.overlap:
+            self._courier, me = Courier(device), weakref.ref(self)
+
+            # referred to by name, it would be collected late, and its end would come at another time on every worker
+            def opt() -> LionCub:
+                found = me()
+                assert found is not None
+                return found
+
+            # the synchronizer is made later, and an average follows a vote
+            self._overlap = Overlap(
+                self._courier, lambda: opt()._new_draft(), lambda *what: opt()._sync.follower(*what)
+            )
+            self._end_overlap = weakref.finalize(self, end_overlap, self._courier, self._overlap.hooks)
+        if self._wiring.ends_alone:
+            # at exit the interpreter ends them anyhow
+            weakref.finalize(self, destroy_groups, self._wiring.own_groups).atexit = False
 
     @property
     def _buckets(self) -> list[Bucket]:
@@ -371,6 +462,10 @@ class LionCub(MomentumOptimizer):
     @property
     def _voters(self) -> list[Voter]:
         return self._arrangement.voters
+
+    def _check_last_group(self) -> None:
+        super()._check_last_group()
+        refuse_shards(self._named_parameters(), are_broadcast=self._broadcast and self._workers > 1)
 
     def _create_state(self, group_index: int) -> None:
         # at construction all groups are laid out together, when it is known how their votes will travel
@@ -382,7 +477,7 @@ class LionCub(MomentumOptimizer):
         params = self._arrangement.append(self.param_groups, groups)
         if self._sync.measures:
             for param in params:
-                self.state[param]["drift"] = torch.full((), NOT_MEASURED, device=param.device)
+                self.state[param]["drift"] = torch.full((), NOT_MEASURED, dtype=torch.float32, device=param.device)
         self._scales.add(groups)
         self._sync.forget()
         for i in groups:
@@ -401,6 +496,7 @@ class LionCub(MomentumOptimizer):
         ready = self._overlap.agreed_order(params, self._group)
         if ready is not None:
             self._arrangement.reorder(self.param_groups, ready)
+            self._hold()
             self._sync.forget()
             self._scales.forget()
             self._agreed, self._order_known, self._seconds = len(self._buckets), True, []
@@ -440,16 +536,22 @@ class LionCub(MomentumOptimizer):
 
     def _new_draft(self) -> Draft:
         """The draft of the step to come, with the state and the hyperparameters as they are now."""
-        layout = self._sync.agreed(self._arrangement.layout)
-        rank = self._wiring.rank
         flags = UNVERIFIED if self._unverified else 0
-        draft = Draft(self._step_count, layout, flags, rank, self._workers, self._impl, self._scales.of)
-        draft.attempt(self._check_state)
-        draft.attempt(lambda: draft.read(self.param_groups))
+        layout = self._arrangement.layout
+        draft = Draft(self._next_step, layout, flags, self._wiring.rank, self._workers, self._impl, self._scales.of)
+
+        def read() -> None:
+            self._check_state()
+            draft.step = self._step_count
+            draft.layout = self._sync.agreed(layout)
+            draft.read(self.param_groups)
+
+        draft.attempt(read)
         return draft
 
-    def _take_step(self, *, has_closure: bool) -> None:
+    def _take_step(self, failure: Exception | None, *, has_closure: bool) -> None:
         draft = self._new_draft()
+        draft.failure = failure or draft.failure
         # a GradScaler sets both for the duration of its step
         scale, overflow = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         if self._overlap is not None:
@@ -457,39 +559,77 @@ class LionCub(MomentumOptimizer):
             self._overlap.exposed_seconds = 0.0
         draft.attempt(lambda: draft.unscale(scale, overflow))
         try:
-            votes = self._vote(draft)
-            verdict = judge(self._buckets, votes)
-            self._seconds = [vote.seconds for vote in votes]
-            self._exposed = sum(self._seconds) if self._overlap is None else self._overlap.exposed_seconds
-            if verdict.found_inf or verdict.nonfinite is not None:
-                for vote in votes:
-                    vote.drop_average()
-                self._pass_over(draft.step, verdict.found_inf, verdict.nonfinite)
-            else:
-                self._apply(votes, verdict, draft)
+            self._vote_and_apply(draft)
             if self._overlap is not None and not self._order_known:
                 self._learn_order()
+        except Exception as error:
+            # where all workers are there and raise, what they have sent is waited for; else it would be in the way
+            if self._overlap is not None and (isinstance(error, _AGREED_ERRORS) or error is draft.failure):
+                self._overlap.drop_averages()
+            raise
         finally:
             if self._overlap is not None:
                 self._overlap.reset(learn=True)
                 if self._order_known and not self._unverified and not self._overlap.has_begun:
                     self._overlap.begin(self._buckets, self._voters)
 
-    def _take_capturable_step(self) -> None:
+    def _vote_and_apply(self, draft: Draft) -> None:
+        votes = self._vote(draft)
+        verdict = judge(self._buckets, votes)
+        self._seconds = [vote.seconds for vote in votes]
+        self._exposed = sum(self._seconds) if self._overlap is None else self._overlap.exposed_seconds
+        if verdict.found_inf or verdict.nonfinite is not None:
+            if self._overlap is not None:
+                self._overlap.drop_averages()
+            self._pass_over(draft.step, verdict.found_inf, verdict.nonfinite)
+        else:
+            self._apply(votes, verdict, draft)
+
+    def _take_capturable_step(self, failure: Exception | None) -> None:
         if torch.compiler.is_compiling() or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
             if self._unverified:
                 raise RuntimeError("expected verify() before a compiled or captured step, since parameters are new")
         else:
-            if self._unverified:
-                self.verify()
-            self._check_state()
-            assert self._capturable_step is not None
-            self._capturable_step.raise_last()
-            self._refresh_masters()
+            self._prepare_capturable_step(failure)
         assert self._capturable_step is not None
         scale, overflow = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         rates = [Rates.of(group) for group in self.param_groups]
         self._capturable_step.run(rates, self.param_groups[0]["step"], scale, overflow)
+
+    def _prepare_capturable_step(self, failure: Exception | None) -> None:
+        """Raise what an earlier step reported, and what would go wrong on this worker, when the others know of it."""
+        step = self._capturable_step
+        assert step is not None
+        step.raise_last()
+        if self._unverified:
+            if self._workers > 1:
+                words = step.tell(UNVERIFIED_WORD, self._clock)
+                if set(words) != {UNVERIFIED_WORD}:
+                    self._clock.add_(1)
+                    news = ["loaded or new" if word == UNVERIFIED_WORD else "as they were" for word in words]
+                    raise WorkersDisagreeError(
+                        f"workers disagree on whether state or param groups are {by_value(news)}"
+                    )
+            self.verify()
+            step = self._capturable_step
+            assert step is not None
+        try:
+            if failure is not None:
+                raise failure
+            self._check_state()
+            if any(group["step"] is not self._clock for group in self.param_groups):
+                raise RuntimeError("step: expected the tensor made at construction, got another; change it in place")
+            for group in self.param_groups:
+                Hyperparameters.check_known(group)
+            if (overflow := getattr(self, "found_inf", None)) is not None and not isinstance(overflow, Tensor):
+                raise RuntimeError(NO_GRADIENT_TO_SCALE)
+            step.check_unchanged()
+            self._refresh_masters()
+        except Exception:
+            if self._workers > 1:
+                step.tell(FAILED_WORD, self._clock)
+                self._clock.add_(1)
+            raise
 
     def _apply(self, votes: Sequence[BucketVote], verdict: Verdict, draft: Draft) -> None:
         means = self._sync.run(votes, verdict, draft)
@@ -527,7 +667,7 @@ class LionCub(MomentumOptimizer):
             raise RuntimeError(
                 "an earlier step was interrupted while it wrote parameters, so replicas may differ: load a checkpoint"
             )
-        self._arrangement.check_state()
+        self._check_held()
 
     def _pass_over(self, step: int, found_inf: bool, nonfinite: str | None) -> None:
         """Skip the step on all workers, or raise on all."""
@@ -553,3 +693,13 @@ class LionCub(MomentumOptimizer):
             "+".join(sorted({bucket.algorithm for bucket in stats.buckets})),
             stats.bytes_sent_per_step,
         )
+
+
+# called, not traced: an error that is raised while a compiler traces makes it run the step as it is, in pieces
+@torch.compiler.disable(reason=_NOT_CAPTURABLE)  # type: ignore[no-untyped-call, untyped-decorator]
+def _refuse_to_compile() -> None:
+    raise RuntimeError(_NOT_CAPTURABLE)
+
+
+def _nothing() -> None:
+    pass

@@ -15,6 +15,7 @@ from time import perf_counter
 
 import torch
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 from lioncub.buckets import Bucket
 from lioncub.collectives import Voter
@@ -67,6 +68,10 @@ class Overlap:
         self._last: dict[Tensor, int] = {}
         self._clock = 0
         self._waiting: list[int] = []
+        # averages that follow votes of this step
+        self._averages: list[Followed] = []
+        # what ends the watching; not reached through this object, which may be gone by then
+        self.hooks: list[RemovableHandle] = []
 
     def watch(self, params: Sequence[Tensor]) -> None:
         """Be told of these parameters' gradients; frozen ones have none."""
@@ -80,7 +85,8 @@ class Overlap:
         for param in params:
             if param.requires_grad and param not in self._fired:
                 self._fired[param] = 0
-                param.register_post_accumulate_grad_hook(accumulated)  # type: ignore[no-untyped-call]
+                hook = param.register_post_accumulate_grad_hook(accumulated)  # type: ignore[no-untyped-call]
+                self.hooks.append(hook)
 
     def begin(self, buckets: Sequence[Bucket], voters: Sequence[Voter]) -> None:
         """Send these buckets early from now on, each when its gradients have come as often as in an earlier step."""
@@ -103,7 +109,8 @@ class Overlap:
 
         A number to sort by, `NEVER` for a parameter without gradient on some worker; None where no worker had any.
         """
-        mine = torch.tensor([self._last.get(param, NEVER) for param in params], device=params[0].device)
+        last = [self._last.get(param, NEVER) for param in params]
+        mine = torch.tensor(last, dtype=torch.int64, device=params[0].device)
         everyone = mine.new_empty(world_size_of(group) * mine.numel())
         all_gather(everyone, mine, group).wait()
         latest = everyone.view(-1, mine.numel()).amax(dim=0).tolist()
@@ -117,17 +124,24 @@ class Overlap:
         self._draft, self._sent, self._stale = None, [], False
         votes = self._collect(buckets, voters, sent, draft)
         if any(header.flags & STALE for vote in votes for header in vote.headers):
-            for vote in votes:
-                vote.drop_average()
+            self.drop_averages()
             draft.flags &= ~STALE
             votes = self._collect(buckets, voters, [], draft)
         return votes
+
+    def drop_averages(self) -> None:
+        """Wait for the averages of a step that is not taken: messages that nobody takes would be taken for later."""
+        for followed in self._averages:
+            averaging = None if followed is None else followed.result()
+            if averaging is not None:
+                averaging.result()
+        self._averages = []
 
     def reset(self, *, learn: bool = False) -> None:
         """After a step, or before anything was sent: count gradients from 0; ``learn`` how often each came."""
         if learn:
             self._expected.update({param: count for param, count in self._fired.items() if count})
-        self._draft, self._sent, self._stale = None, [], False
+        self._draft, self._sent, self._stale, self._averages = None, [], False, []
         self._fired = dict.fromkeys(self._fired, 0)
         self._last, self._clock = {}, 0
         self._waiting = [len(bucket.slots) for bucket in self._buckets]
@@ -147,6 +161,7 @@ class Overlap:
         for bucket, voter in list(zip(buckets, voters, strict=True))[len(mails) :]:
             mails.append(prepare(bucket, draft))
             under_way.append(self._courier.send(voter, mails[-1], self._follower(bucket, mails[-1], draft)))
+        self._averages += [followed for _, followed in under_way]
         began = perf_counter()
         exchanges = [exchange.result() for exchange, _ in under_way]
         self._courier.join_stream()
@@ -211,6 +226,19 @@ class Overlap:
         evidence = tuple((grad, 0 if grad is None else grad._version) for grad in grads)
         under_way = self._courier.send(voter, mail, self._follower(bucket, mail, self._draft))
         self._sent.append(Sent(mail, *under_way, evidence, bucket.exp_avg._version))
+
+
+def end_overlap(courier: Courier, hooks: list[RemovableHandle]) -> None:
+    """End the thread and the watching of gradients, whether the `Overlap` is still there or not."""
+    courier.close()
+    while hooks:
+        hooks.pop().remove()
+
+
+def check_devices(devices: Sequence[str]) -> None:
+    """Raise ValueError unless all parameters are on one device whose votes can be sent during backward."""
+    if len(devices) > 1 or devices[0].partition(":")[0] not in ("cpu", "cuda"):
+        raise ValueError(f"overlap: expected all parameters on the CPU or on one CUDA device, got {devices}")
 
 
 def refuse_with_overlap(has_closure: bool, has_scaler: bool) -> None:

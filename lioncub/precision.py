@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lioncub.arguments import check_flag
 from lioncub.kernels import Rounding
 
 ROUNDINGS = ("nearest", "stochastic")
@@ -29,8 +30,7 @@ class Precision:
     def __post_init__(self) -> None:
         if self.param_rounding not in ROUNDINGS:
             raise ValueError(f"param_rounding: expected one of {ROUNDINGS}, got {self.param_rounding!r}")
-        if not isinstance(self.master_weights, bool):
-            raise TypeError(f"master_weights: expected True or False, got {self.master_weights!r}")
+        check_flag("master_weights", self.master_weights)
         if self.momentum_dtype not in MOMENTUM_DTYPES:
             raise ValueError(f"momentum_dtype: expected torch.float32 or torch.bfloat16, got {self.momentum_dtype!r}")
         if isinstance(self.rounding_seed, bool) or not isinstance(self.rounding_seed, int):

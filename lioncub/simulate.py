@@ -20,6 +20,7 @@ from typing import TypeVar
 
 import torch
 
+from lioncub.arguments import check_count
 from lioncub.collectives.turns import PeerFailedError
 from lioncub.collectives.virtual import VirtualGroup, World
 
@@ -40,9 +41,8 @@ class Workers:
     """
 
     def __init__(self, size: int, *, local_size: int | None = None) -> None:
-        if size < 1:
-            raise ValueError(f"size: expected at least 1 worker, got {size}")
-        if local_size is not None and (local_size < 1 or size % local_size):
+        check_count("size", size, "a number of workers")
+        if local_size is not None and size % check_count("local_size", local_size, "a number of workers"):
             raise ValueError(f"local_size: expected a divisor of the {size} workers, got {local_size}")
         self._world = World([f"virtual-{rank // (local_size or size)}" for rank in range(size)])
         self.groups = [self._world.group(rank) for rank in range(size)]

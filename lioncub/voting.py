@@ -22,6 +22,10 @@ from lioncub.kernels import abstain_parity
 
 # what workers have agreed to quantize a bucket by
 ScalesOf = Callable[[Bucket], list[Tensor] | None]
+NO_GRADIENT_TO_SCALE = (
+    "GradScaler: expected a gradient on every worker, got none on this one, where its update() would fail and leave "
+    "the others waiting; give one parameter a gradient of zeros"
+)
 
 
 class NonFiniteError(ArithmeticError):
@@ -68,12 +72,6 @@ class BucketVote:
     seconds: float
     average: Future[Averaging | None] | None = None
 
-    def drop_average(self) -> None:
-        """Wait for an average that is under way, and forget it: messages that nobody takes would be taken for later."""
-        averaging = None if self.average is None else self.average.result()
-        if averaging is not None:
-            averaging.result()
-
 
 @dataclass(frozen=True)
 class Verdict:
@@ -95,11 +93,16 @@ class Draft:
         self, step: int, layout: int, flags: int, rank: int, workers: int, impl: str, scales: ScalesOf
     ) -> None:
         self.step, self.layout, self.flags, self.rank, self.impl = step, layout, flags, rank, impl
-        self.parity = abstain_parity(step, rank, workers)
+        self.workers = workers
         self.scales = scales
         self.now: list[Hyperparameters] = []
         self.grad_scale = 1.0
         self.failure: Exception | None = None
+
+    @property
+    def parity(self) -> int:
+        """That of this worker's elements that abstain."""
+        return abstain_parity(self.step, self.rank, self.workers)
 
     def attempt(self, part: Callable[[], None]) -> None:
         """Run ``part`` unless something failed before, and keep what it raises."""
@@ -113,8 +116,14 @@ class Draft:
         """Take the hyperparameters of all groups."""
         self.now = [Hyperparameters.of(group) for group in groups]
 
-    def unscale(self, scale: Tensor | None, overflow: Tensor | None) -> None:
-        """Take what a GradScaler set: its scale, None where gradients are unscaled already, and found_inf."""
+    def unscale(self, scale: Tensor | None, overflow: Tensor | int | None) -> None:
+        """Take what a GradScaler set: its scale, None where gradients are unscaled already, and found_inf.
+
+        Raises RuntimeError where it has seen no gradient.
+        """
+        if overflow is not None and not isinstance(overflow, Tensor):
+            # a sum over no devices
+            raise RuntimeError(NO_GRADIENT_TO_SCALE)
         if scale is not None:
             if not 0 < float(scale) < math.inf:
                 raise ValueError(f"grad_scale: expected a finite scale > 0, got {float(scale)}")

@@ -178,7 +178,7 @@ def run_the_pieces(rank: int, world_size: int, folder: str) -> list[str]:
 
 def test_the_pieces_of_the_pages_run(tmp_path: Path) -> None:
     assert len(_blocks("quickstart.md")) == 4
-    assert len(_blocks("training.md")) == 9
+    assert len(_blocks("training.md")) == 10
     assert len(_blocks("compressing.md")) == 1
     files = results_of(run_the_pieces, 2, str(tmp_path))
     assert all("checkpoint-0.pt" in names or "checkpoint-1.pt" in names for names in files)

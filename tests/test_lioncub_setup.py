@@ -36,7 +36,8 @@ def build(rank: int, world_size: int, per_rank: list[dict[str, Any]]) -> None:
         (
             {"shapes": [(3, 4), (6,)]},
             "workers disagree on parameter 1: ranks 0, 2: b of torch.float32, shape (5,), strides (1,), group 0; "
-            "rank 1: b of torch.float32, shape (6,), strides (1,), group 0",
+            "rank 1: b of torch.float32, shape (6,), strides (1,), group 0; shards, as of FullyShardedDataParallel, "
+            "cannot be voted on: every rank needs whole parameters",
         ),
         (
             {"names": ["a"], "shapes": [(3, 4)]},

@@ -341,7 +341,7 @@ def test_groups_belong_to_their_worker(workers: Workers) -> None:
 
 
 def test_impossible_arguments(workers: Workers) -> None:
-    with pytest.raises(ValueError, match="size: expected at least 1 worker, got 0"):
+    with pytest.raises(ValueError, match="size: expected a number of workers >= 1, got 0"):
         Workers(0)
     with pytest.raises(ValueError, match="local_size: expected a divisor of the 6 workers, got 4"):
         Workers(6, local_size=4)
