@@ -111,7 +111,7 @@ def average_(values: Tensor, *, group: Group = None, dtype: str = "fp32") -> Non
     of `BLOCK`) round values on the way there and means on the way back. Raises ValueError or TypeError for another
     ``dtype`` or other values, WorkersDisagreeError on all other workers, and on all where sizes or dtypes differ.
     """
-    with agreement(group) as facts:
+    with agreement(group, values.device if isinstance(values, Tensor) else None) as facts:
         check_dtype(dtype)
         _check_values(values, group)
         facts |= {"the number of values": values.numel(), "the device type": values.device.type, "the dtype": dtype}

@@ -39,7 +39,7 @@ def sum_codes(
         2404.00438). Raises ValueError where ``fields`` is too narrow, WorkersDisagreeError where workers disagree.
     """
     workers = world_size_of(group)
-    with agreement(group) as facts:
+    with agreement(group, packed.device if isinstance(packed, Tensor) else None) as facts:
         check_integer("n", n)
         check_choice("bits", bits, CODE_BITS)
         check_flat("packed", packed, torch.uint8, packed_bytes(n, bits))

@@ -6,6 +6,7 @@ import contextlib
 import logging
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, ClassVar
 
 import torch
@@ -23,6 +24,7 @@ from lioncub.capturable import UNVERIFIED as UNVERIFIED_WORD
 from lioncub.capturable import CapturableStep, Rates, check_capturable, keep_tensors
 from lioncub.collectives import Voter, WorkersDisagreeError, average_, handshake
 from lioncub.collectives.errors import by_value
+from lioncub.collectives.handshake import telling
 from lioncub.collectives.header import UNVERIFIED
 from lioncub.collectives.traffic import check_approximate
 from lioncub.compression import AnyCompression, check_compression, default_compression, parts_of
@@ -143,58 +145,59 @@ class LionCub(MomentumOptimizer):
         rounding_seed: int = 0,
         impl: str = "auto",
     ) -> None:
-        precision = Precision(
-            param_rounding=param_rounding,
-            master_weights=master_weights,
-            momentum_dtype=momentum_dtype,
-            rounding_seed=rounding_seed,
-        )
-        if on_nonfinite not in ("raise", "skip"):
-            raise ValueError(f"on_nonfinite: expected 'raise' or 'skip', got {on_nonfinite!r}")
-        check_flag("broadcast", broadcast)
-        check_flag("capturable", capturable)
-        bucket_bytes = None if bucket_mb is None else bucket_bytes_of(bucket_mb)
-        # one for each param group; not in the groups, since a checkpoint fits any
-        self._compressions: list[AnyCompression] = []
-        policy = check_momentum_sync(momentum_sync)
-        if drift_every is None and policy is not None and policy.is_auto:
-            drift_every = _DRIFT_EVERY
-        if drift_every is not None:
-            check_count("drift_every", drift_every, "a number of steps")
-        self._policy, self._drift_every = policy, drift_every
-        self._wiring = Wiring(process_group, algorithm, approximate, mesh, profile, overlap, impl)
-        self._group, self._workers = process_group, self._wiring.workers
-        if compression is None:
-            compression = default_compression(self._workers, votes_only=capturable or approximate)
-        self._compression = check_compression(compression)
-        self._broadcast, self._on_nonfinite = broadcast, on_nonfinite
-        self._overlap: Overlap | None = None
-        self._courier: Courier | None = None
-        self._end_overlap: Callable[[], object] = _nothing
-        # parameters to broadcast, and the number of buckets that all workers are known to have
-        self._unequal: list[Tensor] = []
-        self._agreed = 0
-        self._unverified, self._interrupted = True, False
-        self._seconds: list[float] = []
-        self._exposed = 0.0
-        self._skipped = 0
-        self._counts = (0, 0)
-        self._is_built = self._is_closed = False
-        super().__init__(params, lr, betas, weight_decay, maximize, impl, precision)
-        if not self._named_parameters():
-            raise ValueError("params: expected at least one parameter, got none")
-        device = self._named_parameters()[0][1].device
-        devices = sorted({str(param.device) for _, param in self._named_parameters()})
-        if overlap:
-            check_devices(devices)
-        self._capturable = capturable
-        self._capturable_step: CapturableStep | None = None
-        if capturable:
-            check_capturable(self._wiring, devices, self._compressions, policy, drift_every)
-            self._clock = torch.zeros((), dtype=torch.int64, device=device)
-            self.param_groups[0]["step"] = self._clock
-        facts = self._facts(bucket_mb)
-        # until here nothing has been sent
+        # construction is a collective call: where it fails on one worker alone, the others must know
+        with _telling(process_group):
+            precision = Precision(
+                param_rounding=param_rounding,
+                master_weights=master_weights,
+                momentum_dtype=momentum_dtype,
+                rounding_seed=rounding_seed,
+            )
+            if on_nonfinite not in ("raise", "skip"):
+                raise ValueError(f"on_nonfinite: expected 'raise' or 'skip', got {on_nonfinite!r}")
+            check_flag("broadcast", broadcast)
+            check_flag("capturable", capturable)
+            bucket_bytes = None if bucket_mb is None else bucket_bytes_of(bucket_mb)
+            # one for each param group; not in the groups, since a checkpoint fits any
+            self._compressions: list[AnyCompression] = []
+            policy = check_momentum_sync(momentum_sync)
+            if drift_every is None and policy is not None and policy.is_auto:
+                drift_every = _DRIFT_EVERY
+            if drift_every is not None:
+                check_count("drift_every", drift_every, "a number of steps")
+            self._policy, self._drift_every = policy, drift_every
+            self._wiring = Wiring(process_group, algorithm, approximate, mesh, profile, overlap, impl)
+            self._group, self._workers = process_group, self._wiring.workers
+            if compression is None:
+                compression = default_compression(self._workers, votes_only=capturable or approximate)
+            self._compression = check_compression(compression)
+            self._broadcast, self._on_nonfinite = broadcast, on_nonfinite
+            self._overlap: Overlap | None = None
+            self._courier: Courier | None = None
+            self._end_overlap: Callable[[], object] = _nothing
+            # parameters to broadcast, and the number of buckets that all workers are known to have
+            self._unequal: list[Tensor] = []
+            self._agreed = 0
+            self._unverified, self._interrupted = True, False
+            self._seconds: list[float] = []
+            self._exposed = 0.0
+            self._skipped = 0
+            self._counts = (0, 0)
+            self._is_built = self._is_closed = False
+            super().__init__(params, lr, betas, weight_decay, maximize, impl, precision)
+            if not self._named_parameters():
+                raise ValueError("params: expected at least one parameter, got none")
+            device = self._named_parameters()[0][1].device
+            devices = sorted({str(param.device) for _, param in self._named_parameters()})
+            if overlap:
+                check_devices(devices)
+            self._capturable = capturable
+            self._capturable_step: CapturableStep | None = None
+            if capturable:
+                check_capturable(self._wiring, devices, self._compressions, policy, drift_every)
+                self._clock = torch.zeros((), dtype=torch.int64, device=device)
+                self.param_groups[0]["step"] = self._clock
+            facts = self._facts(bucket_mb)
         if self._workers > 1:
             self._shake_hands(facts, device)
             self._connect(device)
@@ -693,6 +696,11 @@ class LionCub(MomentumOptimizer):
             "+".join(sorted({bucket.algorithm for bucket in stats.buckets})),
             stats.bytes_sent_per_step,
         )
+
+
+def _telling(group: dist.ProcessGroup | None) -> AbstractContextManager[object]:
+    """`telling`, where there is anybody to tell."""
+    return telling(group) if group is not None or dist.is_initialized() else contextlib.nullcontext()
 
 
 # called, not traced: an error that is raised while a compiler traces makes it run the step as it is, in pieces

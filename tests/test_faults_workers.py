@@ -480,3 +480,34 @@ def two_at_once(rank: int, world_size: int) -> bytes:
 def test_closing_one_optimizer_leaves_others_alone() -> None:
     first, second = results_of(two_at_once, 2)
     assert first == second
+
+
+def build_wrongly(rank: int, world_size: int) -> list[str]:
+    """Each worker in turn, and then all of them, with arguments that are refused; a good optimizer afterwards."""
+    said = []
+    wrong: list[dict[str, Any]] = [
+        {"lr": -1.0},
+        {"algorithm": "pigeon"},
+        {"compression": "fewer bits"},
+        {"capturable": True, "overlap": True},
+        {"params": []},
+    ]
+    for options, who in itertools.product(wrong, (0, 1, None)):
+        net = Net(0)
+        given = {"params": net.named_parameters(), "lr": 0.01, **(options if who in (rank, None) else {})}
+        said.append(said_by(lambda given=given: LionCub(given.pop("params"), **given)))
+    LionCub(Net(0).named_parameters(), lr=0.01).check_replicas()
+    return said
+
+
+def test_arguments_that_one_worker_has_wrong_are_told_to_all() -> None:
+    first, second = results_of(build_wrongly, 2)
+    for i, (one, other) in enumerate(zip(first, second, strict=True)):
+        who = (0, 1, None)[i % 3]
+        if who is None:
+            assert one == other
+            assert one.startswith(("ValueError", "TypeError"))
+            continue
+        own, told = (one, other) if who == 0 else (other, one)
+        assert own.startswith(("ValueError", "TypeError"))
+        assert told == f"WorkersDisagreeError: no worker went on, because of an error on rank {who}: {own}"
