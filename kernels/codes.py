@@ -23,7 +23,6 @@ from lioncub.kernels.list_checks import (
     check_code_list,
     check_float_lists,
     check_list_types,
-    check_momentum_dtypes,
     code_bytes,
 )
 from lioncub.kernels.overlaps import check_lists_apart
@@ -209,7 +208,6 @@ def _apply_momentum(
 ) -> None:
     param, packed, grad, exp_avg = map(TensorList, (param, packed, grad, exp_avg))
     check_float_lists(param=param, grad=grad, exp_avg=exp_avg)
-    check_momentum_dtypes(exp_avg, param)
     check_code_list("packed", packed, code_bytes(param.sizes, bits), "param", param)
     check_lists_apart({"param": param, "exp_avg": exp_avg}, {"packed": packed, "grad": grad})
     options, (x, codes, g, m) = let_through(

@@ -109,23 +109,25 @@ def _check_gradients(grad: Sequence[Tensor], param: Sequence[Tensor]) -> None:
     for i, (g, x) in enumerate(zip(grad, param, strict=True)):
         check_float(f"grad[{i}]", g)
         check_float(f"param[{i}]", x)
-        check_same_storage_order(f"grad[{i}]", g, f"param[{i}]", x)
+        # a gradient may be in storage order already
+        if g.shape != (x.numel(),) or not g.is_contiguous() or g.device != x.device:
+            check_same_storage_order(f"grad[{i}]", g, f"param[{i}]", x)
 
 
 def _check_bucket(starts: Sequence[int], like: Sequence[Tensor], **flat: Tensor) -> None:
     """Raise unless flat buffers have a place for each tensor: from a multiple of 64 on, behind the one before."""
     if len(starts) != len(like):
         raise ValueError(f"starts: expected {len(like)} numbers, one per tensor, got {len(starts)}")
-    end = 0
+    end = last = 0
     for i, (start, tensor) in enumerate(zip(starts, like, strict=True)):
         check_integer(f"starts[{i}]", start, least=end)
         if start % WORD_SIGNS:
             raise ValueError(f"starts[{i}]: expected a multiple of {WORD_SIGNS}, got {start}")
-        end = start + 8 * packed_bytes(tensor.numel())
+        last, end = start + tensor.numel(), start + 8 * packed_bytes(tensor.numel())
     for name, buffer in flat.items():
         is_codes = name != "exp_avg"
         check_dense(name, buffer, (torch.uint8,) if is_codes else FLOAT_DTYPES)
-        least = end // 8 if is_codes else max((s + t.numel() for s, t in zip(starts, like, strict=True)), default=0)
+        least = end // 8 if is_codes else last
         if buffer.dim() != 1 or not buffer.is_contiguous() or buffer.numel() < least:
             raise ValueError(
                 f"{name}: expected a contiguous tensor of shape [n] with n >= {least}, got shape {tuple(buffer.shape)} "

@@ -40,15 +40,6 @@ def check_float_lists(**lists: TensorList) -> None:
         _check_list(name, tensors, FLOAT_DTYPES, peers.sizes, (peer_name, peers))
 
 
-def check_momentum_dtypes(exp_avg: TensorList, param: TensorList) -> None:
-    """Raise TypeError unless momentum is fp32 or of its parameter's dtype."""
-    if exp_avg.dtypes.count(torch.float32) == len(exp_avg):
-        return
-    for i, (dtype, own) in enumerate(zip(exp_avg.dtypes, param.dtypes, strict=True)):
-        if dtype not in (torch.float32, own):
-            raise TypeError(f"exp_avg[{i}]: expected dtype float32 or {own} (param's), got {dtype}")
-
-
 def check_code_list(name: str, packed: TensorList, n_bytes: Sequence[int], peer_name: str, peers: TensorList) -> None:
     """Raise unless ``packed`` are contiguous uint8 on the device of ``peers``, of so many bytes."""
     _check_list(name, packed, (torch.uint8,), n_bytes, (peer_name, peers))

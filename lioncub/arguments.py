@@ -103,7 +103,7 @@ def parameter_names(group: dict[str, Any], group_index: int) -> list[str]:
 
 
 def check_parameter(name: str, param: Tensor) -> None:
-    """Raise TypeError or ValueError, naming the parameter, unless it is a dense local float tensor with memory."""
+    """Raise TypeError or ValueError, naming the parameter, unless it is a dense local float tensor with data."""
     tensor_module = sys.modules.get("torch.distributed.tensor")
     if tensor_module is not None and isinstance(param, tensor_module.DTensor):
         raise TypeError(
@@ -114,7 +114,7 @@ def check_parameter(name: str, param: Tensor) -> None:
     check_float(f"parameter {name}", param)
     if param.is_meta:
         raise ValueError(
-            f"parameter {name}: expected a tensor with memory, got one on the meta device; materialize the module "
+            f"parameter {name}: expected a tensor with data, got one on the meta device; materialize the module "
             "(to_empty, then its initialization or checkpoint) first"
         )
     if param.numel() and not is_dense(param.shape, param.stride()):

@@ -700,7 +700,8 @@ class LionCub(MomentumOptimizer):
 
 def _telling(group: dist.ProcessGroup | None) -> AbstractContextManager[object]:
     """`telling`, where there is anybody to tell."""
-    return telling(group) if group is not None or dist.is_initialized() else contextlib.nullcontext()
+    is_there = dist.is_initialized() if group is None else isinstance(group, dist.ProcessGroup)
+    return telling(group) if is_there else contextlib.nullcontext()
 
 
 # called, not traced: an error that is raised while a compiler traces makes it run the step as it is, in pieces

@@ -439,7 +439,7 @@ def test_numbers_of_simulated_workers(sizes: dict[str, Any]) -> None:
     [
         (
             lambda: torch.zeros(3, device="meta"),
-            "parameter w: expected a tensor with memory, got one on the meta device",
+            "parameter w: expected a tensor with data, got one on the meta device",
         ),
         (lambda: torch.zeros(3).to_sparse(), "parameter w: expected a dense tensor, got layout torch.sparse_coo"),
         (lambda: torch.zeros(3, dtype=torch.complex64), "parameter w: expected dtype float32, .* got torch.complex64"),

@@ -231,6 +231,8 @@ ALLOWED: set[tuple[Callable[..., Any], str, str]] = {
     *((call, "x", "of one axis more") for call in (kernels.pack_signs, kernels.quantize)),
     # where nothing but its place in the buffer is known of a gradient
     *((encode_bucket, "grad", f"last {kind}") for kind in ("short", "long", "of one axis more")),
+    # a gradient may be in storage order, whatever the parameter's shape
+    *((call, "param", "last of one axis more") for call in (apply_bucket_, step_bucket_)),
 }
 SIZES = ("starts", "param", "grad", "packed", "planes")
 

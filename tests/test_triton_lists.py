@@ -191,9 +191,9 @@ def test_the_gate_of_the_only_tensor(impl: str) -> None:
 
 def test_bad_gates_are_named() -> None:
     x, g, m = [torch.ones(3)], [torch.ones(3)], [torch.zeros(3)]
-    with pytest.raises(ValueError, match=r"^gate: expected a contiguous int32\[1\], one flag .* got torch.int64"):
+    with pytest.raises(ValueError, match=r"^gate: expected a contiguous int32 tensor of shape \(1,\), got torch.int64"):
         OPS["step"](x, g, m, gate=torch.ones(1, dtype=torch.int64))
-    with pytest.raises(ValueError, match=r"^gate: expected a contiguous int32\[1\].* of shape \(2,\)"):
+    with pytest.raises(ValueError, match=r"^gate: expected a contiguous int32 tensor .*, got shape \(2,\)"):
         OPS["step"](x, g, m, gate=torch.ones(2, dtype=torch.int32))
 
 

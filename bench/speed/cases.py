@@ -14,7 +14,7 @@ from speed import code_ops, float_ops
 from speed.data import DTYPES, PACKED, SIZES, Call, Data
 
 # names of lioncub.kernels that do nothing to tensors
-NOT_OPS = {"Rounding", "counter_planes", "field_bits", "packed_bytes", "resolve_impl"}
+NOT_OPS = {"Rounding", "abstain_parity", "counter_planes", "field_bits", "packed_bytes", "resolve_impl", "tie_parity"}
 VOTERS = (2, 8, 64)
 _NARROW = ("bf16", "fp16")
 _STOCHASTIC = Rounding(seed=1, step=2, rank=0)
