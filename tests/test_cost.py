@@ -34,7 +34,7 @@ FAST = Link(10e-6, 50e9)
 
 
 def chunk(n_bytes: int, workers: int) -> int:
-    return 8 * math.ceil(n_bytes / 8 / workers)
+    return 16 * math.ceil(n_bytes / 16 / workers)
 
 
 @pytest.mark.parametrize("n", range(1, 10))

@@ -26,6 +26,7 @@ from lioncub.collectives import HANDSHAKE_BYTES, Topology, bytes_sent, traffic
 from lioncub.collectives.codes import VOTES
 from lioncub.collectives.cost import RESULT_HEADER_BYTES
 from lioncub.collectives.header import FAILED, FOUND_INF, STALE, UNVERIFIED, Header, encode_header, header_bytes
+from lioncub.collectives.traffic import ALIGNMENT
 from lioncub.kernels import packed_bytes
 
 ROOT = Path(__file__).parents[1]
@@ -105,9 +106,14 @@ def _under_torchrun(script: Path, folder: Path) -> str:
 def by_default(*, large: tuple[int, ...], small: tuple[int, ...]) -> int:
     """Bytes that one of two workers sends in a step without averages of scales."""
     return sum(
-        bytes_sent("all_gather", sum(map(packed_bytes, sizes)), 2, header_bytes(len(sizes)), codes=codes)
+        bytes_sent("all_gather", padded(sizes), 2, header_bytes(len(sizes)), codes=codes)
         for sizes, codes in ((large, VOTES), (small, BySize().small.codes))
     )
+
+
+def padded(sizes: tuple[int, ...]) -> int:
+    """Bytes of a message about parameters of these sizes, one bit per code."""
+    return -(-sum(map(packed_bytes, sizes)) // ALIGNMENT) * ALIGNMENT
 
 
 def test_the_readme_example_runs(tmp_path: Path) -> None:
@@ -201,8 +207,7 @@ def _worked_examples() -> list[tuple[str, int, int, str, str]]:
 def test_worked_examples_of_byte_counts(name: str, workers: int, message: int, formula: str, total: str) -> None:
     assert eval(formula) == int(total)
     sizes = {144: (1000, 50), 1048576: (8388608,)}[message]
-    # padded to 16 bytes
-    assert message == -(-sum(packed_bytes(n) for n in sizes) // 16) * 16
+    assert message == padded(sizes)
     if name == "fp32 ring all-reduce":
         assert int(total) == 2 * (workers - 1) * sum(sizes) * 4 / workers
     elif name.startswith("hierarchical"):

@@ -391,7 +391,7 @@ def hear_another_status(rank: int, world_size: int) -> str:
 
 
 def test_replies_that_differ_are_noticed_by_all() -> None:
-    message = "workers disagree on the wire version and status of a vote: ranks 0, 2: [1, 0]; rank 1: [1, 1]"
+    message = "workers disagree on the wire version and status of a vote: ranks 0, 2: [2, 0]; rank 1: [2, 1]"
     assert results_of(hear_another_status, 3) == [message] * 3
 
 
