@@ -33,8 +33,10 @@ def digest(value: object) -> int:
     return int.from_bytes(hashlib.blake2b(repr(value).encode(), digest_size=8).digest(), "little", signed=True)
 
 
-def handshake(facts: Mapping[str, object], *, group: Group, device: torch.device) -> None:
+def handshake(facts: Mapping[str, object], *, group: Group, device: torch.device | None) -> None:
     """Compare ``facts`` on all workers of ``group``; a collective call of `HANDSHAKE_BYTES` per worker.
+
+    Messages are on ``device`` where the group carries nothing on the CPU.
 
     1. Every worker gathers everyone's (wire version, hash of the facts): a fixed size, so it cannot be mismatched.
     2. Only where they differ, the facts themselves are gathered, to say which and where.
@@ -57,13 +59,13 @@ def agreement(group: Group, device: torch.device | None = None) -> Iterator[dict
 
     A body that raises tells the others, so that none waits for a worker that will not come: the error goes on here, and
     all others raise WorkersDisagreeError, which names the rank and the error. The body itself must not communicate.
-    Messages are on ``device`` where the group carries nothing on the CPU.
+    ``device`` as in `handshake`.
     """
     facts: dict[str, object] = {}
     with telling(group, device):
         yield facts
     world_size_of(group)
-    handshake(facts, group=group, device=device_of(group, device))
+    handshake(facts, group=group, device=device)
 
 
 @contextmanager
@@ -75,13 +77,13 @@ def telling(group: Group, device: torch.device | None = None) -> Iterator[None]:
         try:
             # raises where this process is in no such group, and there is nobody to tell
             world_size_of(group)
-            _gather(_Failure(error), group, device_of(group, device))
-        except (RuntimeError, ValueError) as unreachable:
+            _gather(_Failure(error), group, device)
+        except Exception as unreachable:
             error.add_note(f"the other workers could not be told: {unreachable}")
         raise
 
 
-def gather_where_different(value: T, group: Group, device: torch.device) -> list[T] | None:
+def gather_where_different(value: T, group: Group, device: torch.device | None) -> list[T] | None:
     """Everyone's ``value``, or None where hashes say that all are alike; a collective call.
 
     Raises WorkersDisagreeError where a worker could not take part.
@@ -94,7 +96,9 @@ def gather_where_different(value: T, group: Group, device: torch.device) -> list
     return stated
 
 
-def _gather(value: T, group: Group, device: torch.device) -> list[T] | None:
+def _gather(value: T, group: Group, device: torch.device | None) -> list[T] | None:
+    # wherever a caller's data is, all workers must meet on one backend
+    device = device_of(group, device)
     # facts are the same in whatever order they are stated
     compared = sorted(value.items()) if isinstance(value, dict) else value
     mine = torch.tensor([WIRE_VERSION, digest(compared)], dtype=torch.int64, device=device)

@@ -117,7 +117,7 @@ def subgroups(group: Group, partition: Sequence[Sequence[int]], device: torch.de
         # the name of a group that only its members make is hashed from their ranks and from how many groups each is in
         known = len(distributed_c10d._world.pg_names)
         facts = {"the number of process groups that this process is in": known}
-        handshake(facts, group=group, device=device_of(group, device))
+        handshake(facts, group=group, device=device)
     made: list[Group] = []
     for ranks in partition:
         new = None

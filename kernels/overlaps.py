@@ -33,9 +33,14 @@ def check_lists_apart(written: Mapping[str, TensorList], read: Mapping[str, Tens
     """`check_apart` of lists of contiguous tensors; of one list that is written, also its tensors among themselves."""
     starts: list[int] = []
     ends: list[int] = []
-    for tensors in (*written.values(), *read.values()):
+    for tensors in written.values():
         starts += tensors.addresses
         ends += tensors.ends
+    # zeros in place of missing gradients share their start: of those the longest is enough
+    pairs = (zip(tensors.addresses, tensors.ends, strict=True) for tensors in read.values())
+    spans = dict(sorted(itertools.chain.from_iterable(pairs)))
+    starts += spans.keys()
+    ends += spans.values()
     # an empty tensor has no address
     starts, ends = sorted(filter(None, starts)), sorted(filter(None, ends))
     # nothing overlaps where every span but the first begins behind as many ends as there are spans before it

@@ -260,6 +260,10 @@ class CapturableStep:
         reason, step, tensor, rank = report.tolist()
         if reason != _NOTHING:
             self.report.zero_()
+            if self._copied is not None:
+                # a copy of it that is under way would bring it back
+                self._copied.synchronize()
+            self._last.zero_()
         if reason == _NONFINITE:
             names = [slot.name for bucket in self._buckets for slot in bucket.slots]
             raise NonFiniteError(

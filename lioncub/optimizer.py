@@ -354,7 +354,6 @@ class LionCub(MomentumOptimizer):
             handshake(facts, group=self._group, device=self._buckets[0].device)
             self._make_equal()
             self.check_replicas()
-        self._unverified, self._agreed = False, len(self._buckets)
         if self._capturable:
             self._refresh_masters()
             # what has not been told yet can only be told by the names of then
@@ -366,6 +365,7 @@ class LionCub(MomentumOptimizer):
             )
             if before is not None:
                 self._capturable_step.skipped.copy_(before.skipped)
+        self._unverified, self._agreed = False, len(self._buckets)
 
     def raise_errors(self) -> None:
         """With ``capturable``, raise what went wrong in steps since it was last asked; waits for the device.
@@ -592,6 +592,8 @@ class LionCub(MomentumOptimizer):
         if torch.compiler.is_compiling() or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
             if self._unverified:
                 raise RuntimeError("expected verify() before a compiled or captured step, since parameters are new")
+            if failure is not None:
+                raise failure
         else:
             self._prepare_capturable_step(failure)
         assert self._capturable_step is not None

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lioncub.collectives.errors import WorkersDisagreeError, by_value
 from lioncub.collectives.handshake import agreement, gather_where_different, telling
-from lioncub.collectives.transport import Group, check_carried, device_of
+from lioncub.collectives.transport import Group, check_carried
 from lioncub.kernels.registry import mark_written
 
 _CHUNK_BYTES = 1 << 24
@@ -42,7 +42,7 @@ def broadcast_tensors(tensors: Iterable[Tensor], *, group: Group = None) -> None
 
 
 def _broadcast(named: Sequence[tuple[str, Tensor]], group: Group) -> None:
-    with agreement(group) as facts:
+    with agreement(group, _device_of(named)) as facts:
         for name, tensor in named:
             if not isinstance(tensor, Tensor):
                 raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
@@ -62,6 +62,11 @@ def _broadcast(named: Sequence[tuple[str, Tensor]], group: Group) -> None:
                 mark_written(tensor)
 
 
+def _device_of(named: Sequence[tuple[str, object]]) -> torch.device | None:
+    """Where the first tensor is, for messages of a group that carries nothing on the CPU."""
+    return next((tensor.device for _, tensor in named if isinstance(tensor, Tensor)), None)
+
+
 def check_equal(named: Sequence[tuple[str, Tensor]], *, group: Group = None) -> None:
     """Compare tensors bit for bit over workers, by 64-bit hashes; a collective call of 16 bytes while all is well.
 
@@ -70,9 +75,9 @@ def check_equal(named: Sequence[tuple[str, Tensor]], *, group: Group = None) -> 
 
     Raises WorkersDisagreeError on all workers, naming the first tensor that differs and each rank's hash.
     """
-    with telling(group):
+    with telling(group, _device_of(named)):
         hashes = [(name, f"hash {int(hash_bits(tensor)) & (2**64 - 1):016x}") for name, tensor in named]
-    stated = gather_where_different(hashes, group, device_of(group))
+    stated = gather_where_different(hashes, group, _device_of(named))
     if stated is None:
         return
     for row in zip_longest(*stated, fillvalue=("(none)", "no such parameter")):
@@ -92,7 +97,6 @@ def hash_bits(tensor: Tensor) -> Tensor:
         piece = raw[start : start + _CHUNK_BYTES]
         words = torch.nn.functional.pad(piece, (0, -piece.numel() % 8)).view(torch.int64)
         # the sum of words times odd, position-dependent weights, all modulo 2^64
-        places = torch.arange(start, start + words.numel(), dtype=torch.int64, device=tensor.device)
         places = torch.arange(start, start + words.numel(), dtype=torch.int64, device=tensor.device)
         weights = places * _MULTIPLIER * 2 + 1
         total += ((words ^ (words >> 29 & _LOW_BITS)) * weights).sum()

@@ -52,7 +52,8 @@ class Wiring:
         check_flag("approximate", approximate)
         check_flag("overlap", overlap)
         check_approximate(approximate, algorithm)
-        if group is not None and not isinstance(group, dist.ProcessGroup | type(dist.GroupMember.NON_GROUP_MEMBER)):
+        is_group = isinstance(group, dist.ProcessGroup) or group == dist.GroupMember.NON_GROUP_MEMBER
+        if group is not None and not is_group:
             raise TypeError(f"process_group: expected a ProcessGroup or None, got {type(group).__name__} {group!r}")
         if mesh is not None and not isinstance(mesh, DeviceMesh):
             raise TypeError(f"mesh: expected a DeviceMesh, got {type(mesh).__name__}")

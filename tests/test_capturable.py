@@ -306,6 +306,41 @@ def test_the_host_reads_nothing_from_the_device() -> None:
             int(clock)
 
 
+def test_a_closure_that_fails_while_a_graph_is_captured_takes_no_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    param = nn.Parameter(torch.zeros(5))
+    param.grad = torch.ones(5)
+    opt = LionCub([param], lr=0.5, capturable=True)
+    opt.verify()
+
+    def closure() -> None:
+        raise KeyError("no batch left")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(KeyError, match="no batch left"):
+        opt.step(closure)
+    assert not param.any()
+
+
+def test_what_was_told_is_not_told_again_and_verification_that_fails_is_made_again() -> None:
+    first, second = nn.Parameter(torch.zeros(5)), nn.Parameter(torch.zeros(3))
+    opt = LionCub([first], lr=0.5, capturable=True)
+    first.grad, second.grad = torch.full((5,), torch.inf), torch.ones(3)
+    opt.step()
+    # on a GPU the host reads a copy
+    step = opt._capturable_step
+    assert step is not None
+    step._last = step.report.clone()
+    opt.add_param_group({"params": [second]})
+    with pytest.raises(NonFiniteError, match="not finite"):
+        opt.verify()
+    assert not step._last.any()
+    first.grad = torch.ones(5)
+    opt.step()
+    opt.raise_errors()
+    assert second.tolist() == [-0.5] * 3
+
+
 class HostCopies(TorchFunctionMode):
     """Records the calls that would copy values from the host to a device that is not named "cpu"."""
 
