@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lioncub.collectives.errors import WorkersDisagreeError, by_value
 from lioncub.collectives.handshake import WIRE_VERSION
-from lioncub.collectives.traffic import ALIGNMENT
+from lioncub.collectives.traffic import aligned
 
 FIXED_WORDS = 6
 FOUND_INF = 1
@@ -48,7 +48,7 @@ class Header:
 
 def header_bytes(n_tensors: int) -> int:
     """Bytes of the header of a message about ``n_tensors`` tensors."""
-    return -(-8 * (FIXED_WORDS + -(-n_tensors // 64)) // ALIGNMENT) * ALIGNMENT
+    return aligned(8 * (FIXED_WORDS + -(-n_tensors // 64)))
 
 
 def encode_header(header: Header, device: torch.device, status: Tensor | None = None) -> Tensor:

@@ -43,7 +43,12 @@ class Leg:
 
 def chunk_bytes(n_bytes: int, world_size: int) -> int:
     """Bytes of the chunk of an ``n_bytes`` message on which one of ``world_size`` workers votes."""
-    return -(-n_bytes // (ALIGNMENT * world_size)) * ALIGNMENT
+    return aligned(-(-n_bytes // world_size))
+
+
+def aligned(n_bytes: int) -> int:
+    """``n_bytes`` rounded up to a multiple of `ALIGNMENT`."""
+    return -(-n_bytes // ALIGNMENT) * ALIGNMENT
 
 
 def ring_all_reduce_bytes(elements: int, workers: int, bytes_per_element: int = 4) -> int:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lioncub.collectives.traffic import ALIGNMENT
+from lioncub.collectives.traffic import aligned
 from lioncub.compression import AnyCompression, Compression, compression_of
 from lioncub.kernels.layout import WORD_SIGNS, packed_bytes
 
@@ -72,7 +72,7 @@ class Bucket:
     ) -> None:
         self.group_index, self.slots, self.device = group_index, tuple(slots), device
         self.compression = compression
-        self.n_bytes = -(-slots[-1].end // (8 * ALIGNMENT)) * ALIGNMENT
+        self.n_bytes = aligned(slots[-1].end // 8)
         self.elements = sum(slot.numel for slot in slots)
         self.exp_avg = torch.zeros(8 * self.n_bytes, dtype=momentum_dtype, device=device)
         self.momenta = self._flat_views(self.exp_avg)

@@ -22,7 +22,8 @@ from lioncub.buckets import Bucket, bucket_bytes_of
 from lioncub.capturable import FAILED as FAILED_WORD
 from lioncub.capturable import UNVERIFIED as UNVERIFIED_WORD
 from lioncub.capturable import CapturableStep, Rates, check_capturable, keep_tensors
-from lioncub.collectives import Voter, WorkersDisagreeError, average_, handshake
+from lioncub.collectives import Voter, WorkersDisagreeError, handshake
+from lioncub.collectives.average import average_agreed_
 from lioncub.collectives.errors import by_value
 from lioncub.collectives.handshake import telling
 from lioncub.collectives.header import UNVERIFIED
@@ -398,7 +399,7 @@ class LionCub(MomentumOptimizer):
             )
             for bucket in self._buckets:
                 mean = bucket.exp_avg.float()
-                average_(mean, group=self._group)
+                average_agreed_(mean, group=self._group)
                 bucket.exp_avg.copy_(mean)
 
     def close(self) -> None:

@@ -16,7 +16,7 @@ WORDS_PER_TILE = 4 * ROW_THREADS
 
 def in_words(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Views of uint8 tensors as int32, where the addresses, rows and strides of all allow, else the tensors."""
-    return tuple(tensor.view(torch.int32) for tensor in tensors) if _unit(*tensors) >= 4 else tensors
+    return in_units(*tensors)[0]
 
 
 def in_units(*tensors: Tensor) -> tuple[tuple[Tensor, ...], int]:
@@ -24,7 +24,8 @@ def in_units(*tensors: Tensor) -> tuple[tuple[Tensor, ...], int]:
 
     A kernel that is given sizes and strides in units knows that they are multiples of it, whatever they are.
     """
-    return in_words(*tensors), 4 if _unit(*tensors) == 16 else 1
+    unit = _unit(*tensors)
+    return tuple(t.view(torch.int32) for t in tensors) if unit >= 4 else tensors, 4 if unit == 16 else 1
 
 
 def _unit(*tensors: Tensor) -> int:
