@@ -7,7 +7,6 @@ from lioncub.collectives.errors import WorkersDisagreeError
 from lioncub.collectives.handshake import HANDSHAKE_BYTES, handshake
 from lioncub.collectives.profile import Profile
 from lioncub.collectives.routes import Routes
-from lioncub.collectives.sums import sum_bytes, sum_codes
 from lioncub.collectives.topology import Topology, find_topology
 from lioncub.collectives.traffic import traffic
 from lioncub.collectives.vote import PendingVote, Voter, vote, vote_async
@@ -31,8 +30,6 @@ __all__ = [
     "default_costs",
     "find_topology",
     "handshake",
-    "sum_bytes",
-    "sum_codes",
     "traffic",
     "vote",
     "vote_async",

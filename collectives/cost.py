@@ -101,12 +101,11 @@ class LinkCosts:
     inter: Link
     intra: Link
     source: str = "links as given"
-    approximate: bool = False
     is_measured: bool = False
 
     def seconds(self, algorithm: str, n_bytes: int, header_bytes: int = 0, codes: Codes = VOTES) -> float:
         """See `Costs`."""
-        return self.seconds_of(legs(algorithm, n_bytes, self.topology, header_bytes, self.approximate, codes))
+        return self.seconds_of(legs(algorithm, n_bytes, self.topology, header_bytes, codes))
 
     def dense_seconds(self, n_bytes: int) -> float:
         """Time of an all-reduce of ``n_bytes`` of floats: by a flat ring or in two levels, whichever is faster."""
@@ -137,13 +136,13 @@ _DEFAULT_LINKS = {
 }
 
 
-def default_costs(topology: Topology, backend: str, *, approximate: bool = False) -> LinkCosts:
+def default_costs(topology: Topology, backend: str) -> LinkCosts:
     """Stated defaults, for a group that has not been probed: 1 Gb/s Ethernet for Gloo, 10 Gb/s for other backends."""
     inter, intra = _DEFAULT_LINKS.get(backend, _DEFAULT_LINKS["other"])
     source = f"assumed for {backend}, not measured: {inter} between nodes"
     if topology.n_nodes < topology.workers:
         source += f"; {intra} inside"
-    return LinkCosts(topology, inter, intra, source, approximate)
+    return LinkCosts(topology, inter, intra, source)
 
 
 def choose(algorithm: str, n_bytes: int, costs: Costs, header_bytes: int = 0, codes: Codes = VOTES) -> str:

@@ -47,7 +47,6 @@ class Terms:
     routes: Routes
     impl: str = "auto"
     tag: int = 0
-    approximate: bool = False
     inbox: Inbox | None = None
     codes: Codes = VOTES
 

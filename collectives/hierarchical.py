@@ -11,7 +11,7 @@ from lioncub.collectives.cost import chunk_bytes
 from lioncub.collectives.exchange import Exchange, Tally, Terms, headed_rows, join_replies, new_reply
 from lioncub.collectives.traffic import count_bits
 from lioncub.collectives.transport import all_gather, all_to_all, rank_of
-from lioncub.kernels import add_codes, count_votes, majority_of_counts, majority_vote
+from lioncub.kernels import add_codes, count_votes, majority_of_counts
 
 
 class HierarchicalVote(Exchange):
@@ -23,8 +23,7 @@ class HierarchicalVote(Exchange):
     4. It adds the M counts bit-sliced and votes on its part.
     5. All-gather of the voted parts between nodes; 6. all-gather of the voted chunks inside the node.
 
-    With ``terms.approximate`` each node votes first and one plane travels: a majority of majorities. Codes that do not
-    end in a majority are added up in fields instead, wide enough for L of them between nodes.
+    Codes that do not end in a majority are added up in fields instead, wide enough for L of them between nodes.
     """
 
     def __init__(self, packed: Tensor, header: Tensor, terms: Terms) -> None:
@@ -33,7 +32,7 @@ class HierarchicalVote(Exchange):
         self._n_bytes, self._header_bytes = packed.numel() // terms.codes.bits, header.numel()
         self._nodes, self._local = topology.n_nodes, topology.local_size
         self._part = chunk_bytes(self._n_bytes, topology.workers)
-        self._count_bits = count_bits(self._local, terms.codes, terms.approximate)
+        self._count_bits = count_bits(self._local, terms.codes)
         message = headed_rows(packed, header, self._local, self._nodes * self._part * terms.codes.bits)
         self._received = torch.empty_like(message)
         self._steps: list[Callable[[], None]] = [self._send_counts, self._send_voted_part, self._send_voted_chunk]
@@ -66,8 +65,6 @@ class HierarchicalVote(Exchange):
         if not terms.codes.are_votes:
             fields = add_codes(ballots, bits=terms.codes.bits, field_bits=self._count_bits, impl=terms.impl)
             counted = fields[None]
-        elif terms.approximate:
-            counted = majority_vote(ballots, parity=terms.parity, impl=terms.impl)[None]
         else:
             counted = count_votes(ballots, impl=terms.impl)
         heads = self._received[:, : self._header_bytes].reshape(-1)
@@ -91,7 +88,7 @@ class HierarchicalVote(Exchange):
         reply, voted, counts = new_reply(self._headers, self._part * terms.result_bits)
         if terms.codes.are_votes:
             planes = self._counted[:, heads:].view(self._nodes, self._count_bits, self._part)
-            voters = self._nodes if terms.approximate else self._nodes * self._local
+            voters = self._nodes * self._local
             majority_of_counts(planes, voters=voters, parity=terms.parity, out=voted, counts=counts, impl=terms.impl)
         else:
             width = terms.codes.field_bits(topology.workers)

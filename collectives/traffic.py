@@ -9,8 +9,8 @@ code of the result. One worker sends, per vote:
                     between nodes (M-1) * (L*H + P*C  +  32 + r*C)
     all_reduce      (N-1) * H  +  2*(N-1)/N * B*f, rounded up
 
-P is the planes of a count 0..L of signs (1 if approximate), for other results the bits of a field that a sum of L codes
-fits into; f those for a sum of N.
+P is the planes of a count 0..L of signs, for other results the bits of a field that a sum of L codes fits into; f those
+for a sum of N.
 """
 
 from __future__ import annotations
@@ -75,7 +75,6 @@ def legs(
     n_bytes: int,
     topology: Topology,
     header_bytes: int = 0,
-    approximate: bool = False,
     codes: Codes = VOTES,
 ) -> tuple[Leg, ...]:
     """The collectives of one vote on ``8 * n_bytes`` codes, in their order.
@@ -98,7 +97,7 @@ def legs(
             Leg("flat", "sum", ring_all_reduce_bytes(fields, workers, bytes_per_element=1)),
         )
     nodes, local = topology.n_nodes, topology.local_size
-    planes = count_bits(local, codes, approximate)
+    planes = count_bits(local, codes)
     return (
         Leg("intra", "exchange", (local - 1) * (header_bytes + nodes * chunk * codes.bits)),
         Leg("inter", "exchange", (nodes - 1) * (local * header_bytes + planes * chunk)),
@@ -107,11 +106,9 @@ def legs(
     )
 
 
-def count_bits(local_size: int, codes: Codes, approximate: bool) -> int:
+def count_bits(local_size: int, codes: Codes) -> int:
     """Bits per code that a node of ``local_size`` workers sends to others: of a count of signs, or of a sum."""
-    if codes.are_votes:
-        return 1 if approximate else counter_planes(local_size)
-    return codes.field_bits(local_size)
+    return counter_planes(local_size) if codes.are_votes else codes.field_bits(local_size)
 
 
 def dense_legs(n_bytes: int, topology: Topology) -> tuple[tuple[Leg, ...], ...]:
@@ -131,7 +128,6 @@ def traffic(
     n_bytes: int,
     topology: Topology | int,
     header_bytes: int = 0,
-    approximate: bool = False,
     codes: Codes = VOTES,
 ) -> dict[str, int]:
     """Bytes that each worker sends per vote by level: "flat", or "intra" and "inter". A number of workers means flat.
@@ -140,7 +136,7 @@ def traffic(
     """
     levels: dict[str, int] = {}
     shape = Topology.flat(topology) if isinstance(topology, int) else topology
-    for leg in legs(algorithm, n_bytes, shape, header_bytes, approximate, codes):
+    for leg in legs(algorithm, n_bytes, shape, header_bytes, codes):
         levels[leg.level] = levels.get(leg.level, 0) + leg.n_bytes
     return levels
 
@@ -150,11 +146,10 @@ def bytes_sent(
     n_bytes: int,
     topology: Topology | int,
     header_bytes: int = 0,
-    approximate: bool = False,
     codes: Codes = VOTES,
 ) -> int:
     """Bytes that each worker sends for a vote on ``8 * n_bytes`` codes, headers included: the sum of `traffic`."""
-    return sum(traffic(algorithm, n_bytes, topology, header_bytes, approximate, codes).values())
+    return sum(traffic(algorithm, n_bytes, topology, header_bytes, codes).values())
 
 
 def node_bytes(leg: Leg, topology: Topology) -> int:
@@ -181,16 +176,6 @@ def check_possible(algorithm: str, topology: Topology) -> None:
         raise ValueError(
             "algorithm: 'hierarchical' expected several nodes with equally many workers, more than one on each, "
             f"got {describe(topology)}"
-        )
-
-
-def check_approximate(approximate: bool, algorithm: str, codes: Codes = VOTES) -> None:
-    """Raise ValueError where an approximate vote is asked for and ``algorithm`` or ``codes`` give none."""
-    if approximate and algorithm != "hierarchical":
-        raise ValueError(f"approximate: expected it with algorithm='hierarchical' only, got {algorithm!r}")
-    if approximate and not codes.are_votes:
-        raise ValueError(
-            f"approximate: expected it with majority votes only, got a {codes.result} of codes of {codes.bits} bits"
         )
 
 

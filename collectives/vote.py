@@ -16,7 +16,6 @@ from lioncub.collectives.exchange import Exchange, Inbox, Tally, Terms
 from lioncub.collectives.handshake import agreement
 from lioncub.collectives.header import Header, check_agreement, decode_headers, encode_header, header_bytes
 from lioncub.collectives.routes import Routes
-from lioncub.collectives.traffic import check_approximate
 from lioncub.collectives.transport import (
     AVERAGES,
     SINGLE_VOTES,
@@ -51,7 +50,6 @@ class Voter:
         n_tensors: int = 0,
         routes: Routes,
         algorithm: str = "auto",
-        approximate: bool = False,
         costs: Costs | None = None,
         impl: str = "auto",
         tag: int = 0,
@@ -66,8 +64,8 @@ class Voter:
         costs = costs or default_costs(routes.topology, backend_of(routes.group, device_type))
         self.codes = codes
         self.algorithm = choose(algorithm, n_bytes, costs, self.header_bytes, codes)
-        self.bytes_sent = bytes_sent(self.algorithm, n_bytes, routes.topology, self.header_bytes, approximate, codes)
-        self._impl, self._tag, self._approximate = impl, tag, approximate
+        self.bytes_sent = bytes_sent(self.algorithm, n_bytes, routes.topology, self.header_bytes, codes)
+        self._impl, self._tag = impl, tag
         if at_once is None:
             seconds = costs.seconds(self.algorithm, n_bytes, self.header_bytes, codes)
             # single messages would cross the link of a node with several workers once for each of them, a ring once
@@ -93,7 +91,7 @@ class Voter:
         self.expect(packed.device)
         inbox, self._inbox = self._inbox, None
         parity = tie_parity(header.step) if parity is None else parity
-        terms = Terms(parity, self.routes, self._impl, self._tag, self._approximate, inbox, self.codes)
+        terms = Terms(parity, self.routes, self._impl, self._tag, inbox, self.codes)
         return EXCHANGES[self.algorithm](packed, encoded, terms)
 
 
@@ -116,7 +114,6 @@ def vote_async(
     group: Group = None,
     routes: Routes | None = None,
     algorithm: str = "auto",
-    approximate: bool = False,
     parity: int = 0,
     codes: Codes = VOTES,
     impl: str = "auto",
@@ -127,12 +124,11 @@ def vote_async(
     """
     whole_group = group if routes is None else getattr(routes, "group", group)
     with agreement(whole_group, packed.device if isinstance(packed, Tensor) else None) as facts:
-        routes = _check_vote(packed, group, routes, algorithm, approximate, parity, codes, impl)
+        routes = _check_vote(packed, group, routes, algorithm, parity, codes, impl)
         facts |= {
             "the bytes of the message": packed.numel(),
             "the device type": packed.device.type,
             "the algorithm": algorithm,
-            "approximate": approximate,
             "the nodes": routes.topology.nodes,
             "the parity": parity & 1,
             "the format of codes": codes,
@@ -141,7 +137,6 @@ def vote_async(
             packed.numel() // codes.bits,
             routes=routes,
             algorithm=algorithm,
-            approximate=approximate,
             impl=impl,
             device_type=packed.device.type,
             codes=codes,
@@ -156,7 +151,6 @@ def _check_vote(
     group: Group,
     routes: Routes | None,
     algorithm: str,
-    approximate: bool,
     parity: int,
     codes: Codes,
     impl: str,
@@ -175,7 +169,6 @@ def _check_vote(
     if isinstance(parity, bool) or not isinstance(parity, int):
         raise TypeError(f"parity: expected an integer, got {type(parity).__name__}")
     resolve_impl(impl, packed.device)
-    check_approximate(approximate, algorithm, codes)
     if routes is None:
         routes = Routes.flat(group)
     elif not isinstance(routes, Routes):
@@ -192,7 +185,6 @@ def vote(
     group: Group = None,
     routes: Routes | None = None,
     algorithm: str = "auto",
-    approximate: bool = False,
     parity: int = 0,
     codes: Codes = VOTES,
     impl: str = "auto",
@@ -210,8 +202,6 @@ def vote(
         algorithm: "all_gather" (one phase, everyone votes on everything), "reduce_scatter" (all-to-all of chunks,
             vote, all-gather), "hierarchical" (the same in two levels, where ``routes`` has nodes), "all_reduce" (a
             native sum of counts) or "auto" (the one that the cost model finds fastest).
-        approximate: with "hierarchical", let each node vote first: one bit per code and node travels between nodes,
-            and the result is a majority of majorities.
         parity: a tie at code j gives bit (j + parity) & 1; `tie_parity` gives that of a step.
         codes: what ``packed`` holds and what is made of it: signs and their majority unless given.
         impl: implementation of the voting kernels.
@@ -225,7 +215,6 @@ def vote(
         group=group,
         routes=routes,
         algorithm=algorithm,
-        approximate=approximate,
         parity=parity,
         codes=codes,
         impl=impl,

@@ -3,7 +3,7 @@
 from lioncub.kernels.backends import resolve_impl
 from lioncub.kernels.codes import apply_codes_, foreach_apply_codes_
 from lioncub.kernels.counts import count_votes, majority_of_counts
-from lioncub.kernels.fields import majority_of_fields, spread_codes, unpack_fields
+from lioncub.kernels.fields import majority_of_fields, spread_codes
 from lioncub.kernels.layout import counter_planes, field_bits, packed_bytes
 from lioncub.kernels.lion import (
     apply_votes_,
@@ -52,6 +52,5 @@ __all__ = [
     "spread_codes",
     "ternary_of_fields",
     "tie_parity",
-    "unpack_fields",
     "unpack_signs",
 ]

@@ -1,4 +1,4 @@
-"""Fields that a native sum of bytes adds up: codes spread into them, sums taken out of them, majorities of them."""
+"""Fields that a native sum of bytes adds up: codes spread into them, majorities of sums."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lioncub.kernels.backends import backend
-from lioncub.kernels.checks import check_choice, check_counts, check_device, check_flat, check_integer, check_packed
+from lioncub.kernels.checks import check_choice, check_counts, check_device, check_integer, check_packed
 from lioncub.kernels.layout import CODE_BITS, FIELD_BITS, WORD_BYTES
 from lioncub.kernels.overlaps import check_apart
 from lioncub.kernels.registry import mark_written, register
@@ -41,50 +41,6 @@ def spread_codes(
     check_packed("out", out, n_bytes * field_bits // bits)
     check_device("out", out, "packed", packed)
     _SPREAD(packed, bits, field_bits, out, impl)
-    return out
-
-
-def unpack_fields(
-    fields: Tensor,
-    n: int,
-    *,
-    field_bits: int,
-    step: int = 1,
-    offset: int = 0,
-    out: Tensor | None = None,
-    impl: str = "auto",
-) -> Tensor:
-    """The first n fields as integers: ``step*field - offset``.
-
-    Signs of N workers, spread and summed, give the sum of +1 and -1 with step 2 and offset N; levels -K..K, stored
-    as level + K, give the sum of levels with offset ``N*K``.
-
-    Args:
-        fields: contiguous uint8[F] of at least n fields.
-        n: number of fields to take.
-        field_bits: width of a field: 1, 2, 4, 8 or 16.
-        step: integer; no result may leave int32.
-        offset: integer.
-        out: int32[n] to write, memory of no other argument; allocated unless given.
-        impl: "auto", "triton", "cpu" or "reference".
-
-    Returns:
-        ``out``.
-    """
-    check_choice("field_bits", field_bits, FIELD_BITS)
-    available = 8 * _check_multiple("fields", fields, max(field_bits // 8, 1)) // field_bits
-    check_integer("n", n, least=None)
-    if not 0 <= n <= available:
-        raise ValueError(f"n: expected 0 to {available} fields of {field_bits} bits, got {n}")
-    for name, value in (("step", step), ("offset", offset)):
-        check_integer(name, value, least=None)
-    if abs(step) * (2**field_bits - 1) + abs(offset) >= 2**31:
-        raise ValueError(f"step, offset: expected results within int32, got step {step} and offset {offset}")
-    if out is None:
-        out = torch.empty(n, dtype=torch.int32, device=fields.device)
-    check_flat("out", out, torch.int32, n)
-    check_device("out", out, "fields", fields)
-    _UNPACK(fields, field_bits, step, offset, out, impl)
     return out
 
 
@@ -146,14 +102,6 @@ def _spread(packed: Tensor, bits: int, field_bits: int, out: Tensor, impl: str) 
     mark_written(out)
 
 
-def _unpack(fields: Tensor, field_bits: int, step: int, offset: int, out: Tensor, impl: str) -> None:
-    run = backend(impl, fields.device)
-    check_apart({"out": out}, {"fields": fields})
-    if out.numel():
-        run.unpack_fields(fields, field_bits, step, offset, out)
-    mark_written(out)
-
-
 def _vote(
     fields: Tensor, field_bits: int, voters: int, parity: Tensor, out: Tensor, counts: Tensor | None, impl: str
 ) -> None:
@@ -165,9 +113,6 @@ def _vote(
 
 
 _SPREAD = register("spread_codes(Tensor packed, int bits, int field_bits, Tensor(a!) out, str impl) -> ()", _spread)
-_UNPACK = register(
-    "unpack_fields(Tensor fields, int field_bits, int step, int offset, Tensor(a!) out, str impl) -> ()", _unpack
-)
 _VOTE = register(
     "majority_of_fields(Tensor fields, int field_bits, int voters, Tensor parity, Tensor(a!) out, "
     "Tensor(b!)? counts, str impl) -> ()",

@@ -85,11 +85,6 @@ def spread_codes(packed: Tensor, bits: int, field_bits: int, out: Tensor) -> Non
     _pack_fields(codes, field_bits, out)
 
 
-def unpack_fields(fields: Tensor, field_bits: int, step: int, offset: int, out: Tensor) -> None:
-    """out[n] = step * field - offset of the first n fields."""
-    out.copy_(_unpack_fields(fields, out.numel(), field_bits).to(torch.int32) * step - offset)
-
-
 def majority_of_fields(
     fields: Tensor, field_bits: int, voters: int, parity: int, out: Tensor, counts: Tensor | None
 ) -> None:

@@ -6,8 +6,6 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-from torch import Tensor
-
 from lioncub.buckets import Bucket
 from lioncub.kernels import Rounding, foreach_apply_codes_, foreach_apply_votes_, foreach_lion_step_
 from lioncub.masters import Masters
@@ -24,7 +22,7 @@ def plan_bucket(
     masters: Masters,
     rounding: Rounding | None,
 ) -> Callable[[], None]:
-    """The move of the parameters that take part, of their momentum and residuals: by the votes, or alone by plain Lion.
+    """The move of the parameters that take part, of their momentum: by the votes, or alone by plain Lion.
 
     ``means`` take the place of the momentum that was averaged. Parameters that have masters are these, rounded to
     nearest; others are rounded as ``rounding`` says. Everything that can be refused is done here; the call that is
@@ -51,7 +49,7 @@ def plan_bucket(
             grad_scale=grad_scale,
             **how,
         )
-        return partial(_move, bucket, alone, write_back, None, None, chosen)
+        return partial(_move, bucket, alone, write_back, None)
     codes, workers = bucket.compression.codes, len(vote.headers)
     bits = codes.result_bits(workers)
     packed = bucket.split(vote.voted, bits)
@@ -73,7 +71,7 @@ def plan_bucket(
         grad_scale=grad_scale,
         **how,
     )
-    return partial(_move, bucket, apply, write_back, means, vote.ballot.residuals, chosen)
+    return partial(_move, bucket, apply, write_back, means)
 
 
 def _move(
@@ -81,13 +79,8 @@ def _move(
     apply: Callable[[], None],
     write_back: Callable[[], None],
     means: Means | None,
-    residuals: Sequence[Tensor] | None,
-    chosen: Sequence[int],
 ) -> None:
     apply()
     write_back()
     if means is not None:
         means.write(bucket)
-    if residuals is not None and bucket.residuals is not None:
-        for i in chosen:
-            bucket.residuals[i].copy_(residuals[i])

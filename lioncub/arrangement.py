@@ -29,8 +29,8 @@ _ALONE_BYTES = 2**62
 class Arrangement:
     """Buckets, their voters (none for one worker) and the hash of their layout.
 
-    ``state`` is the optimizer's: each parameter's ``exp_avg``, and ``residual`` where there is one, are kept views into
-    its bucket. ``compressions`` has one for every param group.
+    ``state`` is the optimizer's: each parameter's ``exp_avg`` is kept a view into its bucket. ``compressions`` has one
+    for every param group.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class Arrangement:
             Message(bucket.elements, voter.n_bytes, voter.header_bytes, voter.algorithm, voter.codes)
             for bucket, voter in zip(self.buckets, self.voters, strict=True)
         ]
-        return explain(messages, self._wiring.costs, approximate=self._wiring.approximate)
+        return explain(messages, self._wiring.costs)
 
     def capturable_step(self, reports: bool, precision: Precision, masters: Masters, impl: str) -> CapturableStep:
         """The step of all buckets, and masters, as they are now."""
@@ -118,11 +118,10 @@ class Arrangement:
         kept = self.voters if buckets[: len(self.buckets)] == self.buckets else []
         voters = [*kept, *self._wiring.voters(buckets[len(kept) :], len(kept))] if self._wiring.workers > 1 else []
         for bucket in buckets:
-            for slot, views in zip(bucket.slots, bucket.views, strict=True):
+            for slot, view in zip(bucket.slots, bucket.views, strict=True):
                 state = self._state[slot.param]
-                for name, view in views.items():
-                    if name in state and state[name] is not view:
-                        view.copy_(state[name])
-                    state[name] = view
+                if state.get("exp_avg", view) is not view:
+                    view.copy_(state["exp_avg"])
+                state["exp_avg"] = view
         self.buckets, self.voters = buckets, voters
         self.layout = digest([bucket.layout() for bucket in buckets])

@@ -223,12 +223,11 @@ class MomentumOptimizer(torch.optim.Optimizer):
                 f"state_dict: expected that of Lion or LionCub, with {', '.join(STATE_ENTRIES)} of a parameter, got "
                 f"{', '.join(map(str, unknown))} of parameter {name}: that of another optimizer?"
             )
-        for entry, option in (("residual", "error feedback"), ("master", "master_weights=True")):
-            if entry in saved and entry not in mine and (entry == "residual" or param.dtype != torch.float32):
-                raise ValueError(
-                    f"state_dict: expected no {entry} of parameter {name}, since this optimizer was built without "
-                    f"{option}, got one"
-                )
+        if "master" in saved and "master" not in mine and param.dtype != torch.float32:
+            raise ValueError(
+                f"state_dict: expected no master of parameter {name}, since this optimizer was built without "
+                "master_weights=True, got one"
+            )
 
     def _warn_where_lr_moves_nothing(self, group: dict[str, Any]) -> None:
         """Warn, once per group, where most low-precision weights are too large for a step of lr to change them."""

@@ -57,7 +57,7 @@ class Slot:
 
 
 class Bucket:
-    """Parameters that share a message, their flat momentum, and 1-d views of it; with error feedback also residuals.
+    """Parameters that share a message, their flat momentum, and 1-d views of it.
 
     ``n_bytes`` are those of one bit per code, padded so that rows of messages are aligned.
     """
@@ -75,19 +75,10 @@ class Bucket:
         self.n_bytes = aligned(slots[-1].end // 8)
         self.elements = sum(slot.numel for slot in slots)
         self.exp_avg = torch.zeros(8 * self.n_bytes, dtype=momentum_dtype, device=device)
-        self.momenta = self._flat_views(self.exp_avg)
-        residual = torch.zeros_like(self.exp_avg, dtype=torch.float32) if compression.error_feedback else None
-        self.residuals = None if residual is None else self._flat_views(residual)
+        self.momenta = [self.exp_avg[slot.start : slot.start + slot.numel] for slot in slots]
         # what `state` holds: views of each parameter's in the parameter's shape and strides
-        buffers = {"exp_avg": self.exp_avg} | ({} if residual is None else {"residual": residual})
-        self.views = [
-            {name: flat.as_strided(slot.shape, slot.stride, slot.start) for name, flat in buffers.items()}
-            for slot in slots
-        ]
+        self.views = [self.exp_avg.as_strided(slot.shape, slot.stride, slot.start) for slot in slots]
         self._zeros: dict[torch.dtype, Tensor] = {}
-
-    def _flat_views(self, flat: Tensor) -> list[Tensor]:
-        return [flat[slot.start : slot.start + slot.numel] for slot in self.slots]
 
     def split(self, packed: Tensor, bits: int) -> tuple[Tensor, ...]:
         """Each parameter's part of packed codes of ``bits``, uint8[bits * n_bytes], as views."""

@@ -11,16 +11,7 @@ from lioncub.kernels.quantization import check_format
 
 @dataclass(frozen=True, kw_only=True)
 class Compression:
-    """Base of all compressions; each param group of `LionCub` has one.
-
-    With ``error_feedback`` every worker keeps what its codes did not say of c as a residual, which it adds to the next
-    c: 4 more bytes of memory per parameter, kept in ``state[p]["residual"]``, of this worker alone.
-    """
-
-    error_feedback: bool = False
-
-    def __post_init__(self) -> None:
-        check_flag("error_feedback", self.error_feedback)
+    """Base of all compressions; each param group of `LionCub` has one."""
 
     @property
     def codes(self) -> Codes:
@@ -57,32 +48,24 @@ class SignMean(Compression):
 
 @dataclass(frozen=True, kw_only=True)
 class TernaryVote(Compression):
-    """The sign of the sum of signs in 2 bits down: where it is zero, a parameter only decays.
+    """Signs that keep zero in 2 bits up, the sign of their sum in 2 bits down; where it is 0, x only decays.
 
-    Args:
-        up: "ternary": signs that keep zero, 2 bits up (|c| below 2^-126, the least normal number, may count as zero);
-            or "sign": 1 bit up, so that only a tie moves nothing.
-        error_feedback: see `Compression`.
+    For what must not move: padding rows, pruned weights, rare rows of an embedding. A |c| below 2^-126, the least
+    normal number, may count as zero.
     """
-
-    up: str = "ternary"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.up not in ("ternary", "sign"):
-            raise ValueError(f"up: expected 'ternary' or 'sign', got {self.up!r}")
 
     @property
     def codes(self) -> Codes:
         """See `Compression.codes`."""
-        return Codes(2 if self.up == "ternary" else 1, "ternary")
+        return Codes(2, "ternary")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Quantized(Compression):
-    """c in levels -K..K of ``bits`` bits up, the sign of their sum down (arXiv 2411.16462, section 2).
+    """c in levels -K..K of ``bits`` bits up, the sign of their sum in 1 bit down (arXiv 2411.16462, section 2).
 
     ``level = clip(round(gain*K*c/s), -K, K)`` with K = 2^(bits-1) - 1; gain is 1/2 for "l1" and "l2", 1 for "linf".
+    Where the sum is zero, its parity bit decides.
 
     Args:
         bits: 2, 4 or 8.
@@ -91,12 +74,9 @@ class Quantized(Compression):
             of (seed, worker, step, parameter, element).
         block: elements that share s, a power of two; those of a whole parameter unless given.
         seed: of the random numbers, the same on all workers.
-        down: "ternary": the sign in 2 bits, so that where it is zero, a parameter only decays; or "sign": 1 bit, zero
-            by parity.
         share_scales_every: steps between averages of s over workers, 4 bytes per block; the mean is kept in
             ``state[p]["scale"]`` and used from the next step on, so that a level means as much on every worker. Unless
             given, every worker has its own s.
-        error_feedback: see `Compression`.
     """
 
     bits: int = 2
@@ -104,30 +84,26 @@ class Quantized(Compression):
     stochastic: bool = False
     block: int | None = None
     seed: int = 0
-    down: str = "ternary"
     share_scales_every: int | None = None
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         check_flag("stochastic", self.stochastic)
         for name in ("bits", "block", "seed"):
             value = getattr(self, name)
             if (name, value) != ("block", None) and (isinstance(value, bool) or not isinstance(value, int)):
                 raise TypeError(f"{name}: expected an integer, got {value!r}")
         check_format(self.bits, self.norm, self.block)
-        if self.down not in ("ternary", "sign"):
-            raise ValueError(f"down: expected 'ternary' or 'sign', got {self.down!r}")
         if self.share_scales_every is not None:
             check_count("share_scales_every", self.share_scales_every, "None or a number of steps")
 
     @property
     def codes(self) -> Codes:
         """See `Compression.codes`."""
-        return Codes(self.bits, "ternary" if self.down == "ternary" else "majority")
+        return Codes(self.bits, "majority")
 
 
 # as good as the sum of c itself, where bytes are few
-_FINE = Quantized(bits=8, norm="linf", down="sign", share_scales_every=8)
+_FINE = Quantized(bits=8, norm="linf", share_scales_every=8)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -86,27 +86,26 @@ class Explanation:
         return "\n".join([*text, self.source, *([self.hint] if self.hint else [])])
 
 
-def explain(messages: Sequence[Message], costs: Costs | None, *, approximate: bool = False) -> Explanation:
+def explain(messages: Sequence[Message], costs: Costs | None) -> Explanation:
     """Predict every candidate for every message, with the algorithms that were chosen for them.
 
     Args:
         messages: the buckets in their order.
         costs: what the choice was made with; None for one worker.
-        approximate: whether "hierarchical" lets each node vote first.
     """
     if costs is None:
         rows = tuple(Row(i, m.elements, m.n_bytes, (), None) for i, m in enumerate(messages))
         return Explanation(rows, "one worker: nothing is sent", "")
-    rows = tuple(_row(i, message, costs, approximate) for i, message in enumerate(messages))
+    rows = tuple(_row(i, message, costs) for i, message in enumerate(messages))
     return Explanation(rows, costs.source, "" if costs.is_measured else HINT)
 
 
-def _row(index: int, message: Message, costs: Costs, approximate: bool) -> Row:
+def _row(index: int, message: Message, costs: Costs) -> Row:
     found = tuple(
         Candidate(
             name,
             costs.seconds(name, message.n_bytes, message.header_bytes, message.codes),
-            bytes_sent(name, message.n_bytes, costs.topology, message.header_bytes, approximate, message.codes),
+            bytes_sent(name, message.n_bytes, costs.topology, message.header_bytes, message.codes),
         )
         for name in candidates(costs.topology, message.codes)
     )

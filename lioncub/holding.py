@@ -11,7 +11,7 @@ from torch import Tensor
 Named = Sequence[tuple[str, Tensor]]
 
 # what `state[p]` may hold
-STATE_ENTRIES = ("exp_avg", "residual", "master", "drift", "scale")
+STATE_ENTRIES = ("exp_avg", "master", "drift", "scale")
 
 
 class Holding:

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from functools import lru_cache
 
 from torch import Tensor
 
 from lioncub.arguments import check_count
 from lioncub.collectives.average import check_dtype
 
-SCHEDULES = ("fixed", "growing", "staggered")
+SCHEDULES = ("fixed", "staggered")
 Selection = str | Sequence[str] | Callable[[str, Tensor], bool] | None
 
 
@@ -22,8 +21,8 @@ class MomentumSync:
 
     Args:
         every: k, in steps.
-        schedule: "fixed": in every k-th step; "growing": after gaps of 2^(j/k) steps, j = 0, 1, ...; "staggered": in
-            each step the next 1/k of the elements, so that traffic is even.
+        schedule: "fixed": in every k-th step; "staggered": in each step the next 1/k of the elements, so that
+            traffic is even.
         select: which parameters: all (None), those whose names match one of these patterns (as in a shell: ``*.bias``),
             those for which a function of name and parameter is true, or "auto": those whose momentum differs most
             between workers, measured every ``drift_every`` steps (see `LionCub`), as many as ``budget`` allows.
@@ -51,8 +50,6 @@ class MomentumSync:
             raise TypeError(f"select: expected 'auto', a list of patterns or a function, got {self.select!r}")
         if isinstance(self.budget, bool):
             raise TypeError(f"budget: expected a fraction > 0 or None, got {self.budget!r}")
-        if self.is_auto and self.schedule == "growing":
-            raise ValueError("schedule: expected 'fixed' or 'staggered' with select='auto', whose budget is per step")
         if self.is_auto and not (isinstance(self.budget, int | float) and 0 < self.budget < float("inf")):
             raise ValueError(f"budget: expected a fraction > 0 with select='auto', got {self.budget!r}")
         if not self.is_auto and self.budget is not None:
@@ -85,9 +82,7 @@ class MomentumSync:
         """(i, k) where the i-th of k equal pieces of the elements is due in step ``step``; None for nothing."""
         if self.schedule == "staggered":
             return step % self.every, self.every
-        if self.schedule == "fixed":
-            return (0, 1) if (step + 1) % self.every == 0 else None
-        return (0, 1) if _is_growing_step(step, self.every) else None
+        return (0, 1) if (step + 1) % self.every == 0 else None
 
 
 def check_momentum_sync(value: object) -> MomentumSync | None:
@@ -95,12 +90,3 @@ def check_momentum_sync(value: object) -> MomentumSync | None:
     if value is None or isinstance(value, MomentumSync):
         return value
     raise TypeError(f"momentum_sync: expected None or MomentumSync(...), got {type(value).__name__} {value!r}")
-
-
-@lru_cache(maxsize=256)
-def _is_growing_step(step: int, every: int) -> bool:
-    due, j = 0, 0
-    while due < step:
-        due += int(2 ** (j / every))
-        j += 1
-    return due == step

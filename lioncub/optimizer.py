@@ -27,8 +27,7 @@ from lioncub.collectives.average import average_agreed_
 from lioncub.collectives.errors import by_value
 from lioncub.collectives.handshake import telling
 from lioncub.collectives.header import UNVERIFIED
-from lioncub.collectives.traffic import check_approximate
-from lioncub.compression import AnyCompression, check_compression, default_compression, parts_of
+from lioncub.compression import AnyCompression, check_compression, default_compression
 from lioncub.courier import Courier
 from lioncub.explaining import Explanation
 from lioncub.kernels import resolve_impl
@@ -82,7 +81,7 @@ class LionCub(MomentumOptimizer):
         compression: what workers say about their updates, and what all make of it: `SignVote`, `SignMean`,
             `TernaryVote`, `Quantized`, or `BySize`, which has two of them; a param group can have one of its own.
             Unless given, ``BySize()``: tensors of at most 1024 elements by 8-bit levels, all others by `SignVote`; with
-            ``capturable`` or ``approximate``, for one worker and for more than 258, `SignVote` for all.
+            ``capturable``, for one worker and for more than 258, `SignVote` for all.
         momentum_sync: when momentum, which drifts apart since every worker sees its own gradients, is averaged over
             workers; never unless a `MomentumSync` says when.
         drift_every: steps between measurements of how far momentum has drifted apart, for `stats` and
@@ -90,7 +89,6 @@ class LionCub(MomentumOptimizer):
         process_group: workers that vote together; the default group, or one worker where there is none.
         algorithm: "all_gather", "reduce_scatter", "hierarchical", "all_reduce" or "auto": for each bucket the one that
             the cost model finds fastest; `explain` shows why.
-        approximate: with "hierarchical", let each node vote first: a majority of majorities.
         mesh: a DeviceMesh of shape [nodes, workers per node]; else "auto" and "hierarchical" find the nodes by host
             names and LOCAL_WORLD_SIZE.
         profile: what ``lioncub probe`` measured of this group, as a path or a `Profile`, for the cost model.
@@ -115,7 +113,7 @@ class LionCub(MomentumOptimizer):
     parameters or options differ.
     """
 
-    _optional_state: ClassVar[dict[str, float]] = {"residual": 0.0, "drift": NOT_MEASURED, "scale": NOT_AGREED}
+    _optional_state: ClassVar[dict[str, float]] = {"drift": NOT_MEASURED, "scale": NOT_AGREED}
     # GradScaler hands over grad_scale and found_inf instead of skipping the step on one worker alone
     _step_supports_amp_scaling = True
 
@@ -131,7 +129,6 @@ class LionCub(MomentumOptimizer):
         drift_every: int | None = None,
         process_group: dist.ProcessGroup | None = None,
         algorithm: str = "auto",
-        approximate: bool = False,
         mesh: DeviceMesh | None = None,
         profile: PathOrProfile | None = None,
         bucket_mb: float | None = None,
@@ -167,10 +164,10 @@ class LionCub(MomentumOptimizer):
             if drift_every is not None:
                 check_count("drift_every", drift_every, "a number of steps")
             self._policy, self._drift_every = policy, drift_every
-            self._wiring = Wiring(process_group, algorithm, approximate, mesh, profile, overlap, impl)
+            self._wiring = Wiring(process_group, algorithm, mesh, profile, overlap, impl)
             self._group, self._workers = process_group, self._wiring.workers
             if compression is None:
-                compression = default_compression(self._workers, votes_only=capturable or approximate)
+                compression = default_compression(self._workers, votes_only=capturable)
             self._compression = check_compression(compression)
             self._broadcast, self._on_nonfinite = broadcast, on_nonfinite
             self._overlap: Overlap | None = None
@@ -231,8 +228,6 @@ class LionCub(MomentumOptimizer):
         if isinstance(param_group, dict) and "compression" in param_group:
             param_group = dict(param_group)
             compression = check_compression(param_group.pop("compression"))
-        for part in parts_of(compression):
-            check_approximate(self._wiring.approximate, self._wiring.algorithm, part.codes)
         self._compressions.append(compression)
         try:
             super().add_param_group(param_group)

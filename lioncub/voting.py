@@ -34,16 +34,12 @@ class NonFiniteError(ArithmeticError):
 
 @dataclass(frozen=True)
 class Ballot:
-    """One bucket on this worker: gradients in storage order, who has one, packed codes, and int32 status per tensor.
-
-    ``residuals`` are those that the step leaves behind, with error feedback.
-    """
+    """One bucket on this worker: gradients in storage order, who has one, packed codes, and int32 status per tensor."""
 
     grads: list[Tensor]
     has_gradient: tuple[bool, ...]
     packed: Tensor
     status: Tensor
-    residuals: tuple[Tensor, ...] | None
 
 
 @dataclass(frozen=True)
@@ -159,8 +155,8 @@ def encode_bucket(bucket: Bucket, draft: Draft) -> Ballot:
     terms = Terms(
         beta1, draft.grad_scale_of(bucket), draft.step, draft.rank, draft.parity, draft.impl, draft.scales(bucket)
     )
-    residuals = encode(bucket, grads, packed, status, terms)
-    return Ballot(grads, tuple(grad is not None for grad in found), packed, status, residuals)
+    encode(bucket, grads, packed, status, terms)
+    return Ballot(grads, tuple(grad is not None for grad in found), packed, status)
 
 
 def _blank(bucket: Bucket) -> Tensor:

@@ -16,7 +16,6 @@ from lioncub.collectives import ALGORITHMS, Costs, Profile, Routes, Voter, find_
 from lioncub.collectives.cost import best_bucket_bytes, default_costs
 from lioncub.collectives.handshake import digest
 from lioncub.collectives.routes import subgroups
-from lioncub.collectives.traffic import check_approximate
 from lioncub.collectives.transport import backend_of, rank_of, world_size_of
 from lioncub.collectives.virtual import VirtualGroup
 
@@ -41,7 +40,6 @@ class Wiring:
         self,
         group: dist.ProcessGroup | None,
         algorithm: str,
-        approximate: bool,
         mesh: DeviceMesh | None,
         profile: PathOrProfile | None,
         overlap: bool,
@@ -49,9 +47,7 @@ class Wiring:
     ) -> None:
         if algorithm not in ("auto", *ALGORITHMS):
             raise ValueError(f"algorithm: expected one of {('auto', *ALGORITHMS)}, got {algorithm!r}")
-        check_flag("approximate", approximate)
         check_flag("overlap", overlap)
-        check_approximate(approximate, algorithm)
         is_group = isinstance(group, dist.ProcessGroup) or group == dist.GroupMember.NON_GROUP_MEMBER
         if group is not None and not is_group:
             raise TypeError(f"process_group: expected a ProcessGroup or None, got {type(group).__name__} {group!r}")
@@ -60,7 +56,7 @@ class Wiring:
         if isinstance(group, VirtualGroup) and (overlap or mesh is not None):
             expected, got = ("overlap: expected False", overlap) if overlap else ("mesh: expected None", mesh)
             raise ValueError(f"{expected} with simulated workers, which have one thread each, got {got}")
-        self.group, self.algorithm, self.approximate, self.mesh = group, algorithm, approximate, mesh
+        self.group, self.algorithm, self.mesh = group, algorithm, mesh
         self.overlap, self._impl = overlap, impl
         if profile is not None and not isinstance(profile, str | PathLike | Profile):
             raise TypeError(f"profile: expected a path or a Profile, got {type(profile).__name__} {profile!r}")
@@ -78,7 +74,6 @@ class Wiring:
         """What workers must have in common, by the names that an error gives it."""
         return {
             "algorithm": self.algorithm,
-            "approximate": self.approximate,
             "mesh": None if self.mesh is None else self.mesh.mesh.tolist(),
             "overlap": self.overlap,
             "profile": None if self.profile is None else f"of {self.profile.date}, hash {digest(self.profile)}",
@@ -113,7 +108,7 @@ class Wiring:
         if self.profile is not None:
             self.costs = self.profile.costs(self.routes.topology, backend)
         else:
-            self.costs = default_costs(self.routes.topology, backend, approximate=self.approximate)
+            self.costs = default_costs(self.routes.topology, backend)
 
     def _own(self, *groups: dist.ProcessGroup | None) -> None:
         """Keep in mind the groups that were made here."""
@@ -140,7 +135,6 @@ class Wiring:
             n_tensors=len(bucket.slots),
             routes=self.routes,
             algorithm=self.algorithm,
-            approximate=self.approximate,
             costs=self.costs,
             impl=self._impl,
             tag=tag,

@@ -36,7 +36,6 @@ BYTES_PER_ELEMENT = {
     "count_votes": (8 + 4) / 8,
     "majority_of_counts": (2 * 4 + 1) / 8,
     "spread_codes": (1 + 4) / 8,
-    "unpack_fields": 4 + 4 / 8,
     "majority_of_fields": (4 + 1) / 8,
     "add_codes:1_bit": (8 * 1 + 4) / 8,
     "add_codes:2_bits": (4 * 2 + 8) / 8,

@@ -9,11 +9,11 @@ import torch
 import torch.distributed as dist
 from counting import Counting
 from gloo_workers import Raised, outcomes_of, results_of
+from samples import fields_of
 
 from lioncub.collectives import ALGORITHMS, HANDSHAKE_BYTES, Codes, Routes, Topology, traffic, vote
-from lioncub.collectives.traffic import candidates, check_approximate
-from lioncub.kernels import packed_bytes, unpack_fields
-from lioncub.kernels.layout import largest_level
+from lioncub.collectives.traffic import candidates
+from lioncub.kernels import packed_bytes
 
 FORMATS = [
     Codes(1, "ternary"),
@@ -42,10 +42,8 @@ def packed_codes(rank: int, n: int, codes: Codes) -> torch.Tensor:
 
 def sums_of_everyone(packed: torch.Tensor, n: int, codes: Codes) -> torch.Tensor:
     """int32[n]: the sum of signs or levels of all workers, added by a plain all-reduce of whole numbers."""
-    if codes.bits == 1:
-        total = unpack_fields(packed, n, field_bits=1, step=2, offset=1)
-    else:
-        total = unpack_fields(packed, n, field_bits=codes.bits, offset=largest_level(codes.bits))
+    step, offset = codes.value(1)
+    total = step * fields_of(packed, codes.bits)[:n] - offset
     dist.all_reduce(total)
     return total
 
@@ -68,15 +66,15 @@ def votes_of_every_format(rank: int, world_size: int) -> list[bytes]:
             result = vote(packed, algorithm=name, codes=codes, routes=way)
             assert len(result) == packed_bytes(n) * width
             if codes.result == "ternary":
-                got = unpack_fields(result, n, field_bits=2, offset=1)
+                got = fields_of(result, 2)[:n] - 1
                 assert torch.equal(got, expected.sign()), (codes, n, name)
             elif codes.result == "majority":
-                got = unpack_fields(result, n, field_bits=1, step=2, offset=1)
+                got = 2 * fields_of(result, 1)[:n] - 1
                 parity = 2 * (torch.arange(n, dtype=torch.int32) % 2) - 1
                 assert torch.equal(got, torch.where(expected == 0, parity, expected.sign())), (codes, n, name)
             else:
                 step, offset = codes.value(world_size)
-                got = unpack_fields(result, n, field_bits=width, step=step, offset=offset)
+                got = step * fields_of(result, width)[:n] - offset
                 assert torch.equal(got, expected), (codes, n, name)
             found.append(result.numpy().tobytes())
         assert len(set(found)) == 1
@@ -131,14 +129,10 @@ def test_formats_that_no_field_holds_are_refused() -> None:
     assert candidates(many, Codes(4, "ternary")) == ("all_gather", "reduce_scatter", "all_reduce")
     with pytest.raises(ValueError, match="300 workers of codes up to 254"):
         traffic("all_reduce", 64, 300, codes=Codes(8, "ternary"))
-    with pytest.raises(ValueError, match="approximate: expected it with majority votes only, got a ternary of codes"):
-        check_approximate(True, "hierarchical", Codes(1, "ternary"))
     with pytest.raises(ValueError, match="bits: expected one of"):
         Codes(3, "sum")
     with pytest.raises(ValueError, match="result: expected one of"):
         Codes(1, "mean")
-    with pytest.raises(ValueError, match=r"approximate: expected it with .*, got a majority of codes of 2 bits"):
-        check_approximate(True, "hierarchical", Codes(2, "majority"))
 
 
 def vote_in_different_formats(rank: int, world_size: int) -> None:

@@ -13,7 +13,7 @@ from gloo_workers import results_of
 from gpu_checks import OPS
 from samples import assert_same_bits, sample
 
-from lioncub.collectives import WorkersDisagreeError, average_, sum_codes, vote
+from lioncub.collectives import WorkersDisagreeError, average_, vote
 from lioncub.kernels import pack_signs
 
 ROOT = Path(__file__).parents[1]
@@ -72,7 +72,6 @@ def _sums(rank: int, world_size: int, dtype: torch.dtype, device: str | None) ->
     packed, values = pack_signs(sample(2000, torch.float32, rank)), sample(301, torch.float32, rank, finite=True)
     with _defaults(dtype, device):
         results = [vote(packed, algorithm=name) for name in ("all_gather", "reduce_scatter", "all_reduce")]
-        results.append(sum_codes(packed, 2000))
         average_(values)
         average_(values, dtype="int8")
         with pytest.raises(WorkersDisagreeError):

@@ -120,7 +120,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "overlap": True,
         "momentum_sync": MomentumSync(every=2, schedule="staggered", dtype="int8"),
         "algorithm": "reduce_scatter",
-        "compression": Quantized(error_feedback=True, share_scales_every=2),
+        "compression": Quantized(share_scales_every=2),
     },
     "ordinary": {"momentum_sync": MomentumSync()},
 }

@@ -13,7 +13,7 @@ from samples import assert_same_bits, poisoned
 from torch import Tensor
 from torch.library import opcheck
 
-from lioncub.kernels import field_bits, majority_of_fields, majority_vote, spread_codes, unpack_fields
+from lioncub.kernels import field_bits, majority_of_fields, majority_vote, spread_codes
 from lioncub.kernels.layout import CODE_BITS, FIELD_BITS
 
 ALL_IMPLS = ("reference", "cpu", "triton")
@@ -108,23 +108,6 @@ def test_spread_codes_keeps_every_code(impl: str, bits: int, wide: int) -> None:
 
 
 @each_impl
-@pytest.mark.parametrize("wide", FIELD_BITS)
-@pytest.mark.parametrize("n", SIZES)
-def test_unpack_fields(impl: str, wide: int, n: int) -> None:
-    # no byte more than the fields take
-    fields = _random(-(-n * wide // 8), seed=n)
-    expected = (_numbers(fields, 1)[: n * wide].reshape(n, wide) << np.arange(wide)).sum(axis=1)
-    for first in (0, 3):
-        here = _unaligned(fields, first)
-        around = torch.full((n + 2,), -7, dtype=torch.int32)
-        out = around[:n]
-        assert unpack_fields(here, n, field_bits=wide, step=2, offset=n, out=out, impl=impl) is out
-        np.testing.assert_array_equal(out.numpy(), 2 * expected - n)
-        assert around[n:].tolist() == [-7, -7]
-    np.testing.assert_array_equal(unpack_fields(fields, n, field_bits=wide, impl=impl).numpy(), expected)
-
-
-@each_impl
 @pytest.mark.parametrize("voters", VOTERS)
 def test_sums_of_signs(impl: str, voters: int) -> None:
     rows = _random(voters, 72, seed=voters)
@@ -135,8 +118,7 @@ def test_sums_of_signs(impl: str, voters: int) -> None:
         if voters >= 2**wide:
             continue
         total = _spread_sum(rows, 1, wide, impl)
-        signs = unpack_fields(total, 576, field_bits=wide, step=2, offset=voters, impl=impl)
-        np.testing.assert_array_equal(signs.numpy(), 2 * ones - voters)
+        np.testing.assert_array_equal(_numbers(total, wide), ones)
         for parity in (0, 1):
             counts, expected_counts = torch.tensor([[3, 4], [3, 4]])
             voted = majority_of_fields(total, field_bits=wide, voters=voters, parity=parity, counts=counts, impl=impl)
@@ -157,8 +139,7 @@ def test_sums_of_levels(impl: str, bits: int, workers: int) -> None:
     rows = (codes.reshape(workers, -1, 8 // bits) << shifts).sum(dim=2).to(torch.uint8)
     wide = field_bits(2 * level, workers)
     total = _spread_sum(rows, bits, wide, impl)
-    found = unpack_fields(total, 256, field_bits=wide, offset=workers * level, impl=impl)
-    np.testing.assert_array_equal(found.numpy(), (codes - level).sum(dim=0).numpy())
+    np.testing.assert_array_equal(_numbers(total, wide), codes.sum(dim=0).numpy())
 
 
 @each_impl
@@ -187,8 +168,7 @@ def test_threads_give_the_same_bytes() -> None:
             torch.set_num_threads(threads)
             fields, counts = spread_codes(packed, bits=1, field_bits=4, impl="cpu"), torch.zeros(2, dtype=torch.int64)
             voted = majority_of_fields(fields, field_bits=4, voters=2, counts=counts, impl="cpu")
-            numbers = [unpack_fields(fields, 300_001, field_bits=wide, impl="cpu") for wide in (4, 8)]
-            results.append((fields, voted, counts, *numbers))
+            results.append((fields, voted, counts))
     finally:
         torch.set_num_threads(before)
     for found in results[1:]:
@@ -231,26 +211,6 @@ def _bytes(n: int) -> Tensor:
             r"out: .* shape \(16,\), got shape \(8,\)",
         ),
         (
-            lambda: unpack_fields(_bytes(8), 17, field_bits=4),
-            ValueError,
-            "n: expected 0 to 16 fields of 4 bits, got 17",
-        ),
-        (
-            lambda: unpack_fields(_bytes(3), 1, field_bits=16),
-            ValueError,
-            "fields: expected a multiple of 2 bytes, got 3",
-        ),
-        (
-            lambda: unpack_fields(_bytes(8), 4, field_bits=16, step=2**16),
-            ValueError,
-            "step, offset: expected results within int32, got step 65536 and offset 0",
-        ),
-        (
-            lambda: unpack_fields(_bytes(8), 4, field_bits=4, out=torch.zeros(4)),
-            ValueError,
-            r"out: expected a contiguous int32 tensor of shape \(4,\), got torch.float32",
-        ),
-        (
             lambda: majority_of_fields(_bytes(8), field_bits=4, voters=16),
             ValueError,
             "voters: expected 1 to 15 for fields of 4 bits, got 16",
@@ -277,7 +237,6 @@ def test_opcheck(impl: str) -> None:
     ops = torch.ops.lioncub
     for op, arguments in (
         (ops.spread_codes, (_random(16), 1, 4, _bytes(64))),
-        (ops.unpack_fields, (_random(16), 4, 2, 3, torch.zeros(31, dtype=torch.int32))),
         (ops.majority_of_fields, (_bytes(64), 4, 3, torch.tensor(1), _bytes(16), torch.zeros(2, dtype=torch.int64))),
     ):
         assert set(opcheck(op.default, (*arguments, impl)).values()) == {"SUCCESS"}
@@ -292,7 +251,6 @@ def test_the_reference_needs_neither_triton_nor_numba() -> None:
         "fields = sum(k.spread_codes(row, bits=1, field_bits=2, impl='reference') for row in rows)\n"
         "assert k.majority_of_counts(planes[None], voters=3, impl='reference').tolist() == [0xF0] * 8\n"
         "assert k.majority_of_fields(fields, field_bits=2, voters=3, impl='reference').tolist() == [0xF0] * 8\n"
-        "assert k.unpack_fields(fields, 8, field_bits=2, impl='reference').tolist() == [0] * 4 + [3] * 4\n"
     )
     done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr

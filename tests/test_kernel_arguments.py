@@ -144,7 +144,6 @@ CALLS: dict[Callable[..., Any], Arguments] = {
         "counts": COUNTS,
     },
     kernels.spread_codes: {"packed": _bytes(16), "bits": 1, "field_bits": 4, "out": _bytes(64)},
-    kernels.unpack_fields: {"fields": _bytes(35), "n": N, "field_bits": 4, "step": 2, "offset": 3, "out": _ints(N)},
     kernels.majority_of_fields: {
         "fields": _bytes(64),
         "field_bits": 4,
@@ -223,9 +222,8 @@ def _wrong_values(call: Callable[..., Any], name: str, right: Any) -> Iterator[t
             yield repr(wrong), wrong
 
 
-# what is no fault: fields behind those that are taken, a dtype or a stride that the function allows
+# what is no fault: a dtype or a stride that the function allows
 ALLOWED: set[tuple[Callable[..., Any], str, str]] = {
-    (kernels.unpack_fields, "fields", "long"),
     # as many bytes and blocks hold a few elements more or less
     *((call, "x", kind) for call in (kernels.pack_signs, kernels.quantize) for kind in ("short", "long")),
     *((call, "x", "of one axis more") for call in (kernels.pack_signs, kernels.quantize)),

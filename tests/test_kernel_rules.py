@@ -203,7 +203,6 @@ def _op_arguments(impl: str) -> dict[str, tuple[Any, ...]]:
         "count_votes": (torch.zeros(3, 16, dtype=torch.uint8), torch.zeros(2, 16, dtype=torch.uint8), impl),
         "majority_of_counts": (torch.zeros(2, 2, 16, dtype=torch.uint8), 5, parity, bits, counts, impl),
         "spread_codes": (bits, 1, 4, torch.zeros(64, dtype=torch.uint8), impl),
-        "unpack_fields": (fields, 4, 2, 3, torch.zeros(31, dtype=torch.int32), impl),
         "majority_of_fields": (torch.zeros(64, dtype=torch.uint8), 4, 3, parity, bits, counts, impl),
         "add_codes": (torch.zeros(3, 16, dtype=torch.uint8), 1, 4, fours, impl),
         "ternary_of_fields": (fours[:32], 4, 2, 3, 3, bits, counts, impl),

@@ -22,9 +22,7 @@ from lioncub.collectives import (
     WorkersDisagreeError,
     bytes_sent,
     exchange,
-    sum_codes,
     traffic,
-    transport,
     vote,
     vote_async,
 )
@@ -42,8 +40,7 @@ from lioncub.collectives.header import (
     status_on_device,
 )
 from lioncub.collectives.routes import subgroups
-from lioncub.kernels import majority_vote, pack_signs, packed_bytes, quantize, unpack_signs
-from lioncub.kernels.layout import largest_level
+from lioncub.kernels import pack_signs, packed_bytes
 
 FLAT = [name for name in ALGORITHMS if name != "hierarchical"]
 
@@ -139,19 +136,6 @@ def test_hierarchical_vote_is_the_flat_majority(nodes: tuple[tuple[int, ...], ..
     assert all(answer == answers[0] for answer in answers)
 
 
-def votes_by_node(rank: int, world_size: int, nodes: tuple) -> None:
-    routes = Routes.build(None, Topology(nodes))
-    for parity, n in enumerate(SIZES):
-        packed = pack_signs(_values(rank, n), parity=parity)
-        everyone = torch.empty(world_size * len(packed), dtype=torch.uint8)
-        transport.all_gather(everyone, packed, None).wait()
-        rows = everyone.view(world_size, -1)
-        by_node = torch.stack([majority_vote(rows[list(node)], parity=parity) for node in nodes])
-        expected = majority_vote(by_node, parity=parity)
-        got = vote(packed, algorithm="hierarchical", approximate=True, parity=parity, routes=routes)
-        assert torch.equal(got, expected), f"n={n}"
-
-
 def headers_by_rank(rank: int, world_size: int, nodes: tuple) -> list[int]:
     routes = Routes.build(None, Topology(nodes))
     voter = Voter(64, routes=routes, algorithm="hierarchical")
@@ -179,11 +163,6 @@ def in_different_numbers_of_groups(rank: int, world_size: int) -> str:
 def test_groups_whose_names_would_differ_are_refused() -> None:
     said = "workers disagree on the number of process groups that this process is in: rank 0: 3; rank 1: 2"
     assert results_of(in_different_numbers_of_groups, 3) == [said, said, ""]
-
-
-@pytest.mark.parametrize("nodes", TWO_LEVELS[:2])
-def test_approximate_vote_is_the_majority_of_majorities(nodes: tuple[tuple[int, ...], ...]) -> None:
-    assert results_of(votes_by_node, sum(map(len, nodes)), nodes) == [None] * sum(map(len, nodes))
 
 
 def refusals(rank: int, world_size: int) -> list[str]:
@@ -244,40 +223,6 @@ def test_impossible_nodes_are_refused(nodes: tuple[tuple[int, ...], ...]) -> Non
         Topology(nodes)
 
 
-def sums_like_all_reduce(rank: int, world_size: int) -> None:
-    for bits, n in itertools.product((1, 2, 4, 8), SIZES):
-        values = _values(rank, n)
-        if bits == 1:
-            packed, mine = pack_signs(values), unpack_signs(pack_signs(values), n).to(torch.int32)
-        else:
-            packed, _ = quantize(values, bits=bits, norm="linf")
-            codes = (packed[:, None] >> torch.arange(0, 8, bits, dtype=torch.uint8)) & (2**bits - 1)
-            mine = codes.reshape(-1)[:n].to(torch.int32) - largest_level(bits)
-        total = mine.clone()
-        dist.all_reduce(total)
-        got = sum_codes(packed, n, bits=bits)
-        assert got.dtype == torch.int32
-        assert torch.equal(got, total), f"bits={bits}, n={n}"
-
-
-@pytest.mark.parametrize("world_size", [1, 2, 3, 5])
-def test_native_sums_are_those_of_unpacked_codes(world_size: int) -> None:
-    assert results_of(sums_like_all_reduce, world_size) == [None] * world_size
-
-
-def sum_in_narrow_fields(rank: int, world_size: int) -> str:
-    with pytest.raises(ValueError, match="field_bits") as caught:
-        sum_codes(torch.zeros(8, dtype=torch.uint8), 64, fields=1)
-    with pytest.raises(ValueError, match=r"packed: expected a contiguous uint8 tensor of shape \(8,\)"):
-        sum_codes(torch.zeros(16, dtype=torch.uint8), 64)
-    return str(caught.value)
-
-
-def test_too_narrow_fields_are_refused() -> None:
-    message = results_of(sum_in_narrow_fields, 2)[0]
-    assert message == "field_bits: expected at least 2 for 2 workers of codes up to 1, 2 in all, got 1"
-
-
 def async_votes_in_flight(rank: int, world_size: int) -> bool:
     sizes, algorithms = (640, 65, 1009, 8), ("reduce_scatter", "all_gather", "auto", "reduce_scatter")
     packed = [pack_signs(_values(rank, n)) for n in sizes]
@@ -290,12 +235,10 @@ def test_async_votes_can_be_in_flight_together() -> None:
     assert results_of(async_votes_in_flight, 3) == [True] * 3
 
 
-def count_bytes(
-    rank: int, world_size: int, algorithm: str, n: int, nodes: tuple | None, approximate: bool
-) -> list[int]:
+def count_bytes(rank: int, world_size: int, algorithm: str, n: int, nodes: tuple | None) -> list[int]:
     routes = Routes.flat() if nodes is None else Routes.build(None, Topology(nodes))
     counting = Counting()
-    vote(pack_signs(_values(rank, n)), algorithm=algorithm, approximate=approximate, routes=routes)
+    vote(pack_signs(_values(rank, n)), algorithm=algorithm, routes=routes)
     whole = counting.sent.get(-1, 0) - HANDSHAKE_BYTES * (world_size - 1)
     if nodes is None:
         return [whole]
@@ -303,7 +246,7 @@ def count_bytes(
 
 
 def count_bytes_of_every_algorithm(rank: int, world_size: int, n: int) -> list[list[int]]:
-    return [count_bytes(rank, world_size, algorithm, n, None, False) for algorithm in FLAT]
+    return [count_bytes(rank, world_size, algorithm, n, None) for algorithm in FLAT]
 
 
 @pytest.mark.parametrize(("world_size", "n"), [(1, 100), (2, 1009), (3, 70001), (4, 64), (5, 1009)])
@@ -312,12 +255,11 @@ def test_bytes_sent_are_those_predicted(world_size: int, n: int) -> None:
     assert results_of(count_bytes_of_every_algorithm, world_size, n) == [predicted] * world_size
 
 
-@pytest.mark.parametrize("approximate", [False, True])
 @pytest.mark.parametrize("nodes", TWO_LEVELS[:3])
-def test_bytes_of_each_level_are_those_predicted(nodes: tuple[tuple[int, ...], ...], approximate: bool) -> None:
+def test_bytes_of_each_level_are_those_predicted(nodes: tuple[tuple[int, ...], ...]) -> None:
     topology = Topology(nodes)
-    levels = traffic("hierarchical", packed_bytes(70001), topology, header_bytes(0), approximate)
-    got = results_of(count_bytes, topology.workers, "hierarchical", 70001, nodes, approximate)
+    levels = traffic("hierarchical", packed_bytes(70001), topology, header_bytes(0))
+    got = results_of(count_bytes, topology.workers, "hierarchical", 70001, nodes)
     assert got == [[levels["intra"], levels["inter"]]] * topology.workers
 
 
@@ -368,12 +310,6 @@ def test_disagreement_is_the_same_error_on_all_workers(per_rank: list[dict], mes
         (torch.zeros(8), {}, TypeError, "packed: expected a uint8 tensor, got torch.float32"),
         (torch.zeros(7, dtype=torch.uint8), {}, ValueError, "B a multiple of 8, got shape"),
         (torch.zeros(16, dtype=torch.uint8)[::2], {}, ValueError, "expected a contiguous tensor"),
-        (
-            torch.zeros(8, dtype=torch.uint8),
-            {"approximate": True},
-            ValueError,
-            "approximate: expected it with algorithm",
-        ),
     ],
 )
 def test_bad_messages_are_refused(packed: torch.Tensor, options: dict, error: type[Exception], message: str) -> None:

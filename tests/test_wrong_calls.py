@@ -12,7 +12,7 @@ from gloo_workers import results_of
 from torch import nn
 
 import lioncub
-from lioncub.collectives import Codes, Routes, Topology, WorkersDisagreeError, average_, find_topology, sum_codes, vote
+from lioncub.collectives import Codes, Routes, Topology, WorkersDisagreeError, average_, find_topology, vote
 from lioncub.collectives.probing import probe
 from lioncub.replicas import broadcast_tensors, check_equal
 
@@ -68,16 +68,6 @@ CASES: dict[str, Case] = {
         lambda: average_(torch.zeros(100)),
         lambda: average_(torch.zeros(100), dtype="fp8"),
         "ValueError: dtype: expected one of",
-    ),
-    "sum too few codes": (
-        lambda: sum_codes(BYTES, 512),
-        lambda: sum_codes(BYTES[:8], 512),
-        "ValueError: packed: expected a contiguous",
-    ),
-    "sum into fields that are too narrow": (
-        lambda: sum_codes(BYTES, 512),
-        lambda: sum_codes(BYTES, 512, fields=1),
-        "ValueError: field_bits: expected at least",
     ),
     "routes of other workers": (
         lambda: Routes.build(None, Topology(((0, 1), (2,)))),

@@ -30,17 +30,14 @@ def _methods() -> dict[str, Method]:
         "BySize": BySize(),
         "SignMean": SignMean(),
         "TernaryVote": TernaryVote(),
-        "TernaryVote up=sign": TernaryVote(up="sign"),
-        "SignVote feedback": SignVote(error_feedback=True),
         "2-bit l1": Quantized(bits=2, norm="l1"),
         "2-bit l2": Quantized(bits=2, norm="l2"),
         "2-bit linf": Quantized(bits=2, norm="linf"),
         "2-bit l1 stochastic": Quantized(bits=2, norm="l1", stochastic=True),
         "2-bit l1 blocks of 256": Quantized(bits=2, norm="l1", block=256),
         "2-bit l1 stochastic blocks of 256": Quantized(bits=2, norm="l1", stochastic=True, block=256),
-        # levels of all workers mean the same, and as much goes down as a vote
-        "2-bit l2 shared": Quantized(bits=2, norm="l2", stochastic=True, block=64, down="sign", share_scales_every=8),
-        "2-bit l1 feedback": Quantized(bits=2, norm="l1", error_feedback=True),
+        # levels of all workers mean the same
+        "2-bit l2 shared": Quantized(bits=2, norm="l2", stochastic=True, block=64, share_scales_every=8),
         "4-bit l1": Quantized(bits=4, norm="l1"),
         "4-bit linf": Quantized(bits=4, norm="linf"),
         "8-bit l1": Quantized(bits=8, norm="l1"),
@@ -50,7 +47,6 @@ def _methods() -> dict[str, Method]:
         "every 1 fp32": MomentumSync(),
         "every 8 fp32": MomentumSync(every=8),
         "every 64 fp32": MomentumSync(every=64),
-        "growing": MomentumSync(every=4, schedule="growing"),
         "staggered 4 int8": MomentumSync(every=4, schedule="staggered", dtype="int8"),
         "staggered 8 int8": MomentumSync(every=8, schedule="staggered", dtype="int8"),
         # the most that a fifteenth of fp32's bytes leaves room for
@@ -67,7 +63,7 @@ def _methods() -> dict[str, Method]:
     found |= {name: Method(_family(name), compression) for name, compression in compressions.items()}
     shared = "2-bit l2 shared"
     few = {shared: ("staggered 16 int8", "staggered 32 int8")}
-    for name in ("SignVote", "SignMean", "TernaryVote up=sign", "2-bit l1", shared):
+    for name in ("SignVote", "SignMean", "2-bit l1", shared):
         kept = syncs if name == "SignVote" else {key: syncs[key] for key in few.get(name, ("staggered 8 int8",))}
         found |= {f"{name} + {key}": Method(_family(name), compressions[name], sync) for key, sync in kept.items()}
     return found

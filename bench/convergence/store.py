@@ -13,6 +13,7 @@ from typing import Any
 
 from convergence.methods import METHODS
 from convergence.training import Config
+from lioncub import Quantized
 
 Record = dict[str, Any]
 ROOT = Path(__file__).parents[2]
@@ -58,6 +59,9 @@ def meaning(value: Any) -> str:
         for field in dataclasses.fields(value)
         if getattr(value, field.name) != field.default
     ]
+    if isinstance(value, Quantized):
+        # stored runs say which of two results they had, and those of the other one are not of this method
+        told.insert(len(told) - (value.share_scales_every is not None), "down='sign'")
     return f"{type(value).__name__}({', '.join(told)})"
 
 

@@ -109,7 +109,6 @@ _COMPRESSIONS = {
     "default": None,
     "mean": lioncub.SignMean(),
     "ternary": lioncub.TernaryVote(),
-    "error feedback": lioncub.SignVote(error_feedback=True),
     "2 bits": lioncub.Quantized(bits=2, norm="linf", block=64, stochastic=True),
     "4 bits": lioncub.Quantized(bits=4, norm="linf"),
     "8 bits": lioncub.Quantized(bits=8, norm="linf", block=64),

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gpu.workbench import Workbench
 from lioncub import broadcast_module
-from lioncub.collectives import average_, find_topology, sum_codes, vote
+from lioncub.collectives import average_, find_topology, vote
 from lioncub.collectives.graph import GRAPH_ALGORITHMS, GraphVote
 
 
@@ -30,16 +30,9 @@ def run(bench: Workbench) -> None:
             bench.attempt(f"captured vote by {algorithm}", partial(_captured, bench, packed, algorithm))
         for dtype in ("fp32", "bf16", "int8"):
             bench.attempt(f"average in {dtype}", partial(_average, bench, dtype))
-        bench.attempt("sum of codes", lambda: _same(sum_codes(packed, 8 * 4096), _signs(packed)))
         bench.attempt("topology", lambda: {"workers": find_topology().workers})
         bench.attempt("broadcast", lambda: broadcast_module(torch.nn.Linear(3, 5).to(bench.device)))
         dist.destroy_process_group()
-
-
-def _signs(packed: Tensor) -> Tensor:
-    """The codes of one worker as their sum, -1 or 1."""
-    bits = (packed[:, None] >> torch.arange(8, dtype=torch.uint8, device=packed.device)) & 1
-    return bits.flatten().int() * 2 - 1
 
 
 def _same(got: Tensor, expected: Tensor) -> None:

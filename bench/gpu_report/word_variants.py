@@ -49,9 +49,6 @@ def _field_variants() -> list[Variant]:
         found.append(replace(variant, elements=WORDS * 32 // field_bits))
     for bits in (1, 2, 4, 8, 16):
         flags = {"FIELD_BITS": bits, "HAS_COUNTS": False, "BLOCK_SIZE": ROW_THREADS}
-        label, pointers, moved = f"unpack {bits}-bit fields", {**words, "fields_ptr": "u8"}, ((bits * CODE,), (4,))
-        variant = Variant(label, "codes", fields._unpack_fields_kernel, pointers, flags, *moved)
-        found.append(replace(variant, elements=WORDS))
         label, pointers, moved = f"vote on {bits}-bit fields", {**words, "out_ptr": "u8"}, ((bits * CODE,), (CODE,))
         variant = Variant(label, "codes", fields._vote_fields_kernel, pointers, flags, *moved)
         found.append(replace(variant, elements=WORDS * 32 // bits))

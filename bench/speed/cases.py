@@ -73,7 +73,6 @@ CASES = (
     _packed("count_votes", code_ops.count_votes),
     _packed("majority_of_counts", code_ops.majority_of_counts),
     _packed("spread_codes", code_ops.spread_codes),
-    _packed("unpack_fields", code_ops.unpack_fields),
     _packed("majority_of_fields", code_ops.majority_of_fields),
     _packed("add_codes", partial(code_ops.add_codes, bits=1), "1_bit"),
     _packed("add_codes", partial(code_ops.add_codes, bits=2), "2_bits"),

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import torch
-
 from lioncub import kernels
 from lioncub.kernels import packed_bytes
 from speed.data import Call, Data, new
@@ -27,15 +25,6 @@ def majority_of_counts(data: Data, impl: str) -> Call:
 def spread_codes(data: Data, impl: str) -> Call:
     packed, out = data.codes(), data.codes(4)
     return Call(lambda: kernels.spread_codes(packed, bits=1, field_bits=4, out=out, impl=impl), (packed,), (out,))
-
-
-def unpack_fields(data: Data, impl: str) -> Call:
-    fields = data.sums
-    return Call(
-        lambda: kernels.unpack_fields(fields, data.n, field_bits=4, step=2, offset=8, impl=impl),
-        (fields,),
-        (new(data.n, torch.int32),),
-    )
 
 
 def majority_of_fields(data: Data, impl: str) -> Call:

@@ -2,7 +2,7 @@
 
 from lioncub.kernels.numba_cpu.codes import apply_codes_
 from lioncub.kernels.numba_cpu.counts import count_votes, majority_of_counts
-from lioncub.kernels.numba_cpu.field_sums import majority_of_fields, spread_codes, unpack_fields
+from lioncub.kernels.numba_cpu.field_sums import majority_of_fields, spread_codes
 from lioncub.kernels.numba_cpu.lion import apply_votes_, lion_encode, lion_encode_, lion_step_
 from lioncub.kernels.numba_cpu.quantization import dequantize, lion_quantize, quantize
 from lioncub.kernels.numba_cpu.scales import block_scale, lion_block_scale
@@ -29,6 +29,5 @@ __all__ = [
     "quantize",
     "spread_codes",
     "ternary_of_fields",
-    "unpack_fields",
     "unpack_signs",
 ]

@@ -1,4 +1,4 @@
-"""spread_codes, unpack_fields and majority_of_fields in Numba: 64 bits of fields at a time, without unpacking them.
+"""spread_codes and majority_of_fields in Numba: 64 bits of fields at a time, without unpacking them.
 
 Codes are moved into wider fields in halvings: the upper half of a word's codes to where it belongs, then the upper
 half of each half, and so on; bits of wide fields are moved together the other way round. For arithmetic, every other
@@ -21,7 +21,6 @@ from lioncub.kernels.numba_cpu.planes import BLOCK, add_tally
 from lioncub.kernels.numba_cpu.threads import MIN_SLICE, run_slices, slices
 
 CHUNKS = {1: np.dtype(np.uint8), 2: np.dtype(np.uint16), 4: np.dtype(np.uint32), 8: WORDS}
-_INTEGERS = np.dtype(np.int32)
 _ALL = 2**64 - 1
 # fields of 2 bits, the narrowest that are moved, take 5 halvings
 _STEPS = 5
@@ -40,27 +39,6 @@ def spread_codes(packed: Tensor, bits: int, field_bits: int, out: Tensor) -> Non
     run_slices(_spread_kernel, parts, packed.data_ptr(), chunk, *spreading(bits, field_bits), out.data_ptr())
 
 
-def unpack_fields(fields: Tensor, field_bits: int, step: int, offset: int, out: Tensor) -> None:
-    """out[n] = step * field - offset of the first n fields."""
-    if field_bits >= 8:
-        source = (fields.data_ptr(), CHUNKS[field_bits // 8])
-        run_slices(_widen_kernel, slices(out.numel()), *source, step, offset, out.data_ptr())
-        return
-    eights, tail = divmod(out.numel(), 8)
-    if eights:
-        _unpack_eights(fields, eights, field_bits, step, offset, out)
-    if tail:
-        # eight fields are as many bytes as a field has bits; not all of the last ones may exist
-        padded, values = (
-            torch.zeros(field_bits, dtype=torch.uint8, device="cpu"),
-            torch.empty(8, dtype=torch.int32, device="cpu"),
-        )
-        rest = fields[eights * field_bits : (eights + 1) * field_bits]
-        padded[: rest.numel()] = rest
-        _unpack_eights(padded, 1, field_bits, step, offset, values)
-        out[8 * eights :] = values[:tail]
-
-
 def majority_of_fields(
     fields: Tensor, field_bits: int, voters: int, parity: int, out: Tensor, counts: Tensor | None
 ) -> None:
@@ -76,11 +54,6 @@ def majority_of_fields(
         voted = torch.empty(chunk_bytes, dtype=torch.uint8, device="cpu")
         _vote(padded, 1, field_bits, voters, parity, voted, counts, 8 * (chunk_bytes - tail))
         out[chunks * chunk_bytes :] = voted[:tail]
-
-
-def _unpack_eights(fields: Tensor, eights: int, field_bits: int, step: int, offset: int, out: Tensor) -> None:
-    source = (fields.data_ptr(), CHUNKS[field_bits], *spreading(field_bits, 8))
-    run_slices(_unpack_kernel, slices(eights, 1, MIN_SLICE // 8), *source, step, offset, out.data_ptr())
 
 
 def _vote(
@@ -169,31 +142,6 @@ def _spread_kernel(
 
 
 @kernel
-def _unpack_kernel(
-    first: int,
-    last: int,
-    fields_ptr: int,
-    chunk: Any,
-    shifts: _Words,
-    masks: _Words,
-    step: int,
-    offset: int,
-    out_ptr: int,
-) -> None:
-    codes = np.empty(BLOCK, np.uint64)
-    for start in range(first, last, BLOCK):
-        n = min(BLOCK, last - start)
-        _spread_words(array_at(fields_ptr, start, n, chunk), shifts, masks, codes.ctypes.data, n)
-        _widen(codes.view(np.uint8), 8 * n, step, offset, array_at(out_ptr, 8 * start, 8 * n, _INTEGERS))
-
-
-@kernel
-def _widen_kernel(first: int, last: int, fields_ptr: int, dtype: Any, step: int, offset: int, out_ptr: int) -> None:
-    n = last - first
-    _widen(array_at(fields_ptr, first, n, dtype), n, step, offset, array_at(out_ptr, first, n, _INTEGERS))
-
-
-@kernel
 def _majority_kernel(
     first: int,
     last: int,
@@ -262,14 +210,6 @@ def _winners(word: np.uint64, rule: _Words) -> np.uint64:
     # a field and its number carry into the next field, which is masked out; for odd ones that is their own place
     even_wins = (((word & every_other) + even) >> width) & lowest
     return even_wins | ((((word >> width) & every_other) + odd) & (lowest << width))
-
-
-@device_function
-def _widen(fields: Any, n: int, step: int, offset: int, out: Any) -> None:
-    """out[n] = step * field - offset."""
-    factor, less = np.int32(step), np.int32(offset)
-    for j in range(n):
-        out[j] = np.int32(np.int32(np.int32(fields[j]) * factor) - less)
 
 
 @block_function

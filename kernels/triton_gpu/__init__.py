@@ -6,7 +6,7 @@ With TRITON_INTERPRET=1, set before this package is imported, they run on CPU te
 from lioncub.kernels.triton_gpu.arithmetic import INTERPRETED
 from lioncub.kernels.triton_gpu.codes import apply_codes_
 from lioncub.kernels.triton_gpu.counts import count_votes, majority_of_counts
-from lioncub.kernels.triton_gpu.fields import majority_of_fields, spread_codes, unpack_fields
+from lioncub.kernels.triton_gpu.fields import majority_of_fields, spread_codes
 from lioncub.kernels.triton_gpu.lion import apply_votes_, lion_encode, lion_encode_, lion_step_
 from lioncub.kernels.triton_gpu.packing import pack_signs, unpack_signs
 from lioncub.kernels.triton_gpu.quantization import dequantize, lion_quantize, quantize
@@ -34,6 +34,5 @@ __all__ = [
     "quantize",
     "spread_codes",
     "ternary_of_fields",
-    "unpack_fields",
     "unpack_signs",
 ]

@@ -1,4 +1,4 @@
-"""spread_codes, unpack_fields and majority_of_fields: 32 bits of fields at a time, four words per thread.
+"""spread_codes and majority_of_fields: 32 bits of fields at a time, four words per thread.
 
 Codes are moved into wider fields in halvings: the upper half of a word's codes to where it belongs, then the upper
 half of each half, and so on; bits of wide fields are moved together the other way round. For arithmetic, every other
@@ -33,16 +33,6 @@ def _spread_codes_kernel(
         places = tl.arange(0, 4)[None, None, :]
         offsets = offsets[:, :, None] * 4 + places
         tl.store(out_ptr + offsets, (words[:, :, None] >> (places * 8)).to(tl.uint8), mask=offsets < n_words)
-
-
-@triton.jit(do_not_specialize=["step", "offset"])
-def _unpack_fields_kernel(
-    fields_ptr, out_ptr, step, offset, n_bytes, n_elements, FIELD_BITS: tl.constexpr, BLOCK_SIZE: tl.constexpr
-):
-    rows = tl.program_id(0).to(tl.int64) * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
-    values = load_fours(fields_ptr, rows, n_bytes, FIELD_BITS) * step - offset
-    offsets = four_offsets(rows)
-    tl.store(out_ptr + offsets, values, mask=offsets < n_elements)
 
 
 @triton.jit(do_not_specialize=["parity", "n_workers"])
@@ -183,15 +173,6 @@ def spread_codes(packed: Tensor, bits: int, field_bits: int, out: Tensor) -> Non
     with launching_on(out):
         _spread_codes_kernel[grid](
             packed, out, packed.numel(), out.numel(), bits, field_bits, _ROWS_PER_TILE, **options(out.device)
-        )
-
-
-def unpack_fields(fields: Tensor, field_bits: int, step: int, offset: int, out: Tensor) -> None:
-    """See `lioncub.kernels.reference.unpack_fields`."""
-    n = out.numel()
-    with launching_on(out):
-        _unpack_fields_kernel[tiles(n, WORDS_PER_TILE)](
-            fields, out, step, offset, fields.numel(), n, field_bits, _ROWS_PER_TILE, **options(out.device)
         )
 
 

@@ -35,10 +35,10 @@ COMPRESSIONS: dict[str, Options] = {
     "sign": {"compression": SignVote()},
     "mean": {"compression": SignMean()},
     "ternary": {"compression": TernaryVote()},
-    "2 bits l1": {"compression": Quantized(bits=2, norm="l1", down="sign")},
-    "4 bits linf, blocks": {"compression": Quantized(bits=4, norm="linf", block=64, down="sign")},
-    "2 bits l2, stochastic": {"compression": Quantized(bits=2, norm="l2", stochastic=True, seed=3, down="sign")},
-    "8 bits, shared": {"compression": Quantized(bits=8, norm="linf", down="sign", share_scales_every=2)},
+    "2 bits l1": {"compression": Quantized(bits=2, norm="l1")},
+    "4 bits linf, blocks": {"compression": Quantized(bits=4, norm="linf", block=64)},
+    "2 bits l2, stochastic": {"compression": Quantized(bits=2, norm="l2", stochastic=True, seed=3)},
+    "8 bits, shared": {"compression": Quantized(bits=8, norm="linf", share_scales_every=2)},
     "ternary but for small": {"compression": BySize(large=TernaryVote(), most=64)},
 }
 SYNCHRONIZED: dict[str, Options] = {

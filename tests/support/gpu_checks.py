@@ -102,7 +102,6 @@ def _vote(n: int, dtype: torch.dtype, device: torch.device, impl: str) -> list[T
         kernels.majority_of_fields(fields, field_bits=4, voters=6, parity=1, impl=impl),
         kernels.ternary_of_fields(fields, field_bits=4, step=2, offset=6, largest=6, impl=impl),
         kernels.spread_codes(ballots[0], bits=1, field_bits=4, impl=impl),
-        kernels.unpack_fields(fields, n, field_bits=4, step=2, offset=6, impl=impl),
     ]
 
 

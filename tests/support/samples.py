@@ -33,6 +33,13 @@ def poisoned(n: int, dtype: torch.dtype = torch.uint8) -> Tensor:
     return torch.full((n,), 0x5B, dtype=dtype)
 
 
+def fields_of(packed: Tensor, bits: int) -> Tensor:
+    """int32: every field of ``bits`` bits of uint8[B], taken apart bit by bit."""
+    places = (packed[:, None] >> torch.arange(8, dtype=torch.uint8)) & 1
+    numbers = places.reshape(-1, bits).to(torch.int32) << torch.arange(bits, dtype=torch.int32)
+    return numbers.sum(dim=1, dtype=torch.int32)
+
+
 def assert_same_bits(got: Tensor, expected: Tensor, what: str = "") -> None:
     """Fail, naming the first element that differs and both values, unless all bits are equal (any NaN equals any)."""
     assert got.dtype == expected.dtype, f"{what}: expected {expected.dtype}, got {got.dtype}"
