@@ -6,10 +6,9 @@ INSTALLED := $(VENV)/.installed
 
 .PHONY: demo test lint types docs copy bench bench-save bench-compare gpu-test gpu-bench gpu-report triton-versions netlab study study-restore study-quick setup clean
 
-# votes travel as on a slow network; on one machine "auto" would send twice the bytes, which is faster there
+# without OMP_NUM_THREADS torchrun warns that it sets it
 demo: setup
-	$(BIN)/lioncub train --method lion --method lioncub --workers 4 --layers 4 --context 64 --batch 8 \
-		--algorithm reduce_scatter --steps 300 --eval-every 30 --checkpoint-every 0 --out runs/demo --overwrite
+	OMP_NUM_THREADS=1 $(BIN)/python -m torch.distributed.run --standalone --nproc-per-node 4 bench/demo --out runs/demo
 
 # two processes, each with whole files: most tests have one busy process, or wait for several
 test: setup

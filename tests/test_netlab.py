@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 
+from demo.gpt import GPT, parameter_count
 from netlab import lab as lab_module
 from netlab.check import LinkSpeed, judge, parse_iperf
 from netlab.cli import choice_of, main
@@ -62,7 +63,6 @@ from netlab.summary import headline, log_interval, paired_ratio, repetition_of, 
 from netlab.targets import targets_of
 
 from lioncub.collectives import ALGORITHMS
-from lioncub.training.gpt import GPT, parameter_count
 
 RATES = (10**8, 10**9, 10**10)
 

@@ -18,7 +18,7 @@ from lioncub.collectives.probing import FEWEST_SIZES, MESSAGE_BYTES, probe
 from lioncub.collectives.profile import Point, Profile, ascending, fit_line, predicted_seconds
 from lioncub.collectives.routes import Routes
 from lioncub.collectives.topology import Topology
-from lioncub.probing.plots import write_plot
+from lioncub.probe import write_plot
 
 
 @pytest.mark.parametrize("shape", [Topology.flat(2), Topology.even(1, 3), Topology.even(2, 4)])

@@ -18,7 +18,7 @@ from lioncub import Quantized
 Record = dict[str, Any]
 ROOT = Path(__file__).parents[2]
 # code that a run's numbers depend on; the rest of this folder only chooses and reports runs
-CODE = ("kernels", "collectives", "lioncub/*.py", "lioncub/training/gpt.py")
+CODE = ("kernels", "collectives", "lioncub/*.py", "bench/demo/gpt.py")
 HARNESS = ("tasks.py", "training.py")
 
 

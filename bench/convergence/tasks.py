@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from demo.gpt import GPT
 from torch import Tensor, nn
 from torch.nn import functional
-
-from lioncub.training.gpt import GPT
 
 SHARDS = ("iid", "skewed")
 

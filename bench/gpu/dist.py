@@ -20,6 +20,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from demo.gpt import GPT
+from demo.text import Text, load_text, training_windows
 from netlab.lab import Lab, LabError, worker_environment
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
@@ -29,8 +31,6 @@ import lioncub
 from gpu.driver import CARRIED, entry
 from gpu.workbench import Workbench
 from lioncub import LionCub
-from lioncub.training.gpt import GPT
-from lioncub.training.text import Text, load_text, training_windows
 
 _WORKERS, _RATES = 4, (10**9, 10**10)
 _SHAPE = {"layers": 8, "heads": 8, "width": 512, "context": 256}

@@ -8,13 +8,13 @@ from functools import partial
 from typing import Any
 
 import torch
+from demo.gpt import GPT
+from demo.text import Text, load_text, training_windows
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from gpu.workbench import Workbench
 from lioncub import LionCub
-from lioncub.training.gpt import GPT
-from lioncub.training.text import Text, load_text, training_windows
 
 _SHAPE = {"layers": 12, "heads": 12, "width": 768, "context": 512}
 _SMALL = {"layers": 2, "heads": 4, "width": 128, "context": 512}

@@ -91,7 +91,7 @@ def choice_of(options: argparse.Namespace) -> Choice:
 
 def _run_matrix(options: argparse.Namespace) -> int:
     # torch and matplotlib are imported here, since the other commands do without them
-    from lioncub.training.worker import WorkerFailedError
+    from netlab.crew import WorkerFailedError
     from netlab.matrix import total_seconds
     from netlab.progress import clock_text, shown_progress
     from netlab.report import write_report

@@ -9,9 +9,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from demo.methods import AllReduceClock
 from torch import Tensor
-
-from lioncub.training.methods import AllReduceClock
 
 
 @dataclass(frozen=True)

@@ -8,18 +8,38 @@ import socket
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable
+from dataclasses import dataclass
 from multiprocessing.connection import wait
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from lioncub.training.worker import Failure, WorkerFailedError
 from netlab.lab import Lab
 
 # after one worker has failed, the others get this long to tell what they saw
 SETTLE_SECONDS = 2.0
 _ENTRY = Path(__file__).with_name("__main__.py")
+
+
+class WorkerFailedError(RuntimeError):
+    """A worker ended early; the text says which one and why."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """An exception that ended a worker."""
+
+    rank: int
+    message: str
+    traceback: str
+    time: float
+
+
+def describe(error: Exception, rank: int) -> Failure:
+    """Return a Failure from an exception that is being handled."""
+    return Failure(rank, f"{type(error).__name__}: {error}", traceback.format_exc(), time.time())
 
 
 class Crew:
@@ -120,7 +140,7 @@ class Crew:
                 return WorkerFailedError(f"worker {rank} was killed by {name}{hint}; its words are in {self._log}")
         if failures:
             first = min(failures, key=lambda failure: failure.time)
-            return WorkerFailedError(f"worker {first.rank} failed: {first.message}", first.traceback)
+            return WorkerFailedError(f"worker {first.rank} failed: {first.message}")
         rank = min(ended)
         code = self._processes[rank].wait(SETTLE_SECONDS)
         return WorkerFailedError(f"worker {rank} ended with exit code {code}; its words are in {self._log}")

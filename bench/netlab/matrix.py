@@ -27,7 +27,7 @@ PROBE_SECONDS = 15.0
 
 @dataclass(frozen=True)
 class Model:
-    """A GPT of lioncub.training.gpt over bytes."""
+    """A GPT of bench/demo over bytes."""
 
     layers: int
     width: int

@@ -17,13 +17,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from demo.gpt import GPT, parameter_count
 
 from lioncub.collectives import Profile, Routes, Voter
 from lioncub.collectives.header import Header
 from lioncub.collectives.probing import probe
-from lioncub.training.gpt import GPT, parameter_count
-from lioncub.training.worker import describe
 from netlab.clocks import StepTimes
+from netlab.crew import describe
 from netlab.lab import DEVICE
 from netlab.matrix import CONTEXT, MODELS, VOCABULARY
 from netlab.methods import Voting, Workbench

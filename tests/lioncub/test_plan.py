@@ -1,4 +1,4 @@
-"""The plan: units, figures computed by hand, its table, files and errors."""
+"""``lioncub plan``: units, figures computed by hand, table, files and errors."""
 
 from __future__ import annotations
 
@@ -9,13 +9,10 @@ from pathlib import Path
 import pytest
 from profiles import profile_of, straight
 
-from lioncub.cli import main
+from lioncub.cli import bandwidth, main, parameters
 from lioncub.collectives.cost import EFFICIENCY, Link
 from lioncub.collectives.topology import Topology
-from lioncub.planning.forecast import BASELINE, Cluster, Row, forecast, over_worlds
-from lioncub.planning.report import amount, milliseconds, notes
-from lioncub.planning.units import bandwidth, parameters
-from lioncub.training.config import UserError
+from lioncub.plan import BASELINE, Cluster, Row, amount, forecast, milliseconds, notes, over_worlds
 
 FLAGS = [
     "plan",
@@ -97,10 +94,10 @@ def test_a_flat_cluster_by_hand() -> None:
 def test_dense_all_reduce_takes_the_better_way() -> None:
     # without latency a ring crosses the slow link as often and saves the way inside; with latency it has more steps
     fast = by_method(forecast(Cluster(1_000_000, 2, 8, Link(0, 1e6), Link(0, 1e7))))
-    assert fast[BASELINE].way == "2 levels"
+    assert fast[BASELINE].detail == "2 levels"
     assert fast[BASELINE].node_bytes == 8 * (4_000_000 // 8)
     slow_inside = by_method(forecast(Cluster(1_000_000, 2, 8, Link(0, 1e6), Link(0, 1e6))))
-    assert slow_inside[BASELINE].way == "ring"
+    assert slow_inside[BASELINE].detail == "ring"
     assert slow_inside[BASELINE].node_bytes == 2 * 15 * 4_000_000 // 16
     far = by_method(forecast(Cluster(1_000, 2, 8, Link(1.0, 1e9), Link(0, 1e9))))
     assert far[BASELINE].seconds == pytest.approx(2, rel=1e-3)
@@ -110,7 +107,7 @@ def test_hierarchical_wins_on_the_documented_cluster() -> None:
     rows = by_method(forecast(Cluster(1_300_000_000, 64, 8, Link(50e-6, 1.25e9), Link(10e-6, 50e9), 0.9)))
     assert [name for name, row in rows.items() if row.is_chosen] == ["hierarchical"]
     # 162.5 MB of votes in 10 buckets, 4 planes of counts and the result between 64 nodes
-    assert rows["hierarchical"].way == "10 buckets"
+    assert rows["hierarchical"].detail == "10 buckets"
     assert rows["hierarchical"].node_bytes == pytest.approx(8 * 63 * 5 * 162.5e6 / 512, rel=0.01)
     assert rows["hierarchical"].node_bytes < 0.8 * rows["reduce_scatter"].node_bytes
 
@@ -143,7 +140,7 @@ def test_a_profile_of_such_a_group_is_read_point_by_point() -> None:
     ("nodes", "local", "compute"), [(1, 1, 0.0), (0, 8, 0.0), (8, -1, 0.0), (2, 1, -1.0), (2, 1, math.nan)]
 )
 def test_impossible_clusters(nodes: int, local: int, compute: float) -> None:
-    with pytest.raises(UserError, match=r"--nodes, --gpus-per-node: expected|--compute-ms: expected"):
+    with pytest.raises(ValueError, match=r"--nodes, --gpus-per-node: expected|--compute-ms: expected"):
         Cluster(1000, nodes, local, Link(), Link(), compute)
 
 

@@ -1,0 +1,1 @@
+"""Plain Lion under DDP and LionCub, side by side, on a small byte-level GPT."""

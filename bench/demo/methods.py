@@ -1,0 +1,127 @@
+"""The methods that are compared: plain Lion under DistributedDataParallel, and LionCub on a bare module."""
+
+from dataclasses import dataclass
+from time import perf_counter
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._C._distributed_c10d import GradBucket
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.nn.parallel import DistributedDataParallel
+
+import lioncub
+from demo.gpt import GPT, parameter_count
+from lioncub.collectives.traffic import ring_all_reduce_bytes
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """One step of this worker: its loss before the update in nats per byte, seconds, and bytes.
+
+    ``backward_seconds`` and ``optimizer_seconds`` are without communication; ``exposed_seconds`` is the communication
+    that the step waited for. Bytes are counted for LionCub, and computed for a ring all-reduce for Lion under DDP.
+    """
+
+    loss: float
+    forward_seconds: float
+    backward_seconds: float
+    communication_seconds: float
+    exposed_seconds: float
+    optimizer_seconds: float
+    bytes_sent: float
+
+
+class AllReduceClock:
+    """Times of DDP's all-reduces, taken by a communication hook that does what DDP does by itself."""
+
+    def __init__(self) -> None:
+        self.started: list[float] = []
+        self.finished: list[float] = []
+
+    def hook(self, group: dist.ProcessGroup | None, bucket: GradBucket) -> torch.futures.Future[Tensor]:
+        """Pass this to ``register_comm_hook``; ``group`` None is the default group."""
+        self.started.append(perf_counter())
+        return allreduce_hook(group, bucket).then(self._finish)  # type: ignore[arg-type]
+
+    def _finish(self, future: torch.futures.Future[Tensor]) -> Tensor:
+        self.finished.append(perf_counter())
+        return future.value()
+
+    def reset(self) -> None:
+        """Forget the past step."""
+        self.started.clear()
+        self.finished.clear()
+
+    def exposed_seconds(self) -> float:
+        """Return the time from the last bucket's start: all gradients are there, and the backward pass only waits."""
+        return max(self.finished) - max(self.started)
+
+    def busy_seconds(self) -> float:
+        """Return the time with at least one all-reduce under way, since the last reset."""
+        return covered_seconds(self.started, self.finished)
+
+
+def covered_seconds(started: list[float], finished: list[float]) -> float:
+    """Return how long more intervals had started than finished; both lists may be in any order."""
+    covered, open_count, opened_at = 0.0, 0, 0.0
+    # at the same moment a start comes first, so that touching intervals count once
+    for moment, change in sorted([(t, 1) for t in started] + [(t, -1) for t in finished], key=lambda e: (e[0], -e[1])):
+        if open_count == 0:
+            opened_at = moment
+        open_count += change
+        if open_count == 0:
+            covered += moment - opened_at
+    return covered
+
+
+class LionUnderDDP:
+    """``lioncub.Lion`` with gradients averaged by DDP in fp32."""
+
+    def __init__(self, model: GPT, lr: float, algorithm: str) -> None:
+        self.model, self.clock = model, AllReduceClock()
+        self.ddp = DistributedDataParallel(model, gradient_as_bucket_view=True)
+        self.ddp.register_comm_hook(None, self.clock.hook)
+        self.optimizer: torch.optim.Optimizer = lioncub.Lion(model.parameters(), lr, weight_decay=0.1)
+        self.bytes_per_step = ring_all_reduce_bytes(parameter_count(model), dist.get_world_size())
+
+    def step(self, windows: Tensor) -> StepCost:
+        """Train one step on int64 [batch, context + 1]; changes model and optimizer."""
+        self.clock.reset()
+        loss, (forward, backward, optimizer) = _timed_step(self.ddp, self.optimizer, windows)
+        busy, exposed = self.clock.busy_seconds(), self.clock.exposed_seconds()
+        return StepCost(loss, forward, backward - exposed, busy, exposed, optimizer, self.bytes_per_step)
+
+
+class LionCubOnModule:
+    """``lioncub.LionCub``: gradients stay on their worker, votes are exchanged."""
+
+    def __init__(self, model: GPT, lr: float, algorithm: str) -> None:
+        self.model = model
+        self.optimizer = lioncub.LionCub(model.named_parameters(), lr, weight_decay=0.1, algorithm=algorithm)
+
+    def step(self, windows: Tensor) -> StepCost:
+        """Train one step on int64 [batch, context + 1]; changes model and optimizer."""
+        loss, (forward, backward, optimizer) = _timed_step(self.model, self.optimizer, windows)
+        stats = self.optimizer.stats()
+        waited = stats.communication_seconds
+        return StepCost(loss, forward, backward, waited, waited, optimizer - waited, stats.bytes_sent_per_step)
+
+
+Method = LionUnderDDP | LionCubOnModule
+METHODS: dict[str, type[Method]] = {"lion": LionUnderDDP, "lioncub": LionCubOnModule}
+
+
+def _timed_step(
+    model: torch.nn.Module, optimizer: torch.optim.Optimizer, windows: Tensor
+) -> tuple[float, tuple[float, float, float]]:
+    """Train one step; return the loss, and the seconds of forward pass, backward pass and optimizer."""
+    optimizer.zero_grad()
+    begin = perf_counter()
+    loss = model(windows)
+    forward_end = perf_counter()
+    loss.backward()
+    backward_end = perf_counter()
+    optimizer.step()
+    end = perf_counter()
+    return loss.item(), (forward_end - begin, backward_end - forward_end, end - backward_end)

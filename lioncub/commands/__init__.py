@@ -1,1 +1,0 @@
-"""The commands of the command line, a module each: ``add_parser`` and ``run``."""

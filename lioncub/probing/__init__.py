@@ -1,1 +1,0 @@
-"""What ``lioncub probe`` does: measure a group, store its profile, show it."""

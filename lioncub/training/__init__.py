@@ -1,1 +1,0 @@
-"""The training command behind ``lioncub train``: a small byte-level GPT, trained by several local workers."""
