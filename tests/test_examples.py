@@ -1,10 +1,11 @@
-"""The examples of docs/composing.md against the same in plain torch, and as programs."""
+"""The examples of the pages against the same in plain torch, and as programs."""
 
 from __future__ import annotations
 
 import importlib.util
 import os
 import re
+import signal
 import subprocess
 import sys
 from itertools import pairwise
@@ -21,6 +22,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from lioncub.kernels import pack_signs, packed_bytes, quantize, unpack_signs
 
 EXAMPLES = Path(__file__).parents[1] / "docs" / "examples"
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
 def _load(name: str) -> ModuleType:
@@ -35,7 +38,8 @@ def _load(name: str) -> ModuleType:
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
 def test_examples_are_short_and_use_public_names_alone(path: Path) -> None:
     code = path.read_text()
-    assert len(code.splitlines()) < 60
+    # train_gpt.py is one to copy, the others show one thing each
+    assert len(code.splitlines()) < (130 if path.stem == "train_gpt" else 60)
     modules = set(re.findall(r"^(?:from|import) (lioncub[\w.]*)", code, re.MULTILINE))
     assert modules
     assert modules <= {"lioncub", "lioncub.collectives", "lioncub.kernels"}
@@ -53,12 +57,45 @@ def test_the_two_level_vote_runs_as_a_program(tmp_path: Path) -> None:
     assert printed.splitlines() == [f"12504 bytes of votes, parity {parity}: the same result" for parity in range(2)]
 
 
+def test_a_killed_run_resumes_with_the_losses_of_one_that_goes_on(tmp_path: Path) -> None:
+    flags = ["--out=run", "--steps=60", "--save-every=20", "--print-every=1", "--batch=2", "--width=16", "--lr=0.003"]
+    command = [*TORCHRUN, "--nproc-per-node", "2", str(EXAMPLES / "train_gpt.py"), *flags]
+    losses: list[dict[int, str]] = []
+    for kill_at in (35, None):
+        losses.append({})
+        with subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path, env=ENVIRONMENT
+        ) as process:
+            assert process.stdout is not None
+            assert process.stderr is not None
+            children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+            for line in process.stdout:
+                found = re.fullmatch(r"step (\d+): loss ([\d.]+)\n", line)
+                assert found is not None
+                losses[-1][int(found[1])] = found[2]
+                if int(found[1]) == kill_at:
+                    workers = [int(pid) for pid in children.read_text().split()]
+                    os.kill(workers[-1], signal.SIGKILL)
+            errors = process.stderr.read()
+        assert process.returncode == (0 if kill_at is None else 1), errors
+        assert not any(Path(f"/proc/{pid}").exists() for pid in workers)
+    killed, resumed = losses
+    # it may go on a little before it is killed, but not to the next checkpoint
+    assert list(killed) == list(range(1, len(killed) + 1))
+    assert 35 <= len(killed) < 40
+    assert list(resumed) == list(range(21, 61))
+    assert {step: loss for step, loss in killed.items() if step > 20} == {
+        step: resumed[step] for step in killed if step > 20
+    }
+    assert float(resumed[60]) < 0.9 * float(killed[1])
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["step-000060"]
+    assert sorted(path.name for path in (tmp_path / "run" / "step-000060").iterdir()) == ["rank-0.pt", "rank-1.pt"]
+
+
 def _under_torchrun(name: str, workers: int, folder: Path) -> str:
-    script = str(EXAMPLES / f"{name}.py")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(workers), script]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [*TORCHRUN, "--nproc-per-node", str(workers), str(EXAMPLES / f"{name}.py")]
     done = subprocess.run(
-        command, capture_output=True, text=True, timeout=200, check=False, cwd=folder, env=environment
+        command, capture_output=True, text=True, timeout=200, check=False, cwd=folder, env=ENVIRONMENT
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
