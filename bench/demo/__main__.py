@@ -1,5 +1,6 @@
 """``python -m torch.distributed.run --standalone --nproc-per-node 4 bench/demo``; ``python bench/demo --help``."""
 
+import signal
 import sys
 from pathlib import Path
 
@@ -9,4 +10,6 @@ sys.path[0] = str(Path(__file__).parents[1])
 from demo.train import main  # noqa: E402
 
 if __name__ == "__main__":
+    # torchrun passes Ctrl-C on: end at once, also in the middle of a collective
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     sys.exit(main())

@@ -118,8 +118,7 @@ def _new_figure(title: str, xlabel: str, ylabel: str) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.add_subplot()
     axes.set_title(title, loc="left")
-    axes.set_xlabel(xlabel)
-    axes.set_ylabel(ylabel)
+    axes.set(xlabel=xlabel, ylabel=ylabel)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     return figure, axes
@@ -127,11 +126,11 @@ def _new_figure(title: str, xlabel: str, ylabel: str) -> tuple[Figure, Axes]:
 
 def _draw_losses(axes: Axes, own: Sequence[Record], x: list[float]) -> None:
     method, losses = own[0].method, [record.loss for record in own]
-    axes.plot(x, losses, color=COLOURS[method], alpha=0.12, linewidth=0.6)
-    label = f"{TITLES[method]}: training, running mean"
-    axes.plot(x, smoothed(losses, len(own) // 40), color=COLOURS[method], linewidth=WIDTHS[method], label=label)
+    colour, title = COLOURS[method], TITLES[method]
+    axes.plot(x, losses, color=colour, alpha=0.12, linewidth=0.6)
+    mean = smoothed(losses, len(own) // 40)
+    axes.plot(x, mean, color=colour, linewidth=WIDTHS[method], label=f"{title}: training, running mean")
     points = [(at, record.val_loss) for at, record in zip(x, own, strict=True) if record.val_loss is not None]
-    marker = {"marker": "s" if method == "lion" else "o", "markersize": 7 if method == "lion" else 4}
-    label = f"{TITLES[method]}: validation"
-    axes.plot(*zip(*points, strict=True), "", color=COLOURS[method], markerfacecolor="white", label=label, **marker)
-    axes.lines[-1].set_linestyle("none")
+    marker, size = ("s", 7) if method == "lion" else ("o", 4)
+    style = {"linestyle": "none", "marker": marker, "markersize": size, "markerfacecolor": "white"}
+    axes.plot(*zip(*points, strict=True), color=colour, label=f"{title}: validation", **style)

@@ -1,17 +1,17 @@
 """Each worker's part of the demo: options, the turns of the methods, evaluation, and the report at the end."""
 
 import argparse
-import contextlib
 import dataclasses
 import gc
-import io
 import json
 import math
 import os
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from time import perf_counter
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -60,9 +60,14 @@ class Options:
             raise ValueError(f"--{name.replace('_', '-')}: expected {expected}, got {getattr(self, name)}")
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)
+
+
 def parse(arguments: Sequence[str] | None) -> Options:
-    """Parse the flags. Raises SystemExit for what is none, ValueError for what is out of range."""
-    parser = argparse.ArgumentParser(prog="bench/demo", description="Train a GPT by each method; start it by torchrun.")
+    """Parse the flags. Raises ValueError where one is unknown or out of range."""
+    parser = _Parser(prog="bench/demo", description="Train a GPT by each method; start it by torchrun.")
     add, defaults = parser.add_argument, Options()
     add("--methods", nargs="+", choices=METHODS, default=defaults.methods, help="default: both")
     add("--data", metavar="FILE", help="text; default: the standard library's sources")
@@ -115,8 +120,8 @@ def train(options: Options) -> list[Record]:
     text = load_text(options.data, options.context)
     held_out = validation_windows(text, count=EVAL_WINDOWS, context=options.context)[rank::world_size]
     # one step of each method on a throwaway model, so that no timed step compiles kernels
+    tiny = dataclasses.replace(options, layers=1, heads=1, width=8)
     for name in options.methods:
-        tiny = dataclasses.replace(options, layers=1, heads=1, width=8)
         build(name, tiny).step(torch.zeros(1, options.context + 1, dtype=torch.int64))
     methods = {name: build(name, options) for name in options.methods}
     records = []
@@ -160,21 +165,22 @@ def _mean_over_workers(figures: dict[str, float]) -> dict[str, float]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one worker; return the exit code. The first rank prints the table and writes log and plots."""
-    # one voice where all workers would say the same
     leads = os.environ.get("RANK", "0") == "0"
-    with contextlib.nullcontext() if leads else contextlib.redirect_stderr(io.StringIO()):
-        try:
-            options = parse(arguments)
-            if "RANK" not in os.environ:
-                raise ValueError("expected to be started by torchrun, as in `make demo`")
-            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ["LOCAL_WORLD_SIZE"])))
-            if leads:
-                Path(options.out).mkdir(parents=True, exist_ok=True)
-            dist.init_process_group("gloo")
-            records = train(options)
-        except (ValueError, OSError) as error:
-            print(f"demo: {error}", file=sys.stderr)
-            return 1
+    try:
+        options = parse(arguments)
+        if "RANK" not in os.environ:
+            raise ValueError("expected to be started by torchrun, as in `make demo`")
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ["LOCAL_WORLD_SIZE"])))
+        if leads:
+            Path(options.out).mkdir(parents=True, exist_ok=True)
+        dist.init_process_group("gloo")
+        records = train(options)
+    except (ValueError, OSError) as error:
+        if not leads:
+            # the first worker speaks for all; when it has ended, torchrun ends the others
+            time.sleep(60)
+        print(f"demo: {error}", file=sys.stderr)
+        return 1
     workers = dist.get_world_size()
     # a DDP model that is garbage would be the group's last holder, and freeing the group from there joins threads that
     # may be waiting for the interpreter's lock
