@@ -17,7 +17,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -113,14 +113,13 @@ def launch(config: ProbeConfig) -> None:
 
 
 def _cause(failures: dict[int, ProcessFailure]) -> WorkerFailedError:
-    """Find a worker that was killed, otherwise the earliest failure: later ones are consequences."""
-    for rank, failure in failures.items():
-        # SIGTERM is how the launcher ends the others
-        if failure.exitcode < 0 and failure.exitcode != -signal.SIGTERM:
-            hint = " (out of memory?)" if failure.exitcode == -signal.SIGKILL else ""
-            text = f"worker {rank} (process {failure.pid}) was killed by {failure.signal_name()}{hint}"
-            return WorkerFailedError(text)
-    rank, first = min(failures.items(), key=lambda item: item[1].timestamp)
+    """Find the earliest failure: later ones are consequences."""
+    # SIGTERM, and SIGKILL where it does not help, is how the launcher ends the others; times are whole seconds
+    own = {rank: failure for rank, failure in failures.items() if failure.exitcode != -signal.SIGTERM}
+    rank, first = min((own or failures).items(), key=lambda item: (item[1].timestamp, item[1].exitcode > 0))
+    if first.exitcode < 0:
+        hint = " (out of memory?)" if first.exitcode == -signal.SIGKILL else ""
+        return WorkerFailedError(f"worker {rank} (process {first.pid}) was killed by {first.signal_name()}{hint}")
     # a text where the worker left no message
     message: Any = first.message
     if isinstance(message, str):
@@ -144,7 +143,7 @@ def work(config: ProbeConfig) -> None:
         if "TORCHELASTIC_ERROR_FILE" not in os.environ:
             print(f"lioncub probe: worker {os.environ['RANK']} failed: {error}", file=sys.stderr, flush=True)
         # sys.exit would wait for threads of a group whose peers may hang
-        _end_now(1)
+        os._exit(1)
 
 
 @record
@@ -152,9 +151,9 @@ def _measure(config: ProbeConfig) -> None:
     torch.set_num_threads(max(1, torch.get_num_threads() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
     try:
         dist.init_process_group("gloo", timeout=timedelta(seconds=config.timeout))
-        with _shown_progress(config) if dist.get_rank() == 0 else contextlib.nullcontext(_ignored) as on_progress:
-            profile = probe(Routes.find(), seconds=config.budget, on_progress=on_progress)
         leads = dist.get_rank() == 0
+        with _shown_progress(config) if leads else contextlib.nullcontext(_ignored) as on_progress:
+            profile = probe(Routes.find(), seconds=config.budget, on_progress=on_progress)
         dist.destroy_process_group()
     except RuntimeError:
         time.sleep(SETTLE_SECONDS)
@@ -163,11 +162,6 @@ def _measure(config: ProbeConfig) -> None:
         _write(profile, config)
         print_report(profile)
         print(f"written: {', '.join(filter(None, (config.out, config.plot)))}")
-
-
-def _end_now(code: int) -> NoReturn:
-    sys.stdout.flush()
-    os._exit(code)
 
 
 def _ignored(fraction: float, what: str) -> None:

@@ -131,11 +131,11 @@ def _heed_interrupts() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-def failure(exitcode: int, message: str = "", timestamp: int = 0) -> ProcessFailure:
+def failure(exitcode: int, timestamp: int, message: str = "") -> ProcessFailure:
     found = ProcessFailure(local_rank=0, pid=7, exitcode=exitcode, error_file="")
+    found.timestamp = timestamp
     if message:
         found.message = {"message": message, "extraInfo": {"py_callstack": "the trace"}}  # type: ignore[assignment]
-        found.timestamp = timestamp
     return found
 
 
@@ -143,17 +143,23 @@ def failure(exitcode: int, message: str = "", timestamp: int = 0) -> ProcessFail
     ("failures", "message", "trace"),
     [
         (
-            {0: failure(1, "RuntimeError: connection lost", 1), 1: failure(-signal.SIGSEGV)},
+            {0: failure(1, 4, "RuntimeError: connection lost"), 1: failure(-signal.SIGSEGV, 4)},
             "worker 1 (process 7) was killed by SIGSEGV",
             "",
         ),
         (
-            {0: failure(1, "RuntimeError: connection lost", 5), 2: failure(1, "OSError: no memory", 3)},
+            {0: failure(1, 5, "RuntimeError: connection lost"), 2: failure(1, 3, "OSError: no memory")},
             "worker 2 failed: OSError: no memory",
             "the trace",
         ),
-        ({0: failure(1, "ValueError: p.json: cannot be written: full", 1)}, "p.json: cannot be written: full", ""),
-        ({1: failure(3)}, "worker 1 ended with exit code 3 and no message", ""),
+        # what the launcher ended is no cause, also where it had to kill it
+        (
+            {0: failure(-signal.SIGTERM, 2), 1: failure(-signal.SIGKILL, 6), 2: failure(1, 3, "RuntimeError: timeout")},
+            "worker 2 failed: RuntimeError: timeout",
+            "the trace",
+        ),
+        ({0: failure(1, 1, "ValueError: p.json: cannot be written: full")}, "p.json: cannot be written: full", ""),
+        ({1: failure(3, 1)}, "worker 1 ended with exit code 3 and no message", ""),
     ],
 )
 def test_the_first_cause_is_reported(failures: dict[int, ProcessFailure], message: str, trace: str) -> None:
