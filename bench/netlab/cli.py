@@ -46,10 +46,12 @@ def _parser() -> argparse.ArgumentParser:
     lab.add_argument("command", nargs="+", help="what to run, after --; it finds RANK, WORLD_SIZE, ... set")
     lab.set_defaults(run=_run_lab)
     _add_matrix(commands)
-    worker = commands.add_parser("worker", help=argparse.SUPPRESS)
-    worker.add_argument("channel", type=int)
-    worker.add_argument("model")
-    worker.set_defaults(run=_run_worker)
+    _add_cells(commands)
+    for name, serve in (("worker", _run_worker), ("cell-worker", _run_cell_worker)):
+        worker = commands.add_parser(name, help=argparse.SUPPRESS)
+        worker.add_argument("channel", type=int)
+        worker.add_argument("model")
+        worker.set_defaults(run=serve)
     clean = commands.add_parser("clean", help="remove what killed labs have left; others do it before they start")
     clean.set_defaults(run=_run_clean)
     return parser
@@ -70,6 +72,27 @@ def _add_matrix(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     add("--earlier", nargs="+", type=Path, default=[], metavar="FOLDER", help="runs whose other cells the report keeps")
     add("--report", action="store_true", help="measure nothing, write the report from the findings so far")
     matrix.set_defaults(run=_run_matrix)
+
+
+def _add_cells(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    cells = commands.add_parser("cells", help="measure chosen methods at chosen rates, also against another checkout")
+    add = cells.add_argument
+    add("--rates", nargs="+", metavar="RATE", default=["100mbit", "1gbit"], help="default: 100mbit 1gbit")
+    add(
+        "--methods",
+        nargs="+",
+        metavar="NAME",
+        help="lioncub[_ALGORITHM][_overlap][:BUCKET_MB] or a peer; default: four",
+    )
+    add("--old", type=Path, metavar="CHECKOUT", help="measure its library too, turn by turn; print ratios")
+    add("--workers", type=int, default=4, help="default: 4")
+    add("--model", default="10M", help="10M or 25M parameters; default: 10M")
+    add("--steps", type=int, default=10, help="timed steps of a turn; default: 10")
+    add("--turn-seconds", type=float, default=6.0, help="take fewer steps where they last longer; default: 6")
+    add("--untimed", type=int, default=3, help="steps before them; default: 3")
+    add("--repetitions", type=int, default=3, help="turns of each method and rate; default: 3")
+    add("--out", type=Path, default=ROOT / "runs" / "netlab" / "cells.jsonl", help="default: runs/netlab/cells.jsonl")
+    cells.set_defaults(run=_run_cells)
 
 
 def choice_of(options: argparse.Namespace) -> Choice:
@@ -120,6 +143,35 @@ def _run_matrix(options: argparse.Namespace) -> int:
 def _run_lab(options: argparse.Namespace) -> int:
     with Lab(options.hosts, parse_rate(options.rate), options.per_host) as lab:
         return wait_for_all([lab.start_worker(rank, options.command) for rank in range(lab.workers)])
+
+
+def _run_cells(options: argparse.Namespace) -> int:
+    from netlab.cells import METHODS, run_cells
+    from netlab.crew import WorkerFailedError
+
+    try:
+        run_cells(
+            [parse_rate(rate) for rate in options.rates],
+            options.methods or METHODS,
+            workers=options.workers,
+            model=options.model,
+            old=options.old,
+            repetitions=options.repetitions,
+            untimed=options.untimed,
+            steps=options.steps,
+            turn_seconds=options.turn_seconds,
+            out=options.out,
+        )
+    except WorkerFailedError as error:
+        raise LabError(f"{error}\n{error.traceback or ''}") from error
+    return 0
+
+
+def _run_cell_worker(options: argparse.Namespace) -> int:
+    from netlab.cell_worker import serve
+
+    serve(options.channel, options.model)
+    return 0
 
 
 def _run_worker(options: argparse.Namespace) -> int:

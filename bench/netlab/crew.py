@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -45,8 +45,11 @@ def describe(error: Exception, rank: int) -> Failure:
 class Crew:
     """One worker process per rank of a lab, all with the same model; leaving the context ends them."""
 
-    def __init__(self, lab: Lab, model: str, log: Path) -> None:
-        self._lab, self._model, self._log = lab, model, log
+    def __init__(
+        self, lab: Lab, model: str, log: Path, command: str = "worker", environment: Mapping[str, str] | None = None
+    ) -> None:
+        self._lab, self._model, self._log, self._command = lab, model, log, command
+        self._environment = environment or {}
         self._channels: list[socket.socket] = []
         self._processes: list[subprocess.Popen[Any]] = []
         self._unread: list[bytes] = []
@@ -55,10 +58,9 @@ class Crew:
         with self._log.open("ab") as log:
             for rank in range(self._lab.workers):
                 mine, theirs = socket.socketpair()
-                command = [sys.executable, str(_ENTRY), "worker", str(theirs.fileno()), self._model]
-                process = self._lab.start_worker(
-                    rank, command, pass_fds=(theirs.fileno(),), stdin=subprocess.DEVNULL, stdout=log, stderr=log
-                )
+                command = [sys.executable, str(_ENTRY), self._command, str(theirs.fileno()), self._model]
+                options = {"pass_fds": (theirs.fileno(),), "stdin": subprocess.DEVNULL, "stdout": log, "stderr": log}
+                process = self._lab.start_worker(rank, command, self._environment, **options)
                 # so that the channel reports its end when the worker is gone
                 theirs.close()
                 self._channels.append(mine)

@@ -246,9 +246,11 @@ class Lab:
         self._processes.append(process)
         return process
 
-    def start_worker(self, rank: int, command: Sequence[str], **options: Any) -> subprocess.Popen[Any]:
-        """Start ``command`` as worker ``rank``, on its host."""
-        environment = worker_environment(rank, self.hosts, self.per_host)
+    def start_worker(
+        self, rank: int, command: Sequence[str], further: Mapping[str, str] | None = None, **options: Any
+    ) -> subprocess.Popen[Any]:
+        """Start ``command`` as worker ``rank``, on its host, with ``further`` variables in its environment."""
+        environment = worker_environment(rank, self.hosts, self.per_host) | dict(further or {})
         pinned = [*pinning_command(rank, sorted(os.sched_getaffinity(0))), *command]
         return self.start(rank // self.per_host, pinned, environment, **options)
 

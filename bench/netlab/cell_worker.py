@@ -1,0 +1,195 @@
+"""One worker process of a cell: holds one model and times steps of the methods that it is asked for.
+
+Only public names of lioncub are used, so that the library of another checkout can be measured as well.
+"""
+
+from __future__ import annotations
+
+import gc
+import inspect
+import json
+import os
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import lion_pytorch  # type: ignore[import-untyped]
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.parallel import DistributedDataParallel
+
+import lioncub
+from netlab.lab import DEVICE
+
+SEED, CONTEXT, VOCABULARY = 1, 64, 256
+# layers and width
+MODELS = {"10M": (8, 320), "25M": (8, 512)}
+OPTIONS: dict[str, Any] = {"lr": 1e-4, "betas": (0.9, 0.99), "weight_decay": 0.1}
+_STATISTICS = Path("/sys/class/net") / DEVICE / "statistics"
+
+
+class GPT(nn.Module):
+    """A decoder over bytes of standard layers, without biases; its output matrix is the embedding."""
+
+    def __init__(self, layers: int, width: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(VOCABULARY, width)
+        self.position = nn.Parameter(torch.zeros(CONTEXT, width))
+        self.layers = nn.ModuleList(
+            nn.TransformerEncoderLayer(
+                width, width // 64, 4 * width, 0.0, "gelu", batch_first=True, norm_first=True, bias=False
+            )
+            for _ in range(layers)
+        )
+        self.norm = nn.LayerNorm(width, bias=False)
+        nn.init.normal_(self.embedding.weight, std=0.02)
+
+    def forward(self, windows: Tensor) -> Tensor:
+        """Mean loss of predicting each next byte of int64 [batch, context + 1]."""
+        hidden = self.embedding(windows[:, :-1]) + self.position
+        mask = nn.Transformer.generate_square_subsequent_mask(CONTEXT)
+        for layer in self.layers:
+            hidden = layer(hidden, src_mask=mask, is_causal=True)
+        logits = functional.linear(self.norm(hidden), self.embedding.weight)
+        return functional.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())
+
+
+def lion_cub(params: Any, algorithm: str, bucket_mb: float | None, overlap: bool) -> torch.optim.Optimizer:
+    """LionCub with one-bit votes on all tensors, by the arguments that the measured version has."""
+    transport: dict[str, Any] = {"algorithm": algorithm} | ({} if bucket_mb is None else {"bucket_mb": bucket_mb})
+    if "comm" in inspect.signature(lioncub.LionCub).parameters:
+        transport = {"comm": lioncub.Comm(**transport)}
+    return lioncub.LionCub(params, compression=lioncub.SignVote(), overlap=overlap, **transport, **OPTIONS)
+
+
+class Worker:
+    """Requests of a cell. All ranks call them together; answers go to JSON."""
+
+    def __init__(self, model: str) -> None:
+        torch.set_num_threads(1)
+        dist.init_process_group("gloo", timeout=timedelta(seconds=300))
+        torch.manual_seed(SEED)
+        self._shape = MODELS[model]
+        self._model = GPT(*self._shape)
+        self._ddp: DistributedDataParallel | None = None
+        own = torch.Generator().manual_seed(SEED + 1 + dist.get_rank())
+        self._windows = torch.randint(VOCABULARY, (1, CONTEXT + 1), generator=own)
+
+    def facts(self) -> dict[str, Any]:
+        """Return where the library comes from and how many parameters the model has."""
+        parameters = sum(param.numel() for param in self._model.parameters())
+        return {"library": str(Path(lioncub.__file__).resolve().parent), "parameters": parameters}
+
+    def measure(self, method: str, untimed: int, steps: int, seconds: float) -> dict[str, Any]:
+        """Time up to ``steps`` steps of ``method``, fewer where they would take more than ``seconds``, at least one.
+
+        The bytes per step are those of the network interface, headers and acknowledgements included.
+        """
+        step = self._method(method)
+        slowest = torch.zeros(1)
+        for _ in range(untimed):
+            dist.barrier()
+            slowest.fill_(self._seconds(step))
+        # all ranks take as many steps
+        dist.all_reduce(slowest, dist.ReduceOp.MAX)
+        steps = max(1, min(steps, int(seconds / slowest.item())))
+        dist.barrier()
+        sent, times = _sent_bytes(), []
+        for _ in range(steps):
+            dist.barrier()
+            times.append(self._seconds(step))
+        dist.barrier()
+        sent = (_sent_bytes() - sent) / steps
+        del step
+        gc.collect()
+        return {"seconds": times, "sent": sent}
+
+    def _seconds(self, step: Callable[[], None]) -> float:
+        begin = perf_counter()
+        step()
+        return perf_counter() - begin
+
+    def _method(self, name: str) -> Callable[[], None]:
+        """Return one training step of the method."""
+        model, optimizer = self._build(name)
+
+        def step() -> None:
+            optimizer.zero_grad()
+            model(self._windows).backward()
+            optimizer.step()
+
+        return step
+
+    def _build(self, name: str) -> tuple[nn.Module, torch.optim.Optimizer]:
+        parsed = parse_method(name)
+        if parsed is None:
+            params = self._model.parameters()
+            make = lion_pytorch.Lion if name.endswith("lion_pytorch") else lioncub.Lion
+            return (self._under_ddp() if name.startswith("ddp") else self._model), make(params, **OPTIONS)
+        # parameters of its own in the model's memory, so that its gradient hooks end with it
+        with torch.device("meta"):
+            model = GPT(*self._shape)
+        model.load_state_dict(self._model.state_dict(), assign=True)
+        return model, lion_cub(model.named_parameters(), *parsed)
+
+    def _under_ddp(self) -> DistributedDataParallel:
+        self._ddp = self._ddp or DistributedDataParallel(self._model, gradient_as_bucket_view=True)
+        return self._ddp
+
+
+ALGORITHMS = ("auto", "all_gather", "reduce_scatter", "all_reduce")
+OTHERS = ("no_communication", "ddp_fp32", "ddp_fp32_lion_pytorch")
+
+
+def parse_method(name: str) -> tuple[str, float | None, bool] | None:
+    """ "lioncub_reduce_scatter_overlap:0.25" -> ("reduce_scatter", 0.25, True): algorithm, MiB of a bucket, overlap.
+
+    None for a method without votes. Raises ValueError for a name that does not exist.
+    """
+    if name in OTHERS:
+        return None
+    base, _, bucket_mb = name.partition(":")
+    overlap = base.endswith("_overlap")
+    algorithm = base.removesuffix("_overlap").removeprefix("lioncub").removeprefix("_") or "auto"
+    if not base.startswith("lioncub") or algorithm not in ALGORITHMS:
+        raise ValueError(
+            f"method: expected {', '.join(OTHERS)} or lioncub[_ALGORITHM][_overlap][:BUCKET_MB] "
+            f"with one of {', '.join(ALGORITHMS)}, got {name!r}"
+        )
+    return algorithm, float(bucket_mb) if bucket_mb else None, overlap
+
+
+def _sent_bytes() -> int:
+    return int((_STATISTICS / "tx_bytes").read_text())
+
+
+def serve(channel_number: int, model: str) -> None:
+    """Answer requests, one JSON line each, until the other end closes. Ends the process."""
+    channel = socket.socket(fileno=channel_number)
+    try:
+        worker = Worker(model)
+        for line in channel.makefile("r"):
+            request = json.loads(line)
+            answer = getattr(worker, request.pop("do"))(**request)
+            channel.sendall((json.dumps(answer) + "\n").encode())
+    except Exception as error:
+        failure = {
+            "rank": int(os.environ["RANK"]),
+            "message": f"{type(error).__name__}: {error}",
+            "traceback": traceback.format_exc(),
+            "time": time.time(),
+        }
+        channel.sendall((json.dumps({"failure": failure}) + "\n").encode())
+        traceback.print_exc()
+        sys.stderr.flush()
+        # sys.exit would wait for threads of a group whose peers may hang
+        os._exit(1)
+    os._exit(0)
