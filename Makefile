@@ -30,20 +30,18 @@ copy: setup
 	rm -rf build/copy
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --target build/copy .
 
-# a quarter of an hour, with the machine to itself; ONLY="cpu and 16Mi" times a part and writes no tables
+# a quarter of an hour, with the machine to itself; ONLY="/cpu/ 16Mi" times a part and writes no tables
 bench: setup
-	mkdir -p runs
-	$(BIN)/python -m pytest bench --quiet --benchmark-quiet --benchmark-disable-gc --benchmark-json=runs/bench.json \
-		$(if $(ONLY),-k "$(ONLY)")
-	$(if $(ONLY),,$(BIN)/python bench/speed report docs/benchmarks.md)
+	$(BIN)/python bench/speed run $(if $(ONLY),--only $(ONLY))
+	$(if $(ONLY),,$(BIN)/python bench/speed report)
 
 bench-save: setup
 	$(BIN)/python bench/speed save $(NAME)
 
-# fails where something takes longer, in streams, than it did
+# fails where something takes longer, in streams, than it did; OLD=FOLDER of another checkout times both by turns
 bench-compare: setup
 	$(BIN)/python bench/speed compare $(if $(OLD),--old $(OLD)) $(if $(NEW),--new $(NEW)) \
-		$(if $(TOLERANCE),--tolerance $(TOLERANCE))
+		$(if $(ONLY),--only $(ONLY)) $(if $(TOLERANCE),--tolerance $(TOLERANCE))
 
 # on a machine with a GPU: real kernels against the reference, then figures from it in runs/gpu
 gpu-test: setup

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 import triton
-from speed.machine import describe_machine
+from reporting.records import machine_facts
 
 import lioncub
 from gpu.driver import CARRIED
@@ -23,7 +23,7 @@ _QUERY = "name,driver_version,memory.total,clocks.sm,clocks.mem,clocks.max.sm"
 def run(bench: Workbench) -> None:
     """A row for each fact."""
     carried = CARRIED in Path(lioncub.__file__).parents
-    facts = {**describe_machine(), "triton": triton.__version__, "kernel": platform.release()}
+    facts = {**machine_facts(), "triton": triton.__version__, "kernel": platform.release()}
     facts |= {"usable cores": str(len(os.sched_getaffinity(0))), "lioncub": "carried" if carried else "installed"}
     facts |= {tool: "found" if shutil.which(tool) else "absent" for tool in _TOOLS}
     for name, value in facts.items():

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from speed.report import table
+from reporting.pages import markdown_table
 
 from gpu.rows import NOT_MEASURED, Row
 
@@ -20,7 +20,7 @@ def markdown(rows: Sequence[Row], *, is_dry: bool) -> str:
     sections = [title]
     for stage in dict.fromkeys(row["stage"] for row in rows):
         of_stage = [row for row in rows if row["stage"] == stage]
-        sections += [f"## {stage}", _counts(of_stage), "\n".join(_table(of_stage))]
+        sections += [f"## {stage}", _counts(of_stage), _table(of_stage)]
     return "\n\n".join(section for section in sections if section) + "\n"
 
 
@@ -34,13 +34,15 @@ def _counts(rows: Sequence[Row]) -> str:
     return ", ".join(f"{n} {kind}" for kind, n in counts.items()) + "."
 
 
-def _table(rows: Sequence[Row]) -> Iterator[str]:
+def _table(rows: Sequence[Row]) -> str:
     columns = list(dict.fromkeys(key for row in rows for key in row if key not in _LABELS))
     # checks that passed are only counted
     shown = [row for row in rows if set(row) - {"stage", "name"}]
-    if shown:
-        header = ["name", *(column.replace("_", " ") for column in columns), "note"]
-        yield from table(header, ([row["name"], *(_cell(c, row.get(c)) for c in columns), _note(row)] for row in shown))
+    if not shown:
+        return ""
+    header = ["name", *(column.replace("_", " ") for column in columns), "note"]
+    cells = ([row["name"], *(_cell(c, row.get(c)) for c in columns), _note(row)] for row in shown)
+    return markdown_table(header, cells)
 
 
 def _note(row: Row) -> str:

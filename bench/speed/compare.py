@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
 
-from speed.results import Result, Results, ResultsError
+from checkouts import ROOT, link_library
+from reporting.records import Record, RecordsError, read_records
 
 # CONTRIBUTING.md has what it was measured by
 TOLERANCE = 0.5
-# what others are responsible for, and the reference, whose speed is nobody's aim
-_NOT_OURS = "peer"
-_REFERENCE = "/reference/"
 
 
 @dataclass(frozen=True)
@@ -19,95 +23,91 @@ class Change:
     """One benchmark in both runs."""
 
     name: str
-    old: Result
-    new: Result
+    old: Record
+    new: Record
 
     @property
     def slowdown(self) -> float:
         """Time relative to the stream's, new over old, less 1: 0.5 takes half as long again."""
-        return self.old.ratio / self.new.ratio - 1
+        return float(self.old["ratio"] / self.new["ratio"] - 1)
 
-    @property
-    def speedup(self) -> float:
-        return self.new.ratio / self.old.ratio - 1
-
-    def is_slower(self, tolerance: float) -> bool:
+    def verdict(self, tolerance: float) -> str:
         """Past the tolerance, and not by the spread of the rounds: the middle halves of both lie apart."""
-        return self.slowdown > tolerance and self.new.high < self.old.low
-
-    def is_faster(self, tolerance: float) -> bool:
-        return self.speedup > tolerance and self.new.low > self.old.high
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Two runs, what both have, and what a reader must know before believing it."""
-
-    old: Results
-    new: Results
-    changes: tuple[Change, ...]
-    warnings: tuple[str, ...]
-    tolerance: float
-
-    @property
-    def slower(self) -> list[Change]:
-        found = [change for change in self.changes if change.is_slower(self.tolerance)]
-        return sorted(found, key=lambda change: -change.slowdown)
-
-    @property
-    def faster(self) -> list[Change]:
-        found = [change for change in self.changes if change.is_faster(self.tolerance)]
-        return sorted(found, key=lambda change: -change.speedup)
+        if self.slowdown > tolerance and self.new["high"] < self.old["low"]:
+            return "slower"
+        faster = self.new["ratio"] / self.old["ratio"] - 1 > tolerance and self.new["low"] > self.old["high"]
+        return "faster" if faster else ""
 
 
-def compare(old: Results, new: Results, tolerance: float = TOLERANCE, *, everything: bool = False) -> Comparison:
-    """Compare by name; peers and the reference only with ``everything``.
+def changes_of(old: Sequence[Record], new: Sequence[Record], *, everything: bool = False) -> list[Change]:
+    """Pair the findings of two runs by name; peers and the reference only with ``everything``.
 
-    Raises ValueError for a tolerance that is not positive, ResultsError where the runs have nothing in common.
+    Raises RecordsError where the runs have nothing in common.
     """
-    if not 0 < tolerance < float("inf"):
-        raise ValueError(f"tolerance: expected a number > 0, got {tolerance}")
-    names = [name for name in old.by_name if name in new.by_name]
+    before = {record["name"]: record for record in old[1:]}
+    pairs = [Change(record["name"], before[record["name"]], record) for record in new[1:] if record["name"] in before]
     if not everything:
-        names = [name for name in names if _is_ours(name, old.by_name[name])]
-    if not names:
-        raise ResultsError("the two runs have no benchmark in common")
-    changes = tuple(Change(name, old.by_name[name], new.by_name[name]) for name in names)
-    return Comparison(old, new, changes, tuple(_warnings(old, new)), tolerance)
+        # others' speed, and the reference's, is nobody's aim
+        pairs = [pair for pair in pairs if pair.new["kind"] != "peer" and "/reference/" not in pair.name]
+    if not pairs:
+        raise RecordsError("the two runs have no benchmark in common")
+    return pairs
 
 
-def describe(comparison: Comparison) -> str:
-    """The comparison as text: warnings, a table of what changed, a verdict."""
-    lines = [f"old: {comparison.old.title}", f"new: {comparison.new.title}"]
-    lines += [f"warning: {warning}" for warning in comparison.warnings]
-    moved = [("slower", change) for change in comparison.slower] + [("faster", change) for change in comparison.faster]
+def describe(old: Sequence[Record], new: Sequence[Record], changes: Sequence[Change], tolerance: float) -> str:
+    """The comparison as text: warnings, a table of what changed, a summary."""
+    lines = [f"{name}: {run[0]['commit'][:12]}, {run[0]['date']}" for name, run in (("old", old), ("new", new))]
+    lines += [f"warning: {warning}" for warning in _warnings(old, new)]
+    moved = [(change, verdict) for change in changes if (verdict := change.verdict(tolerance))]
+    moved.sort(key=lambda pair: -pair[0].slowdown)
+    width = max((len(change.name) for change, _ in moved), default=0)
     if moved:
-        width = max(len(change.name) for _, change in moved)
         lines += ["", f"{'benchmark':<{width}}  {'old':>8}  {'new':>8}  {'time':>8}"]
-        for verdict, change in moved:
-            ratios = f"{change.old.ratio:>8.1%}  {change.new.ratio:>8.1%}  {change.slowdown:>+8.1%}"
-            lines.append(f"{change.name:<{width}}  {ratios}  {verdict}")
-        lines.append("old, new: bandwidth as a part of the stream's; time: how much longer it takes, in streams")
-    count, percent = len(comparison.changes), f"{comparison.tolerance:.0%}"
-    lines += [
-        "",
-        f"{count} benchmarks compared, tolerance {percent}: "
-        f"{len(comparison.slower)} slower, {len(comparison.faster)} faster",
-    ]
-    return "\n".join(lines)
+    for change, verdict in moved:
+        ratios = f"{change.old['ratio']:>8.1%}  {change.new['ratio']:>8.1%}  {change.slowdown:>+8.1%}"
+        lines.append(f"{change.name:<{width}}  {ratios}  {verdict}")
+    slower, faster = (sum(verdict == word for _, verdict in moved) for word in ("slower", "faster"))
+    middle = median(change.slowdown for change in changes)
+    counts = f"{len(changes)} benchmarks compared, tolerance {tolerance:.0%}: {slower} slower, {faster} faster"
+    return "\n".join([*lines, "", f"{counts}; median of times {middle:+.1%}"])
 
 
-def _is_ours(name: str, result: Result) -> bool:
-    return result.kind != _NOT_OURS and _REFERENCE not in name
-
-
-def _warnings(old: Results, new: Results) -> Iterator[str]:
+def _warnings(old: Sequence[Record], new: Sequence[Record]) -> Iterator[str]:
     """Differences that can be mistaken for a change of the code."""
-    for part in sorted({*old.machine, *new.machine}):
-        before, after = (results.machine.get(part, "none") for results in (old, new))
+    machines: list[Mapping[str, Any]] = [run[0]["machine"] for run in (old, new)]
+    for part in sorted({*machines[0], *machines[1]}):
+        before, after = (machine.get(part, "none") for machine in machines)
         if before != after:
             yield f"{part}: {before} (old), {after} (new)"
-    for which, these, others in (("new", old, new), ("old", new, old)):
-        missing = [name for name in these.by_name if name not in others.by_name]
+    names = [{record["name"] for record in run[1:]} for run in (old, new)]
+    for which, missing in (("new", names[0] - names[1]), ("old", names[1] - names[0])):
         if missing:
-            yield f"{len(missing)} benchmarks are not in the {which} run, first {missing[0]}"
+            yield f"{len(missing)} benchmarks are not in the {which} run, first {min(missing)}"
+
+
+def run_both(old: Path, only: Sequence[str], rounds: int) -> tuple[list[Record], list[Record]]:
+    """Time another checkout and this one by turns, each by its own benchmarks; medians of the rounds."""
+    runs: dict[Path, list[list[Record]]] = {old: [], ROOT: []}
+    with tempfile.TemporaryDirectory() as folder:
+        places = {checkout: Path(folder) / str(i) for i, checkout in enumerate(runs)}
+        environments = {checkout: link_library(checkout, place) for checkout, place in places.items()}
+        for number in range(rounds):
+            for checkout in list(runs)[:: -1 if number % 2 else 1]:
+                out = places[checkout] / "run.jsonl"
+                command = [sys.executable, str(checkout / "bench" / "speed"), "--run", str(out), "run"]
+                command += ["--only", *only] if only else []
+                done = subprocess.run(command, env=environments[checkout], cwd=checkout, check=False)
+                if done.returncode:
+                    raise RecordsError(f"{checkout}: its benchmarks ended with exit code {done.returncode}")
+                runs[checkout].append(read_records(out))
+    before, after = (merged(found) for found in runs.values())
+    return before, after
+
+
+def merged(runs: Sequence[Sequence[Record]]) -> list[Record]:
+    """Several runs of the same as one: medians, and the widest spread."""
+    found = []
+    for records in zip(*(run[1:] for run in runs), strict=True):
+        low, high = min(record["low"] for record in records), max(record["high"] for record in records)
+        found.append({**records[0], "ratio": median(record["ratio"] for record in records), "low": low, "high": high})
+    return [runs[0][0], *found]

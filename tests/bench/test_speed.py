@@ -11,14 +11,15 @@ import torch
 
 from lioncub import kernels
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
 
+from reporting.records import RecordsError, run_record
 from speed import report, streams
 from speed.cases import CASES, NOT_OPS, VOTERS, Case, Cell, cells
-from speed.data import DTYPES, PACKED, SIZES, Data
+from speed.data import DTYPES, PACKED, SIZES, Call, Data
 from speed.peers import PEERS, Peer
 from speed.steps import STEPS, Step, gpt2_shapes, make_step
-from speed.workbench import plan_rounds
+from speed.timing import Timer, plan_rounds, summary
 
 N = 4096
 # as in the table of docs/composing.md, with fp32 tensors
@@ -140,13 +141,37 @@ def test_the_layout_is_that_of_gpt2_small() -> None:
     assert sum(torch.Size(shape).numel() for shape in shapes) == 124_439_808
 
 
-def test_the_report_names_what_is_measured() -> None:
-    measured = {cell.name for impl in ("cpu", "reference") for cell in cells(impl)} | {peer.name for peer in PEERS}
-    assert {*report.TARGETS, report.STOCHASTIC, report.WORDS, report.READS} <= measured
-    assert (*SIZES, *DTYPES) == (*report.SIZES, *report.DTYPES)
-    assert {(report.GPT2, d) for d in DTYPES} | {(report.FLAT, d) for d in DTYPES} == {
-        (step.layout, step.dtype) for step in STEPS
-    }
+def test_the_report_has_every_case_and_step(tmp_path: Path) -> None:
+    names = [("kernel", cell.name) for cell in cells("cpu") if cell.size == "16Mi"]
+    names += [("peer", peer.name) for peer in PEERS] + [("step", step.name) for step in STEPS]
+    found = [{"kind": kind, "name": name, **summary(24, [4.0], 12, [1.0])} for kind, name in names]
+    page = tmp_path / "results.md"
+    page.write_text("# Title\n\n<!-- speed -->\n<!-- /speed -->\n")
+    report.write_report([run_record(), *found], tmp_path, page)
+    text = page.read_text()
+    for case in CASES:
+        title = f"`{case.op}` {case.way.replace('_', ' ')}".strip()
+        assert (f"\n| {title} | " in text) == ("cpu" in case.impls), case.name
+    assert all(f"\n| {step.optimizer} | {step.layout.replace('_', ' ')} | {step.dtype} | " in text for step in STEPS)
+    assert (tmp_path / "speed.png").stat().st_size > 1000
+    with pytest.raises(RecordsError, match="whole run"):
+        report.write_report([run_record(), *found[:3]], tmp_path, page)
+
+
+def test_a_ratio_is_the_median_of_those_of_the_rounds() -> None:
+    # the second round was disturbed, and its stream with it; bandwidths are 24/call and 12/stream
+    found = summary(24, [4.0, 40.0, 5.0], 12, [1.0, 10.0, 1.0])
+    assert (found["low"], found["ratio"], found["high"]) == (pytest.approx(0.45), pytest.approx(0.5), 0.5)
+    assert (found["gb_per_s"], found["ms"], found["rounds"]) == (pytest.approx(24 / 5 / 1e9), 5000.0, 3)
+
+
+def test_a_call_is_timed_round_by_round() -> None:
+    calls = []
+    data = Data(N)
+    call = Call(lambda: calls.append(1), (data.grad,), ())
+    found = Timer().measure(call, estimate=1e-3, budget=0.02)
+    assert len(calls) == found["rounds"] >= 5
+    assert 0 < found["low"] <= found["ratio"] <= found["high"]
 
 
 def test_streams_do_what_their_bytes_say() -> None:

@@ -7,17 +7,19 @@ reads would else write back for its predecessor. Smaller calls are repeated with
 
 from __future__ import annotations
 
+import ctypes
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
+from statistics import median, quantiles
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from reporting.records import Record
 
 from speed.data import Call
-from speed.machine import describe_machine
 from speed.streams import stream, wash_caches
 
 STREAM_BYTES = 12
@@ -30,6 +32,8 @@ _MOST_ROUNDS = {True: 31, False: 201}
 _ROUND_SECONDS = 1e-3
 _MOST_CALLS = 1000
 _TICK = 1e-7
+# of glibc's malloc.h
+_M_TRIM_THRESHOLD, _M_MMAP_MAX, _NEVER = -1, -4, 2**31 - 1
 
 
 class Plan(NamedTuple):
@@ -56,13 +60,25 @@ def plan_rounds(bytes_moved: int, call_seconds: float, stream_seconds: float, bu
     return Plan(max(min(int(budget / per_round), _MOST_ROUNDS[is_cold]), fewest), calls, streams, is_cold)
 
 
+def keep_freed_memory() -> None:
+    """Let glibc give freed memory to later calls of this process instead of back to the system.
+
+    What a call allocates would else be new pages or old ones by what ran before, and zeroing 4 MiB of new ones takes
+    five times as long as filling them. Elsewhere nothing is done.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_MAX, 0)
+        mallopt(_M_TRIM_THRESHOLD, _NEVER)
+
+
 def device_time() -> float:
     """Wall clock once the GPU has nothing left to do."""
     torch.cuda.synchronize()
     return time.perf_counter()
 
 
-class Workbench:
+class Timer:
     """Times calls on one device against its stream."""
 
     def __init__(self, device: str = "cpu") -> None:
@@ -87,46 +103,37 @@ class Workbench:
 
     def measure(
         self,
-        benchmark: Any,
         call: Call,
         *,
         prelude: Callable[[], object] | None = None,
         estimate: float | None = None,
         budget: float = 0.5,
-        **labels: str,
-    ) -> None:
-        """Time ``call`` with pytest-benchmark, whose ``extra_info`` gets the labels and the streams' seconds.
+    ) -> Record:
+        """Time ``call`` for about ``budget`` seconds; see `summary` for what is returned.
 
         ``prelude``, the same call on next to nothing, brings the interpreter's own code back into the caches: that
         matters where a call takes a millisecond. ``estimate``, in seconds, saves the calls that would find it out.
         """
-        bytes_moved = call.bytes_moved
-        elements = min(max(bytes_moved // STREAM_BYTES, 1), _LONGEST_STREAM)
+        elements = min(max(call.bytes_moved // STREAM_BYTES, 1), _LONGEST_STREAM)
         if estimate is None:
-            estimate = self._estimate(call)
+            # the first call compiles
+            call.run()
+            estimate = self._seconds(call, 1)
         self.stream_seconds(elements)
-        plan = plan_rounds(bytes_moved, estimate, self.stream_seconds(elements), budget)
-        streams: list[float] = []
-
-        def setup() -> None:
+        plan = plan_rounds(call.bytes_moved, estimate, self.stream_seconds(elements), budget)
+        seconds, streams = [], []
+        for _ in range(plan.rounds):
             self._begin(plan, prelude)
-            streams.append(self.stream_seconds(elements, plan.streams))
+            streams.append(self.stream_seconds(elements, plan.streams) / plan.streams)
             self._begin(plan, prelude)
+            seconds.append(self._seconds(call, plan.calls) / plan.calls)
+        return summary(call.bytes_moved, seconds, elements * STREAM_BYTES, streams)
 
-        def repeated() -> None:
-            for _ in range(plan.calls):
-                call.run()
-
-        target = call.run if plan.calls == 1 else repeated
-        benchmark.pedantic(target, setup=setup, rounds=plan.rounds, iterations=1, warmup_rounds=0)
-        benchmark.extra_info.update(
-            labels,
-            bytes=bytes_moved * plan.calls,
-            calls=plan.calls,
-            stream_bytes=elements * STREAM_BYTES * plan.streams,
-            stream_seconds=streams[-plan.rounds :],
-            machine=describe_machine(),
-        )
+    def _seconds(self, call: Call, times: int) -> float:
+        start = self.clock()
+        for _ in range(times):
+            call.run()
+        return self.clock() - start
 
     def _begin(self, plan: Plan, prelude: Callable[[], object] | None) -> None:
         if plan.is_cold and self.device == "cpu":
@@ -134,9 +141,19 @@ class Workbench:
             if prelude is not None:
                 prelude()
 
-    def _estimate(self, call: Call) -> float:
-        """Seconds of the second call: the first compiles."""
-        call.run()
-        start = self.clock()
-        call.run()
-        return self.clock() - start
+
+def summary(n_bytes: int, seconds: Sequence[float], stream_bytes: int, streams: Sequence[float]) -> Record:
+    """Bandwidth relative to the stream's of the same round: median ``ratio``, quartiles ``low`` and ``high``."""
+    pairs = zip(seconds, streams, strict=True)
+    ratios = [(n_bytes / max(call, _TICK)) / (stream_bytes / max(base, _TICK)) for call, base in pairs]
+    low, ratio, high = quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else ratios * 3
+    typical = max(median(seconds), _TICK)
+    gb_per_s = n_bytes / typical / 1e9
+    return {
+        "ratio": ratio,
+        "low": low,
+        "high": high,
+        "gb_per_s": gb_per_s,
+        "ms": 1e3 * typical,
+        "rounds": len(ratios),
+    }
