@@ -58,9 +58,9 @@ gpu-report: setup
 triton-versions: setup
 	$(BIN)/python bench/triton_versions.py --out docs
 
-# needs root, iproute2 and iperf3, and the machine to itself for up to an hour
+# needs root and iproute2, and the machine to itself for an hour
 netlab: setup
-	$(BIN)/python bench/netlab matrix --runs runs/netlab --out docs
+	$(BIN)/python bench/netlab matrix
 
 # an interrupted study goes on where it was; runs of other code do not count, unless KEEP_OLD=1 says so
 study: setup

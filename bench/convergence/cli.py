@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from netlab.interrupts import Interrupted, interruptible
+from netlab.lab import Interrupted, interruptible
 
 if TYPE_CHECKING:
     from convergence.stages import Stage
@@ -88,8 +88,6 @@ def _stages(options: argparse.Namespace) -> dict[str, Stage]:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from netlab.progress import shown_progress
-
     from convergence.runner import carry_out, plan
 
     if options.jobs < 1:
@@ -105,10 +103,13 @@ def _run(options: argparse.Namespace) -> int:
     if options.plan:
         return 0
     # expected seconds are those of one core
-    with shown_progress(total * 3600 * options.jobs) as on_progress:
-        complete = carry_out(
-            list(stages.values()), store, jobs=options.jobs, hours=options.hours, on_progress=on_progress
-        )
+    complete = carry_out(
+        list(stages.values()),
+        store,
+        jobs=options.jobs,
+        hours=options.hours,
+        on_progress=lambda seconds, what: print(what),
+    )
     if not complete:
         print(f"--hours {options.hours:g} are over: the same command goes on", file=sys.stderr)
     return _report(options)

@@ -8,48 +8,28 @@ import socket
 import subprocess
 import sys
 import time
-import traceback
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from multiprocessing.connection import wait
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from netlab.lab import Lab
+from netlab.lab import Lab, LabError
 
 # after one worker has failed, the others get this long to tell what they saw
 SETTLE_SECONDS = 2.0
 _ENTRY = Path(__file__).with_name("__main__.py")
 
 
-class WorkerFailedError(RuntimeError):
+class WorkerFailedError(LabError):
     """A worker ended early; the text says which one and why."""
-
-
-@dataclass(frozen=True)
-class Failure:
-    """An exception that ended a worker."""
-
-    rank: int
-    message: str
-    traceback: str
-    time: float
-
-
-def describe(error: Exception, rank: int) -> Failure:
-    """Return a Failure from an exception that is being handled."""
-    return Failure(rank, f"{type(error).__name__}: {error}", traceback.format_exc(), time.time())
 
 
 class Crew:
     """One worker process per rank of a lab, all with the same model; leaving the context ends them."""
 
-    def __init__(
-        self, lab: Lab, model: str, log: Path, command: str = "worker", environment: Mapping[str, str] | None = None
-    ) -> None:
-        self._lab, self._model, self._log, self._command = lab, model, log, command
-        self._environment = environment or {}
+    def __init__(self, lab: Lab, model: str, log: Path, environment: Mapping[str, str]) -> None:
+        self._lab, self._model, self._log, self._environment = lab, model, log, environment
         self._channels: list[socket.socket] = []
         self._processes: list[subprocess.Popen[Any]] = []
         self._unread: list[bytes] = []
@@ -58,7 +38,7 @@ class Crew:
         with self._log.open("ab") as log:
             for rank in range(self._lab.workers):
                 mine, theirs = socket.socketpair()
-                command = [sys.executable, str(_ENTRY), self._command, str(theirs.fileno()), self._model]
+                command = [sys.executable, str(_ENTRY), "worker", str(theirs.fileno()), self._model]
                 options = {"pass_fds": (theirs.fileno(),), "stdin": subprocess.DEVNULL, "stdout": log, "stderr": log}
                 process = self._lab.start_worker(rank, command, self._environment, **options)
                 # so that the channel reports its end when the worker is gone
@@ -96,7 +76,7 @@ class Crew:
         return [answers[rank] for rank in range(len(self._channels))]
 
     def _gather(self, answers: dict[int, dict[str, Any]], done: Callable[[], bool]) -> None:
-        failures: list[Failure] = []
+        failures: list[dict[str, Any]] = []
         ended: set[int] = set()
         deadline: float | None = None
         while not done() and len(ended) < len(self._channels):
@@ -110,7 +90,7 @@ class Crew:
                 if answer is None:
                     ended.add(rank)
                 elif "failure" in answer:
-                    failures.append(Failure(**answer["failure"]))
+                    failures.append(answer["failure"])
                 else:
                     answers[rank] = answer
             if (failures or ended) and deadline is None:
@@ -132,7 +112,7 @@ class Crew:
         answer: dict[str, Any] = json.loads(line)
         return answer
 
-    def _cause(self, failures: list[Failure], ended: set[int]) -> WorkerFailedError:
+    def _cause(self, failures: list[dict[str, Any]], ended: set[int]) -> WorkerFailedError:
         """A worker that was killed, or else the earliest failure: what comes later are its peers' complaints."""
         for rank in sorted(ended):
             code = self._processes[rank].wait(SETTLE_SECONDS)
@@ -141,8 +121,8 @@ class Crew:
                 hint = " (out of memory?)" if name == "SIGKILL" else ""
                 return WorkerFailedError(f"worker {rank} was killed by {name}{hint}; its words are in {self._log}")
         if failures:
-            first = min(failures, key=lambda failure: failure.time)
-            return WorkerFailedError(f"worker {first.rank} failed: {first.message}")
+            first = min(failures, key=lambda failure: failure["time"])
+            return WorkerFailedError(f"worker {first['rank']} failed: {first['message']}\n{first['traceback']}")
         rank = min(ended)
         code = self._processes[rank].wait(SETTLE_SECONDS)
         return WorkerFailedError(f"worker {rank} ended with exit code {code}; its words are in {self._log}")

@@ -10,17 +10,16 @@ after the process that made them, so that labs can stand side by side, and what 
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import Any
-
-from netlab.interrupts import undisturbed
-from netlab.rates import shape_of
 
 PREFIX = "lioncub-"
 DEVICE = "eth0"
@@ -34,38 +33,58 @@ _TOOLS = {
     "taskset": "util-linux",
 }
 _NAMESPACES = Path("/run/netns")
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_UNITS = {"kbit": 10**3, "mbit": 10**6, "gbit": 10**9}
+_LARGEST_SEGMENT = 64 * 1024
 
 
 class LabError(RuntimeError):
     """The lab cannot be built or does not do what was asked; one line that says what to do."""
 
 
+def parse_rate(text: str) -> int:
+    """ "100mbit" -> 100_000_000 bits per second. Raises ValueError for anything else than a number with a unit."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)(kbit|mbit|gbit)", text)
+    rate = round(float(match[1]) * _UNITS[match[2]]) if match else 0
+    if not 10**6 <= rate <= 10**11:
+        raise ValueError(f"rate: expected 1mbit to 100gbit, such as 100mbit or 1gbit, got {text!r}")
+    return rate
+
+
+def rate_name(rate: int) -> str:
+    """100_000_000 -> "100 Mb/s"."""
+    return f"{rate / 1e9:g} Gb/s" if rate >= 10**9 else f"{rate / 1e6:g} Mb/s"
+
+
 @dataclass(frozen=True)
-class Counters:
-    """Bytes and packets of a host's link since it was made, link-layer headers included."""
+class Shape:
+    """What a token bucket is told: bits per second, bytes that may pass at once, bytes that may wait."""
 
-    sent_bytes: int
-    received_bytes: int
-    sent_packets: int
-    received_packets: int
-
-    def __sub__(self, other: Counters) -> Counters:
-        return Counters(
-            self.sent_bytes - other.sent_bytes,
-            self.received_bytes - other.received_bytes,
-            self.sent_packets - other.sent_packets,
-            self.received_packets - other.received_packets,
-        )
+    rate: int
+    burst_bytes: int
+    queue_bytes: int
 
 
-def require_abilities(*further: str) -> None:
-    """Raise LabError unless this process is root on Linux and all tools are there, ``further`` programs among them."""
+def shape_of(rate: int) -> Shape:
+    """The token bucket for a link of ``rate`` bits per second.
+
+    The burst is 1 ms of traffic, what a late timer of a busy machine costs, and no less than one whole segment: where
+    real cards cut segments into frames, the kernel would do it here, in processor time that the workers need. An idle
+    link may send that much at once, 5 ms at 100 Mb/s. The queue holds 100 ms, so that nothing is lost where several
+    hosts send to one.
+    """
+    per_second = rate // 8
+    burst = max(per_second // 1000, _LARGEST_SEGMENT + 2048)
+    return Shape(rate, burst, max(per_second // 10, 4 * _LARGEST_SEGMENT))
+
+
+def require_abilities() -> None:
+    """Raise LabError unless this process is root on Linux and all tools are there."""
     if os.geteuid() != 0:
         raise LabError("the network lab makes network namespaces: run it as root")
-    missing = [tool for tool in (*_TOOLS, *further) if shutil.which(tool) is None]
+    missing = [tool for tool in _TOOLS if shutil.which(tool) is None]
     if missing:
-        # iperf3 is in a package of its name
-        packages = " ".join(sorted({_TOOLS.get(tool, tool) for tool in missing}))
+        packages = " ".join(sorted({_TOOLS[tool] for tool in missing}))
         raise LabError(f"not found: {', '.join(missing)}; on Debian and Ubuntu: apt-get install {packages}")
 
 
@@ -186,6 +205,42 @@ def remove_stale() -> list[str]:
     return stale
 
 
+class Interrupted(BaseException):
+    """A signal asked to stop; ``number`` is the signal's."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(number).name}")
+        self.number = number
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Raise Interrupted on SIGINT, SIGTERM and SIGHUP, also where a shell had them ignored."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise Interrupted(number)
+
+    with _handled(stop):
+        yield
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Ignore these signals: for cleaning up."""
+    with _handled(signal.SIG_IGN):
+        yield
+
+
+@contextmanager
+def _handled(handler: Any) -> Iterator[None]:
+    previous = {number: signal.signal(number, handler) for number in _SIGNALS}
+    try:
+        yield
+    finally:
+        for number, old in previous.items():
+            signal.signal(number, old)
+
+
 class Lab:
     """A running lab; leaving its context removes it, with every process in it, however the context is left."""
 
@@ -230,12 +285,6 @@ class Lab:
         for command in rate_commands(self._tag, self.hosts, rate, "change"):
             run(command)
         self.rate = rate
-
-    def counters(self, host: int) -> Counters:
-        """What has passed a host's link so far."""
-        folder = f"/sys/class/net/{DEVICE}/statistics"
-        names = [f"{folder}/{name}" for name in ("tx_bytes", "rx_bytes", "tx_packets", "rx_packets")]
-        return Counters(*map(int, run(["ip", "netns", "exec", self.namespace(host), "cat", *names]).split()))
 
     def start(
         self, host: int, command: Sequence[str], environment: Mapping[str, str] | None = None, **options: Any

@@ -1,189 +1,217 @@
-"""One worker process: joins the group, holds one model, measures what it is asked to, one method after the other."""
+"""One worker process of a cell: holds one model and times steps of the methods that it is asked for.
+
+Only public names of lioncub are used, so that the library of another checkout can be measured as well.
+"""
 
 from __future__ import annotations
 
-import dataclasses
 import gc
-import hashlib
+import inspect
 import json
 import os
-import resource
 import socket
 import sys
+import time
+import traceback
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+import lion_pytorch  # type: ignore[import-untyped]
 import torch
 import torch.distributed as dist
-from demo.gpt import GPT, parameter_count
+from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
+from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
+from torch.nn import functional
+from torch.nn.parallel import DistributedDataParallel
 
-from lioncub.collectives import Profile, Routes, Voter
-from lioncub.collectives.header import Header
-from lioncub.collectives.probing import probe
-from netlab.clocks import StepTimes
-from netlab.crew import describe
+import lioncub
 from netlab.lab import DEVICE
-from netlab.matrix import CONTEXT, MODELS, VOCABULARY
-from netlab.methods import Voting, Workbench
 
-SEED = 1
-MAX_PHASES = 4
-GROUP_TIMEOUT = timedelta(seconds=300)
+SEED, CONTEXT, VOCABULARY = 1, 64, 256
+# layers and width
+MODELS = {"10M": (8, 320), "25M": (8, 512)}
+OPTIONS: dict[str, Any] = {"lr": 1e-4, "betas": (0.9, 0.99), "weight_decay": 0.1}
+ALGORITHMS = ("auto", "all_gather", "reduce_scatter", "all_reduce", "hierarchical")
+OTHERS = ("no_communication", "ddp_fp32_lion_pytorch", "ddp_fp32", "ddp_bf16", "ddp_powersgd")
 _STATISTICS = Path("/sys/class/net") / DEVICE / "statistics"
 
 
-class Worker:
-    """What a worker can be asked; every request is collective, and its answer goes to JSON."""
+class GPT(nn.Module):
+    """A decoder over bytes of standard layers, without biases; its output matrix is the embedding."""
 
-    def __init__(self, model_name: str) -> None:
+    def __init__(self, layers: int, width: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(VOCABULARY, width)
+        self.position = nn.Parameter(torch.zeros(CONTEXT, width))
+        self.layers = nn.ModuleList(
+            nn.TransformerEncoderLayer(
+                width, width // 64, 4 * width, 0.0, "gelu", batch_first=True, norm_first=True, bias=False
+            )
+            for _ in range(layers)
+        )
+        self.norm = nn.LayerNorm(width, bias=False)
+        nn.init.normal_(self.embedding.weight, std=0.02)
+
+    def forward(self, windows: Tensor) -> Tensor:
+        """Mean loss of predicting each next byte of int64 [batch, context + 1]."""
+        hidden = self.embedding(windows[:, :-1]) + self.position
+        mask = nn.Transformer.generate_square_subsequent_mask(CONTEXT)
+        for layer in self.layers:
+            hidden = layer(hidden, src_mask=mask, is_causal=True)
+        logits = functional.linear(self.norm(hidden), self.embedding.weight)
+        return functional.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())
+
+
+def under_ddp(model: nn.Module, name: str) -> DistributedDataParallel:
+    """The model under DDP with the communication hook that the method's name asks for."""
+    is_power = name == "ddp_powersgd"
+    # PowerSGD takes all gradients in one bucket
+    bucket_mb = 4096 if is_power else None
+    ddp = DistributedDataParallel(model, gradient_as_bucket_view=True, init_sync=False, bucket_cap_mb=bucket_mb)
+    if is_power:
+        state = PowerSGDState(process_group=None, matrix_approximation_rank=4, start_powerSGD_iter=2)
+        ddp.register_comm_hook(state, powerSGD_hook)
+    elif name == "ddp_bf16":
+        # DDP refuses torch's own hook on Gloo by its name
+        ddp.register_comm_hook(None, lambda group, bucket: bf16_compress_hook(group, bucket))
+    return ddp
+
+
+def lion_cub(params: Any, algorithm: str, bucket_mb: float | None, overlap: bool) -> torch.optim.Optimizer:
+    """LionCub with one-bit votes on all tensors, by the arguments that the measured version has."""
+    transport: dict[str, Any] = {"algorithm": algorithm} | ({} if bucket_mb is None else {"bucket_mb": bucket_mb})
+    if "comm" in inspect.signature(lioncub.LionCub).parameters:
+        transport = {"comm": lioncub.Comm(**transport)}
+    return lioncub.LionCub(params, compression=lioncub.SignVote(), overlap=overlap, **transport, **OPTIONS)
+
+
+class Worker:
+    """Requests of a cell. All ranks call them together; answers go to JSON."""
+
+    def __init__(self, model: str) -> None:
         torch.set_num_threads(1)
-        # every LionCub with overlap brings a process group, which lasts as long as the process
-        most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-        dist.init_process_group("gloo", timeout=GROUP_TIMEOUT)
+        dist.init_process_group("gloo", timeout=timedelta(seconds=300))
         torch.manual_seed(SEED)
-        shape = MODELS[model_name]
-        self._bench = Workbench(lambda: GPT(layers=shape.layers, heads=shape.heads, width=shape.width, context=CONTEXT))
-        assert parameter_count(self._bench.model) == shape.parameters
-        self._routes = Routes.find()
+        self._shape = MODELS[model]
+        # all methods train the same memory: what is timed does not depend on the values
+        self._initial = GPT(*self._shape).state_dict()
         own = torch.Generator().manual_seed(SEED + 1 + dist.get_rank())
         self._windows = torch.randint(VOCABULARY, (1, CONTEXT + 1), generator=own)
 
-    def warm_up(self, methods: list[str]) -> dict[str, Any]:
-        """Three steps of each method: compiles kernels, builds DDP's buckets, gets PowerSGD past its plain steps."""
-        for name in methods:
-            self._bench.restore()
-            method = self._bench.method(name)
-            for _ in range(3):
-                method.step(self._windows)
-            del method
-            gc.collect()
-        return {}
+    def facts(self) -> dict[str, Any]:
+        """Return where the library comes from and how many parameters the model has."""
+        parameters = sum(tensor.numel() for tensor in self._initial.values())
+        return {"library": str(Path(lioncub.__file__).resolve().parent), "parameters": parameters}
 
-    def probe(self, seconds: float, path: str) -> dict[str, Any]:
-        """Measure the algorithms on this group, and let the first worker write the profile to ``path``."""
-        profile = probe(self._routes, seconds=seconds)
-        if dist.get_rank() == 0:
-            Path(path).write_text(profile.to_json())
-        dist.barrier()
-        return {}
+    def measure(self, method: str, untimed: int, steps: int, seconds: float) -> dict[str, Any]:
+        """Time up to ``steps`` steps of ``method``, fewer where they would take more than ``seconds``, at least one.
 
-    def measure(self, method: str, untimed: int, steps: int, alone: int, profile: str | None) -> dict[str, Any]:
-        """Times of ``steps`` steps, bytes of the interface per step, and of ``alone`` exchanges by themselves."""
-        self._bench.restore()
-        runner = self._bench.method(method, profile)
+        The bytes per step are those of the network interface, headers and acknowledgements included.
+        """
+        step = self._method(method)
+        slowest = torch.zeros(1)
         for _ in range(untimed):
-            runner.step(self._windows)
+            dist.barrier()
+            slowest.fill_(self._seconds(step))
+        # all ranks take as many steps
+        dist.all_reduce(slowest, dist.ReduceOp.MAX)
+        steps = max(1, min(steps, int(seconds / slowest.item())))
         dist.barrier()
-        sent, received = _interface_bytes()
-        times: list[StepTimes] = []
+        sent, times = _sent_bytes(), []
         for _ in range(steps):
             dist.barrier()
-            times.append(runner.step(self._windows))
+            times.append(self._seconds(step))
         dist.barrier()
-        sent_after, received_after = _interface_bytes()
-        answer: dict[str, Any] = {
-            "steps": [dataclasses.astuple(step) for step in times],
-            "sent": (sent_after - sent) / steps,
-            "received": (received_after - received) / steps,
-        }
-        if isinstance(runner, Voting):
-            answer |= self._exchanges(runner, alone, profile)
-        del runner
+        sent = (_sent_bytes() - sent) / steps
+        del step
         gc.collect()
-        return answer
+        return {"seconds": times, "sent": sent}
 
-    def _exchanges(self, runner: Voting, alone: int, profile: str | None) -> dict[str, Any]:
-        """What a LionCub sends, by which ways, how long it takes by itself, and what the profile expects."""
-        stats = runner.stats()
-        in_steps = []
-        for _ in range(alone):
-            dist.barrier()
-            in_steps.append(runner.step_alone())
-        costs = None if profile is None else Profile.load(profile).costs(self._routes.topology, "gloo")
-        voters = [
-            Voter(bucket.elements // 8, routes=self._routes, algorithm=bucket.algorithm, costs=costs, tag=tag)
-            for tag, bucket in enumerate(stats.buckets)
-        ]
-        predicted = None
-        if costs is not None and alone:
-            predicted = sum(costs.seconds(voter.algorithm, voter.n_bytes, voter.header_bytes) for voter in voters)
-        return {
-            "bytes_sent": stats.bytes_sent_per_step,
-            "routes": [bucket.algorithm for bucket in stats.buckets],
-            "alone_in_step": in_steps,
-            # the first one pays for memory that training, which repeats its sizes, has
-            "alone": [_exchange(voters) for _ in range(alone + 1)][1:] if alone else [],
-            "alone_bytes": sum(voter.bytes_sent for voter in voters),
-            "predicted": predicted,
-        }
-
-    def barriers(self, count: int) -> dict[str, Any]:
-        """Bytes that one barrier sends and receives, to be taken off the steps'."""
+    def carry(self, n_bytes: int) -> dict[str, Any]:
+        """Time sending so many bytes to the next rank while as many come from the one before."""
+        rank, size = dist.get_rank(), dist.get_world_size()
+        data = [torch.zeros(n_bytes, dtype=torch.uint8) for _ in range(2)]
         dist.barrier()
-        sent, received = _interface_bytes()
-        for _ in range(count):
-            dist.barrier()
-        sent_after, received_after = _interface_bytes()
-        return {"sent": (sent_after - sent) / count, "received": (received_after - received) / count}
+        begin = perf_counter()
+        pending = [dist.isend(data[0], (rank + 1) % size), dist.irecv(data[1], (rank - 1) % size)]
+        for work in pending:
+            assert work is not None
+            work.wait()
+        return {"seconds": perf_counter() - begin}
 
-    def digest(self, method: str, steps: int) -> dict[str, Any]:
-        """A hash of all parameters after ``steps`` steps of ``method`` from the first ones, each on another window."""
-        self._bench.restore()
-        runner = self._bench.method(method)
-        own = torch.Generator().manual_seed(SEED + 1000 + dist.get_rank())
-        for _ in range(steps):
-            runner.step(torch.randint(VOCABULARY, (1, CONTEXT + 1), generator=own))
-        del runner
-        gc.collect()
-        seen = hashlib.blake2b(digest_size=16)
-        for param in self._bench.model.parameters():
-            seen.update(param.detach().numpy().tobytes())
-        return {"digest": seen.hexdigest(), "steps": steps}
+    def _seconds(self, step: Callable[[], None]) -> float:
+        begin = perf_counter()
+        step()
+        return perf_counter() - begin
 
-    def memory(self) -> dict[str, Any]:
-        """The most memory that this process has taken so far."""
-        return {"peak_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}
+    def _method(self, name: str) -> Callable[[], None]:
+        """Return one training step of the method."""
+        model, optimizer = self._build(name)
 
+        def step() -> None:
+            optimizer.zero_grad()
+            model(self._windows).backward()
+            optimizer.step()
 
-def _interface_bytes() -> tuple[int, int]:
-    return int((_STATISTICS / "tx_bytes").read_text()), int((_STATISTICS / "rx_bytes").read_text())
+        return step
 
-
-def _exchange(voters: list[Voter]) -> float:
-    """Seconds of a vote on messages like an optimizer's, all in flight at once, with nothing to encode or to apply."""
-    packed = [torch.zeros(voter.n_bytes, dtype=torch.uint8) for voter in voters]
-    # as an optimizer does before it encodes
-    for voter, message in zip(voters, packed, strict=True):
-        voter.expect(message.device)
-    dist.barrier()
-    begin = perf_counter()
-    pending = [voter.start(message, Header()) for voter, message in zip(voters, packed, strict=True)]
-    # the second phases start in the order of the first ones, on all workers alike
-    for _ in range(MAX_PHASES):
-        for exchange in pending:
-            exchange.advance()
-    for exchange in pending:
-        exchange.result()
-    return perf_counter() - begin
+    def _build(self, name: str) -> tuple[nn.Module, torch.optim.Optimizer]:
+        """Return module and optimizer on parameters of their own in the shared memory, so that hooks end with them."""
+        with torch.device("meta"):
+            model: nn.Module = GPT(*self._shape)
+        model.load_state_dict(self._initial, assign=True)
+        parsed = parse_method(name)
+        if parsed is not None:
+            return model, lion_cub(model.named_parameters(), *parsed)
+        make = lion_pytorch.Lion if name.endswith("lion_pytorch") else lioncub.Lion
+        optimizer = make(model.parameters(), **OPTIONS)
+        return (under_ddp(model, name) if name.startswith("ddp") else model), optimizer
 
 
-def main(channel_number: int, model_name: str) -> None:
-    """Serve requests, one JSON line each, until the other end closes. Ends the process."""
+def parse_method(name: str) -> tuple[str, float | None, bool] | None:
+    """ "lioncub_reduce_scatter_overlap:0.25" -> ("reduce_scatter", 0.25, True): algorithm, MiB of a bucket, overlap.
+
+    None for a method without votes. Raises ValueError for a name that does not exist.
+    """
+    if name in OTHERS:
+        return None
+    base, _, bucket_mb = name.partition(":")
+    overlap = base.endswith("_overlap")
+    algorithm = base.removesuffix("_overlap").removeprefix("lioncub").removeprefix("_") or "auto"
+    if not base.startswith("lioncub") or algorithm not in ALGORITHMS:
+        raise ValueError(
+            f"method: expected {', '.join(OTHERS)} or lioncub[_ALGORITHM][_overlap][:BUCKET_MB] "
+            f"with one of {', '.join(ALGORITHMS)}, got {name!r}"
+        )
+    return algorithm, float(bucket_mb) if bucket_mb else None, overlap
+
+
+def _sent_bytes() -> int:
+    return int((_STATISTICS / "tx_bytes").read_text())
+
+
+def serve(channel_number: int, model: str) -> None:
+    """Answer requests, one JSON line each, until the other end closes. Ends the process."""
     channel = socket.socket(fileno=channel_number)
-    lines = channel.makefile("r")
     try:
-        worker = Worker(model_name)
-        for line in lines:
+        worker = Worker(model)
+        for line in channel.makefile("r"):
             request = json.loads(line)
             answer = getattr(worker, request.pop("do"))(**request)
             channel.sendall((json.dumps(answer) + "\n").encode())
     except Exception as error:
-        failure = dataclasses.asdict(describe(error, int(os.environ["RANK"])))
+        failure = {
+            "rank": int(os.environ["RANK"]),
+            "message": f"{type(error).__name__}: {error}",
+            "traceback": traceback.format_exc(),
+            "time": time.time(),
+        }
         channel.sendall((json.dumps({"failure": failure}) + "\n").encode())
-        sys.stderr.write(failure["traceback"])
+        traceback.print_exc()
         sys.stderr.flush()
         # sys.exit would wait for threads of a group whose peers may hang
         os._exit(1)

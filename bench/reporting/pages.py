@@ -42,8 +42,8 @@ def machine_line(run: dict[str, Any]) -> str:
     cpu, cores, threads = (machine.pop(name) for name in ("cpu", "cores", "threads"))
     gpu = f" {machine.pop('gpu')};" if "gpu" in machine else ""
     versions = ", ".join(f"{name} {version}" for name, version in machine.items() if version != "absent")
-    commit = (run["commit"][:12] or "no commit") + (" with changes" if run["dirty"] else "")
-    return f"{cpu}, {cores} cores, {threads} thread(s);{gpu} {versions}; commit {commit}, {run['date'][:10]}."
+    commit = f"; commit {run['commit'][:12]}{' with changes' if run['dirty'] else ''}" if run["commit"] else ""
+    return f"{cpu}, {cores} cores, {threads} thread(s);{gpu} {versions}{commit}, {run['date'][:10]}."
 
 
 def median_ratio(over: Sequence[float], under: Sequence[float]) -> tuple[float, float, float]:
