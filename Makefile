@@ -56,7 +56,7 @@ gpu-report: setup
 
 # every kernel for every GPU with the versions of Triton that torch 2.11 and later pin; an hour
 triton-versions: setup
-	$(BIN)/python bench/triton_versions.py --out docs
+	$(BIN)/python bench/gpu_report --versions --jobs 2
 
 # needs root and iproute2, and the machine to itself for an hour
 netlab: setup

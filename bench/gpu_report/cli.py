@@ -1,89 +1,114 @@
-"""The command line of the report."""
+"""The command line: compile all kernels for all GPUs, with the installed version of Triton or with others."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
+
+from reporting.pages import PAGE, insert, markdown_table
+from reporting.records import RESULTS, Record, run_record
 
 from gpu_report.compiling import TARGETS, compile_variant
-from gpu_report.findings import Finding, finding_of
-from gpu_report.trials import TARGETS as TRIED_TARGETS
-from gpu_report.trials import trials_of
-from gpu_report.variants import DTYPES, Variant, all_variants
+from gpu_report.report import broken_claims, write_report
+from gpu_report.variants import all_variants
 
-ROOT = Path(__file__).parents[2]
-# label, dtype, target, and the number of the tile shape; None for the one that is launched
-Job = tuple[str, str, str, int | None]
+# with the torch that pins each
+VERSIONS = {"3.6.0": "torch 2.11", "3.7.1": "torch 2.12, 2.13", "3.8.0": "torch 2.14", "3.9.0": ""}
+# label, dtype, target
+Job = tuple[str, str, str]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; gives the exit code."""
+    """Run the command line; gives the exit code: 1 where a claim is broken or a name does not exist."""
     options = _parser().parse_args(arguments)
-    variants = [variant for variant in all_variants() if variant.dtype in options.dtypes]
-    if options.labels:
-        unknown = set(options.labels) - {variant.label for variant in variants}
-        if unknown:
-            print(f"gpu_report: --labels: expected names of kernels, got {sorted(unknown)}", file=sys.stderr)
-            return 1
-        variants = [variant for variant in variants if variant.label in options.labels]
-    jobs = [(v.label, v.dtype, target, None) for v in variants for target in options.targets]
+    if options.versions is not None:
+        return compare_versions(options.versions or list(VERSIONS), options.jobs)
+    names = [f"{variant.label}/{variant.dtype}" for variant in all_variants()]
+    if unknown := set(options.only) - set(names):
+        print(f"gpu_report: --only: expected names such as {names[0]}, got {sorted(unknown)}", file=sys.stderr)
+        return 1
+    chosen = [name.split("/") for name in names if name in (options.only or names)]
+    jobs: list[Job] = [(label, dtype, target) for label, dtype in chosen for target in options.targets]
+    findings = list(_measured(jobs, options.jobs, shown=not options.json))
     if options.json:
-        json.dump([asdict(finding) for finding in _measured(jobs, options.jobs)], sys.stdout)
+        json.dump(findings, sys.stdout)
         return 0
-    from gpu_report.report import write_report
-
-    trials = _trial_jobs(variants, [target for target in TRIED_TARGETS if target in options.targets])
-    findings = list(_shown(jobs + trials, options.jobs))
-    write_report(findings[: len(jobs)], findings[len(jobs) :], options.out)
-    print(f"\rwritten: {options.out / 'gpu.md'}\033[K")
-    return 0
-
-
-def measure(job: Job) -> Finding:
-    """Compile one variant and read its code."""
-    label, dtype, target, shape = job
-    variant = next(v for v in all_variants() if (v.label, v.dtype) == (label, dtype))
-    if shape is not None:
-        variant = trials_of(variant)[shape]
-    return finding_of(variant, TARGETS[target], compile_variant(variant, TARGETS[target]))
+    broken = broken_claims(findings)
+    for claim, kernels in broken.items():
+        print(f"{claim}: {len(findings) - len(kernels)} of {len(findings)}")
+        print("".join(f"  {kernel}\n" for kernel in kernels), end="")
+    if len(jobs) == len(TARGETS) * len(all_variants()):
+        write_report([run_record(), *findings], RESULTS)
+        print(f"written: {PAGE}")
+    return int(any(broken.values()))
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="gpu_report", description="What the Triton kernels compile to.")
-    add, dtypes = parser.add_argument, [*DTYPES, "codes"]
+    add = parser.add_argument
     add("--targets", nargs="+", choices=TARGETS, default=list(TARGETS), metavar="NAME", help=f"of {', '.join(TARGETS)}")
-    add("--dtypes", nargs="+", choices=dtypes, default=dtypes, metavar="NAME", help=f"of {', '.join(dtypes)}")
-    add("--labels", nargs="+", metavar="LABEL", help="kernels, as the report names them; default: all")
+    add("--only", nargs="+", default=[], metavar="LABEL/DTYPE", help="kernels; default: all, which writes the report")
     add("--jobs", type=int, default=1, help="processes that compile; default: 1")
-    add("--json", action="store_true", help="print the findings instead of writing the report")
-    add("--out", type=Path, default=ROOT / "docs", help="folder of the report; default: docs")
+    add("--json", action="store_true", help="print the findings as JSON, write nothing")
+    add("--versions", nargs="*", metavar="VERSION", help="compile with these versions of Triton, each downloaded")
     return parser
 
 
-def _trial_jobs(variants: Sequence[Variant], targets: Sequence[str]) -> list[Job]:
-    return [
-        (variant.label, variant.dtype, target, shape)
-        for variant in variants
-        for shape in range(len(trials_of(variant)))
-        for target in targets
-    ]
+def measure(job: Job) -> Record:
+    """Compile one variant and read its code; ``error`` says what came of it where it did not compile."""
+    label, dtype, target = job
+    variant = next(v for v in all_variants() if (v.label, v.dtype) == (label, dtype))
+    # where a thread has 128 bits of some tensor, the widest access must have as many
+    parts = {"loads": variant.reads, "stores": variant.writes}
+    least = {name: max(variant.widths(part), default=0) for name, part in parts.items()}
+    found: Record = {"kind": "kernel", "label": label, "dtype": dtype, "target": target, "error": ""}
+    found |= {f"least_{name}": bits for name, bits in least.items()}
+    try:
+        return found | asdict(compile_variant(variant, TARGETS[target]))
+    except Exception as error:
+        return found | {"error": f"{type(error).__name__}: {str(error).splitlines()[-1] if str(error) else ''}"}
 
 
-def _shown(jobs: Sequence[Job], processes: int) -> Iterator[Finding]:
-    """As `_measured`, with a line that says how far it is."""
-    for number, finding in enumerate(_measured(jobs, processes), start=1):
-        print(f"\r{number}/{len(jobs)} {finding.label}, {finding.dtype}, {finding.target}\033[K", end="", flush=True)
-        yield finding
-
-
-def _measured(jobs: Sequence[Job], processes: int) -> Iterator[Finding]:
-    if processes == 1:
-        yield from map(measure, jobs)
-        return
+def _measured(jobs: Sequence[Job], processes: int, *, shown: bool) -> Iterator[Record]:
     with ProcessPoolExecutor(processes) as pool:
-        yield from pool.map(measure, jobs)
+        for number, found in enumerate(pool.map(measure, jobs) if processes > 1 else map(measure, jobs), 1):
+            if shown:
+                words = f"{number}/{len(jobs)} {found['label']}, {found['dtype']}, {found['target']}"
+                print(f"\r{words}\033[K", end="\n" * (number == len(jobs)), flush=True)
+            yield found
+
+
+def compare_versions(versions: Sequence[str], processes: int) -> int:
+    """Compile everything with other versions of Triton; writes their table, returns 1 where anything fails."""
+    rows, failed = [], 0
+    for version in versions:
+        findings = compile_with(version, processes)
+        broken = broken_claims(findings)
+        failed += len(broken["compiles"])
+        print(f"triton {version}: {len(findings)} compiled\n" + "\n".join(broken["compiles"]), flush=True)
+        counts = (len(findings) - len(broken["compiles"]), len(broken["no spills"]))
+        rows.append((version, VERSIONS.get(version, ""), len(findings), *counts))
+    header = ("Triton", "pinned by", "kernels", "compiled", "with spills")
+    insert(PAGE, "triton versions", markdown_table(header, rows, text_columns=2))
+    return int(failed > 0)
+
+
+def compile_with(version: str, processes: int) -> list[Record]:
+    """All findings by another version of Triton, in a folder that is removed afterwards."""
+    with tempfile.TemporaryDirectory() as folder:
+        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", f"{folder}/site"]
+        subprocess.run([*pip, f"triton=={version}"], check=True)
+        environment = {**os.environ, "PYTHONPATH": f"{folder}/site", "TRITON_CACHE_DIR": f"{folder}/cache"}
+        command = [sys.executable, str(Path(__file__).parent), "--jobs", str(processes), "--json"]
+        done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    findings: list[Any] = json.loads(done.stdout)
+    return findings

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gpu_report import amdgcn, sass
-from gpu_report.code import Listing
+from gpu_report.code import Code, read_amdgcn, read_sass
 from gpu_report.variants import Variant
 
 # multiples of 16 in a launch of whole tiles
@@ -46,22 +45,12 @@ TARGETS = {
 }
 
 
-@dataclass(frozen=True)
-class Compiled:
-    """The listing, bytes of shared memory, and whether the code may round otherwise than rule 1 says."""
-
-    listing: Listing
-    shared: int
-    flushes: bool
-
-
-def compile_variant(variant: Variant, target: Target) -> Compiled:
+def compile_variant(variant: Variant, target: Target) -> Code:
     """What `build` gives, read."""
     compiled = build(variant, target)
     if target.backend == "cuda":
-        listing = sass.parse(disassemble(compiled.asm["cubin"]))
-        return Compiled(listing, compiled.metadata.shared, ".ftz" in compiled.asm["ptx"])
-    return Compiled(amdgcn.parse(compiled.asm["amdgcn"]), compiled.metadata.shared, False)
+        return read_sass(disassemble(compiled.asm["cubin"]), compiled.asm["ptx"])
+    return read_amdgcn(compiled.asm["amdgcn"])
 
 
 def build(variant: Variant, target: Target) -> Any:

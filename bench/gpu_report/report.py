@@ -1,169 +1,78 @@
-"""docs/gpu.md and docs/gpu.json from the findings."""
+"""What must hold of the compiled code, and the table and picture of docs/results.md."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from gpu_report import prose
-from gpu_report.claims import BUSY, HELD_ON, NARROW, claims_of
-from gpu_report.code import KINDS
-from gpu_report.findings import Finding, Widths
-from gpu_report.rooflines import GPUS
+from reporting.pages import OURS, OURS_TOO, PAGE, draw_bars, insert, markdown_table, new_figure, save_figure
+from reporting.records import Record, RecordsError, write_records
 
-Rows = list[str]
-STEP = ("encode", "encode_", "encode a list", "vote", "vote with counts", "apply", "apply with momentum")
-STEP += ("apply to a list", "step", "step of a list")
-KINDS_OF = ("encode a list", "vote", "apply to a list", "step of a list", "quantize")
+from gpu_report.compiling import TARGETS
 
-
-def write_report(findings: Sequence[Finding], trials: Sequence[Finding], folder: Path) -> None:
-    """Write gpu.md and gpu.json into ``folder``."""
-    (folder / "gpu.md").write_text(document(findings, trials))
-    lines = ",\n  ".join(json.dumps(rounded(finding)) for finding in findings)
-    tried = ",\n  ".join(json.dumps(rounded(finding)) for finding in trials)
-    (folder / "gpu.json").write_text(f'{{"findings": [\n  {lines}\n ],\n "trials": [\n  {tried}\n ]}}\n')
-
-
-def document(findings: Sequence[Finding], trials: Sequence[Finding]) -> str:
-    """The whole text."""
-    gpus = [
-        f"| {name} | {gpu.name} | {gpu.bandwidth / 1e12:g} | {gpu.processors} | {gpu.clock / 1e9:g} | {gpu.source} |"
-        for name, gpu in GPUS.items()
-    ]
-    return "\n".join(
-        [
-            prose.INTRODUCTION,
-            prose.CLAIMS,
-            *claim_table(findings),
-            prose.MISSED,
-            *missed_table(findings),
-            prose.MAIN,
-            *main_tables(findings),
-            prose.BY_KIND,
-            *kind_table(findings),
-            prose.ALL,
-            *all_table(findings),
-            prose.ACCESSES,
-            *access_table(findings),
-            prose.TRIED,
-            *trial_table(trials),
-            prose.LAYOUTS,
-            *markdown(("what", "here", "instead", ""), prose.LAYOUTS_TRIED, left=4),
-            prose.OPEN,
-            prose.GPUS.rstrip("\n"),
-            *gpus,
-            prose.METHOD,
-        ]
-    )
+WIDE = 128
+# rounding of these is stated in docs/numerics.md
+EXACT = ("encode", "apply", "step")
+# the number of chunks is any, so each is loaded by itself
+NARROW = ("scale from chunks",)
+_CLAIMS: dict[str, Callable[[Record], bool]] = {
+    "compiles": lambda found: not found["error"],
+    "no spills": lambda found: not found.get("spills"),
+    "128-bit accesses where a thread has as much of a tensor": lambda found: not is_narrow(found),
+    "no fused multiply-add, no flush to zero in encode, apply and step": lambda found: (
+        not (found["label"].startswith(EXACT) and found.get("fused"))
+    ),
+}
 
 
-def rounded(finding: Finding) -> dict[str, object]:
-    """A finding as JSON has it, with as many digits as mean something."""
-    plain = asdict(finding)
-    for name in ("bytes", "memory", "issue"):
-        plain[name] = float(f"{plain[name]:.4g}")
-    plain["kinds"] = {kind: round(count, 4) for kind, count in plain["kinds"].items()}
-    return plain
+def is_narrow(found: Record) -> bool:
+    """Whether the widest load or store is narrower than a thread's share of some tensor."""
+    narrow = any(found.get(part, WIDE) < found[f"least_{part}"] for part in ("loads", "stores"))
+    return narrow and found["label"] not in NARROW
 
 
-def markdown(header: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> Rows:
-    """A table; the first ``left`` columns are text."""
-    rule = ["---" if i < left else "---:" for i in range(len(header))]
-    body = [f"| {' | '.join(row)} |" for row in rows]
-    return [f"| {' | '.join(header)} |", f"|{'|'.join(rule)}|", *body, ""]
+def broken_claims(findings: Sequence[Record]) -> dict[str, list[str]]:
+    """By claim, the kernels that break it."""
+
+    def name_of(found: Record) -> str:
+        return ", ".join(filter(None, (found["label"], found["dtype"], found["target"], found["error"])))
+
+    return {claim: [name_of(f) for f in findings if not holds(f)] for claim, holds in _CLAIMS.items()}
 
 
-def claim_table(findings: Sequence[Finding]) -> Rows:
-    """Each claim with how many miss it."""
+def write_report(records: Sequence[Record], folder: Path, page: Path = PAGE) -> None:
+    """Write gpu.jsonl and gpu.png into ``folder`` and claims and registers into ``page``.
+
+    Raises RecordsError where a target is missing.
+    """
+    findings = [record for record in records if record["kind"] == "kernel"]
+    if {found["target"] for found in findings} != set(TARGETS):
+        raise RecordsError(f"expected kernels for {', '.join(TARGETS)}, got a part")
+    write_records(folder / "gpu.jsonl", records)
+    claims = [(claim, len(findings), len(broken)) for claim, broken in broken_claims(findings).items()]
+    held = markdown_table(("what tests hold", "kernels", "broken"), claims)
+    insert(page, "gpu", f"{held}\n\n{register_table(findings)}")
+    figure, axes = new_figure(2, height=0.2 * len(_rows(findings)) + 0.9)
+    for axis, target in zip(axes, ("sm_90", "gfx942"), strict=True):
+        bars = []
+        for label, dtype in _rows(findings):
+            found = next(f for f in findings if (f["label"], f["dtype"], f["target"]) == (label, dtype, target))
+            bars.append((label, found.get("registers", 0), OURS if label.startswith((*EXACT, "vote")) else OURS_TOO))
+        draw_bars(axis, bars, f"registers of a thread, {target}")
+    axes[1].set_yticklabels([])
+    save_figure(figure, folder / "gpu.png")
+
+
+def _rows(findings: Sequence[Record]) -> list[tuple[str, str]]:
+    """Kernels of fp32 or packed data; other dtypes differ little."""
+    return list(dict.fromkeys((f["label"], f["dtype"]) for f in findings if f["dtype"] in ("fp32", "codes")))
+
+
+def register_table(findings: Sequence[Record]) -> str:
+    """Registers of a thread by kernel and GPU, and the widest accesses on sm_90."""
     rows = []
-    for claim in claims_of(findings):
-        verdict = "met" if not claim.missed else f"missed by {len(claim.missed)}"
-        rows.append((claim.text, f"{claim.asked}", f"**{verdict}**" if claim.unexpected else verdict))
-    return markdown(("claim", "asked of", ""), rows)
-
-
-def missed_table(findings: Sequence[Finding]) -> Rows:
-    """What is not as asked, and what exchanges values, with the reasons."""
-    dtypes: dict[tuple[str, str, str], list[str]] = {}
-    for label, dtype in dict.fromkeys((f.label, f.dtype) for f in findings):
-        own = [f for f in findings if (f.label, f.dtype) == (label, dtype)]
-        if any(f.is_narrow for f in own):
-            dtypes.setdefault((label, "narrow accesses", NARROW.get(label, "")), []).append(dtype)
-        if (label, dtype) in BUSY:
-            shares = ", ".join(f"{f.ratio:.0%} on {f.target}" for f in own if f.target in HELD_ON)
-            dtypes.setdefault((label, f"issue-bound {shares}", BUSY[label, dtype]), []).append(dtype)
-        if own[0].exchanges:
-            dtypes.setdefault((label, "shared memory", own[0].exchanges), []).append(dtype)
-    rows = [(label, ", ".join(names), what, why) for (label, what, why), names in dtypes.items()]
-    return markdown(("kernel", "dtype", "what", "why"), rows, left=4)
-
-
-def main_tables(findings: Sequence[Finding]) -> Rows:
-    """One table per target."""
-    lines: Rows = []
-    for target, gpu in GPUS.items():
-        own = [f for label in STEP for f in findings if f.target == target and f.label == label]
-        rows = []
-        for f in own:
-            times = f"{f.memory:.2f}", f"{f.issue:.2f}", f"{f.ratio:.0%}", f.port
-            rows.append([f.label, f.dtype, f"{f.bytes:.3f}", f"{f.instructions:.1f}", *times])
-        header = ("kernel", "dtype", "bytes", "instructions", "memory, ps", "issue, ps", "share", "limited by")
-        lines += [f"### {gpu.name} ({target})", "", *markdown(header, rows, left=2)]
-    return lines
-
-
-def kind_table(findings: Sequence[Finding]) -> Rows:
-    """Instructions per element by kind."""
-    kinds = [kind for kind in KINDS if kind != "local"]
-    rows = []
-    for f in findings:
-        if f.label in KINDS_OF and f.target in ("sm_90", "gfx942"):
-            counts = [f"{f.kinds[kind]:.2f}" if f.kinds.get(kind) else "" for kind in kinds]
-            rows.append([f.label, f.dtype, f.target, *counts, f"{f.instructions:.2f}"])
-    return markdown(("kernel", "dtype", "target", *kinds, "all"), rows, left=3)
-
-
-def all_table(findings: Sequence[Finding]) -> Rows:
-    """Every kernel and target."""
-    by_place = {(f.label, f.dtype, f.target): f for f in findings}
-    targets = [target for target in GPUS if any(f.target == target for f in findings)]
-    rows = []
-    for label, dtype in dict.fromkeys((f.label, f.dtype) for f in findings):
-        own = [by_place.get((label, dtype, target)) for target in targets]
-        cells = [f"{f.registers}, {f.instructions:.1f}, {f.ratio:.0%}" if f else "" for f in own]
-        n_bytes = next(f.bytes for f in own if f)
-        rows.append([label, dtype, f"{n_bytes:.3f}", *cells])
-    return markdown(("kernel", "dtype", "bytes", *targets), rows, left=2)
-
-
-def access_table(findings: Sequence[Finding]) -> Rows:
-    """Widths of loads and stores, and shared memory."""
-    rows = []
-    for f in findings:
-        if f.target == "sm_90":
-            allowed = "" if not f.is_narrow else f"{widths(f.least_loads)}; {widths(f.least_stores)}"
-            rows.append([f.label, f.dtype, widths(f.loads), widths(f.stores), allowed, f"{f.shared or ''}"])
-    return markdown(("kernel", "dtype", "loads", "stores", "if not these: allowed", "shared"), rows, left=5)
-
-
-def trial_table(trials: Sequence[Finding]) -> Rows:
-    """Tile shapes side by side."""
-    targets = [target for target in GPUS if any(f.target == target for f in trials)]
-    by_place = {(f.label, f.dtype, f.elements, f.threads, f.target): f for f in trials}
-    rows = []
-    for label, dtype, elements, threads in dict.fromkeys(place[:4] for place in by_place):
-        own = [by_place[label, dtype, elements, threads, target] for target in targets]
-        cells = [
-            f"{f.registers}, {f.instructions:.1f}, {f.ratio:.0%}{', shared' * bool(f.kinds.get('shared'))}" for f in own
-        ]
-        rows.append([label, dtype, f"{elements}", f"{threads}", f"{elements / threads:g}", *cells])
-    return markdown(("kernel", "dtype", "elements", "threads", "per thread", *targets), rows, left=2)
-
-
-def widths(found: Widths) -> str:
-    """Such as "2 x 128, 1 x 8"."""
-    ordered = sorted(found.items(), key=lambda item: -int(item[0]))
-    return ", ".join(f"{number} x {bits}" for bits, number in ordered)
+    for label, dtype in _rows(findings):
+        of = {f["target"]: f for f in findings if (f["label"], f["dtype"]) == (label, dtype)}
+        widths = (of["sm_90"].get("loads", ""), of["sm_90"].get("stores", ""))
+        rows.append((label, *(of[target].get("registers", "error") for target in TARGETS), *widths))
+    return markdown_table(("kernel", *TARGETS, "bits loaded", "bits stored"), rows)
