@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint types docs copy bench bench-save bench-compare gpu-test gpu-bench gpu-report triton-versions netlab study study-restore study-quick setup clean
+.PHONY: demo test lint types docs copy bench bench-save bench-compare gpu-test gpu-bench gpu-report triton-versions netlab study study-quick setup clean
 
 # without OMP_NUM_THREADS torchrun warns that it sets it
 demo: setup
@@ -62,16 +62,12 @@ triton-versions: setup
 netlab: setup
 	$(BIN)/python bench/netlab matrix
 
-# an interrupted study goes on where it was; runs of other code do not count, unless KEEP_OLD=1 says so
+# an interrupted study goes on where it was; KEEP_OLD=1 adds to runs of another commit
 study: setup
-	$(BIN)/python bench/convergence run --runs runs/study --out docs --hours 2.9 $(if $(KEEP_OLD),--keep-old)
-
-# the runs behind docs/study.md, for `make study KEEP_OLD=1` to go on with
-study-restore: setup
-	$(BIN)/python bench/convergence restore --runs runs/study --out docs
+	$(BIN)/python bench/study --hours 2.9 $(if $(KEEP_OLD),--keep-old)
 
 study-quick: setup
-	$(BIN)/python bench/convergence run --quick
+	$(BIN)/python bench/study --quick
 
 setup: $(INSTALLED)
 

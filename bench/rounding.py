@@ -11,21 +11,21 @@ from __future__ import annotations
 
 import argparse
 import copy
-import math
 import statistics
 import time
 import warnings
 from typing import Any
 
 import torch
-from convergence.tasks import TASKS
+from study.tasks import TASKS
+from study.training import schedule
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from lioncub import LionCub
 from lioncub.simulate import Workers
 
-WORKERS, BATCH, WARM_UP = 2, 8, 20
+WORKERS, BATCH = 2, 8
 LOW, HALF_MOMENTUM = torch.bfloat16, {"momentum_dtype": torch.bfloat16}
 # name: dtype of parameters, options of LionCub, bytes per parameter of weights and optimizer state
 ROWS: dict[str, tuple[torch.dtype, dict[str, Any], int]] = {
@@ -51,26 +51,19 @@ def train(dtype: torch.dtype, options: dict[str, Any], lr: float, steps: int, se
         )
         for step in range(steps):
             for rank, (model, optimizer) in enumerate(zip(replicas, optimizers, strict=True)):
-                optimizer.param_groups[0]["lr"] = lr * _schedule(step, steps)
+                optimizer.param_groups[0]["lr"] = lr * schedule(step, steps)
                 optimizer.zero_grad()
                 _loss(model, task.batch_of(seed, "iid", WORKERS, BATCH, rank, step)).backward()
             workers.run(lambda rank, group: optimizers[rank].step())
     pairs = list(zip(replicas[0].parameters(), initial, strict=True))
     moved = sum(int((p != before).sum()) for p, before in pairs) / sum(p.numel() for p, _ in pairs)
-    return task.validation_loss(copy.deepcopy(replicas[0]).float(), thorough=True), moved
+    return task.validation_loss(copy.deepcopy(replicas[0]).float()), moved
 
 
 def _loss(model: nn.Module, batch: tuple[Tensor, ...]) -> Tensor:
     wide = {name: p.float() for name, p in model.named_parameters()}
     loss: Tensor = functional_call(model, wide, batch)
     return loss
-
-
-def _schedule(step: int, steps: int) -> float:
-    """Linear warm-up, then a cosine to zero."""
-    if step < WARM_UP:
-        return (step + 1) / WARM_UP
-    return 0.5 * (1 + math.cos(math.pi * (step - WARM_UP) / (steps - WARM_UP)))
 
 
 def main() -> None:

@@ -64,11 +64,12 @@ def new_figure(panels: int = 1, *, height: float = 3.2) -> tuple[Figure, list[An
     return figure, axes
 
 
-def draw_bars(axis: Any, bars: Sequence[tuple[str, float, str]], label: str, *, form: str = "{:.3g}") -> None:
-    """Draw horizontal bars of (name, value, color), the first on top, each with its value."""
+def draw_bars(axis: Any, bars: Sequence[tuple[str, float | None, str]], label: str, *, form: str = "{:.3g}") -> None:
+    """Draw horizontal bars of (name, value, color), the first on top, each with its value; none for None."""
     names, values, colors = zip(*bars, strict=True)
-    drawn = axis.barh(range(len(bars)), values, color=colors)
-    axis.bar_label(drawn, [form.format(value) for value in values], padding=3, fontsize="small")
+    drawn = axis.barh(range(len(bars)), [value or 0 for value in values], color=colors)
+    texts = ["" if value is None else form.format(value) for value in values]
+    axis.bar_label(drawn, texts, padding=3, fontsize="small")
     axis.set_yticks(range(len(bars)), names)
     axis.invert_yaxis()
     axis.set_xlabel(label, fontsize="small")

@@ -10,7 +10,7 @@ import functools
 import hashlib
 import sysconfig
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from demo.gpt import GPT
@@ -18,29 +18,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 SHARDS = ("iid", "skewed")
-
-
-class Task(Protocol):
-    """A model, training batches by worker, a loss, and one that is validated."""
-
-    steps: int
-    lr: float
-    batch: int
-
-    def model(self, seed: int) -> nn.Module:
-        """A freshly initialised model."""
-
-    def batch_of(self, seed: int, shards: str, workers: int, batch: int, rank: int, step: int) -> tuple[Tensor, ...]:
-        """What a worker learns from in a step."""
-
-    def loss(self, model: nn.Module, batch: tuple[Tensor, ...]) -> Tensor:
-        """Mean loss of a batch, in nats."""
-
-    def validation_loss(self, model: nn.Module, *, thorough: bool) -> float:
-        """Mean loss on held-out data, always the same; on a quarter of it unless ``thorough``."""
-
-    def kind_of(self, name: str) -> str:
-        """Kind of layer that a parameter belongs to."""
 
 
 def _generator(*parts: object) -> torch.Generator:
@@ -114,17 +91,10 @@ class Text:
         # kinds by turns, so that a quarter of them has as many of each
         return torch.stack(rows, dim=1).flatten(0, 1)
 
-    def validation_loss(self, model: nn.Module, *, thorough: bool) -> float:
+    def validation_loss(self, model: nn.Module) -> float:
         """Nats per byte on 1024 windows of held-out text, as many of each kind."""
-        windows = self._windows if thorough else self._windows[:: 4 * 4 + 1]
         with torch.no_grad():
-            return float(model(windows))
-
-    def kind_of(self, name: str) -> str:
-        """embedding (also the output), attention, mlp or norm."""
-        if "norm" in name:
-            return "norm"
-        return "attention" if "attention" in name or "query" in name else "mlp" if "mlp" in name else "embedding"
+            return float(model(self._windows))
 
 
 class _ResNet(nn.Module):
@@ -202,18 +172,11 @@ class Digits:
         disturbed = [self._disturbed(images, _generator("digits", "held out", i)) for i in range(copies)]
         return torch.cat(disturbed), labels.repeat(copies)
 
-    def validation_loss(self, model: nn.Module, *, thorough: bool) -> float:
+    def validation_loss(self, model: nn.Module) -> float:
         """Cross-entropy on eight disturbed copies of 450 held-out images."""
         images, labels = self._held_out
-        every = 1 if thorough else 4
         with torch.no_grad():
-            return float(functional.cross_entropy(model(images[::every]), labels[::every]))
-
-    def kind_of(self, name: str) -> str:
-        """embedding, convolution, norm or head."""
-        if "norm" in name:
-            return "norm"
-        return next((kind for kind in ("embedding", "head") if kind in name), "convolution")
+            return float(functional.cross_entropy(model(images), labels))
 
     def _disturbed(self, images: Tensor, generator: torch.Generator) -> Tensor:
         """Shifted by up to a pixel each way, with Gaussian noise."""

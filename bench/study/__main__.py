@@ -1,4 +1,4 @@
-"""``python bench/convergence --help``."""
+"""``python bench/study --help``."""
 
 import sys
 from pathlib import Path
@@ -6,7 +6,8 @@ from pathlib import Path
 # started by its folder's name, which puts the folder itself on the path instead of the one that holds the package
 sys.path[0] = str(Path(__file__).parents[1])
 
-from convergence.cli import main  # noqa: E402
+from study.cli import main  # noqa: E402
 
+# processes that train import this file too
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,0 +1,1 @@
+"""The convergence study: what each compression costs in loss, by `make study`."""

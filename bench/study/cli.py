@@ -1,0 +1,108 @@
+"""The command line of the convergence study."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from itertools import islice
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+from reporting.records import RESULTS, ROOT, Journal, Record, RecordsError, read_records, run_record
+
+from study.report import cells_of, loss_table, write_report
+from study.tasks import SHARDS, TASKS
+from study.training import METHODS, REFERENCE, Config, config_of, run
+
+WORKERS, SEEDS = (4, 16), 32
+QUICK = (REFERENCE, "SignVote", "BySize", "SignMean", "TernaryVote", "2-bit l1", "SignVote + staggered 16 int8")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; gives the exit code."""
+    options = _parser().parse_args(arguments)
+    try:
+        if not options.report:
+            carry_out(wanted(options.quick), options)
+        records = read_records(_path(options))
+        if options.quick:
+            print(loss_table(records[1:], cells_of(records[1:])))
+        else:
+            write_report(records, RESULTS)
+        return 0
+    except (OSError, ValueError, ImportError) as error:
+        print(f"study: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("study: interrupted; finished runs are kept, the same command goes on", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="study", description=__doc__)
+    add = parser.add_argument
+    add("--quick", action="store_true", help="one table on stdout, in minutes")
+    add("--hours", type=float, default=float("inf"), help="begin no run later; default: no limit")
+    add("--jobs", type=int, default=2, help="runs side by side, one core each; default: 2")
+    add("--out", type=Path, help="file of finished runs; default: runs/study.jsonl")
+    add("--keep-old", action="store_true", help="add to runs of another commit")
+    add("--report", action="store_true", help="run nothing, write the report of the runs that are there")
+    return parser
+
+
+def _path(options: argparse.Namespace) -> Path:
+    return options.out or ROOT / "runs" / ("study-quick.jsonl" if options.quick else "study.jsonl")
+
+
+def wanted(quick: bool) -> Iterator[Config]:
+    """All runs, seed by seed, so that a study that is cut off has as many of each."""
+    for seed in range(3 if quick else SEEDS):
+        for task in ("digits",) if quick else TASKS:
+            for shards in SHARDS[:1] if quick else SHARDS:
+                for workers in WORKERS[:1] if quick else WORKERS:
+                    for method in QUICK if quick else METHODS:
+                        yield config_of(task, shards, workers, method, seed)
+
+
+def carry_out(configs: Iterable[Config], options: argparse.Namespace) -> None:
+    """Do the runs that the file lacks, and add each as it ends.
+
+    Raises RecordsError where the file has runs of another commit, ValueError for impossible options.
+    """
+    if options.jobs < 1 or not options.hours > 0:
+        raise ValueError(f"expected --jobs of at least 1 and --hours above 0, got {options.jobs}, {options.hours:g}")
+    path = _path(options)
+    done: set[Config] = set()
+    header = run_record()
+    if path.exists():
+        first, *records = read_records(path)
+        if first["commit"] != header["commit"] and not options.keep_old:
+            raise RecordsError(f"{path}: has runs of commit {first['commit'][:12]}; --keep-old adds to them")
+        done = {Config(**{name: record[name] for name in Config.__dataclass_fields__}) for record in records}
+    with Journal(path, append=path.exists()) as journal:
+        if not done and path.stat().st_size == 0:
+            journal.write(header)
+        left = [config for config in configs if config not in done]
+        for number, record in enumerate(_records(left, options), len(done) + 1):
+            journal.write(record)
+            words = f"{record['task']}, {record['method']}: {record['loss']:.4f}"
+            print(f"{number}/{len(done) + len(left)} {words}", flush=True)
+
+
+def _records(configs: Sequence[Config], options: argparse.Namespace) -> Iterator[Record]:
+    """Results as they come, of as many processes as jobs; none is begun after the deadline."""
+    deadline = time.monotonic() + 3600 * options.hours
+    left = iter(configs)
+    context, one_thread = get_context("spawn"), (1,)
+    with ProcessPoolExecutor(options.jobs, context, torch.set_num_threads, one_thread) as pool:
+        pending: set[Future[Record]] = {pool.submit(run, config) for config in islice(left, options.jobs)}
+        while pending:
+            finished, pending = wait(pending, return_when=FIRST_COMPLETED)
+            for future in finished:
+                if time.monotonic() < deadline:
+                    pending |= {pool.submit(run, config) for config in islice(left, 1)}
+                yield future.result()

@@ -1,0 +1,126 @@
+"""Tables and picture of docs/results.md: what each method loses against plain Lion, seed by seed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean, stdev
+
+from reporting.pages import OURS, OURS_TOO, PAGE, PEERS, draw_bars, insert, markdown_table, new_figure, save_figure
+from reporting.records import Record, RecordsError, write_records
+from scipy import stats
+
+from study.training import METHODS, PLAIN_VOTE, REFERENCE
+
+CONFIDENCE = 0.95
+# task, shards, workers
+Cell = tuple[str, str, int]
+
+
+def write_report(records: Sequence[Record], folder: Path, page: Path = PAGE) -> None:
+    """Write study.jsonl and study.png into ``folder`` and the tables into ``page``.
+
+    Raises RecordsError where no cell has the reference and another method.
+    """
+    trainings = [record for record in records if record["kind"] == "training"]
+    cells = cells_of(trainings)
+    if not any(difference(trainings, cell, method) for cell in cells for method in METHODS):
+        raise RecordsError(f"expected runs of {REFERENCE} and another method with the same seed, got none")
+    write_records(folder / "study.jsonl", records)
+    insert(page, "study", f"{loss_table(trainings, cells)}\n\n{share_table(trainings, cells)}")
+    shown = [cell for cell in cells if cell[2] == 4] or cells
+    figure, axes = new_figure(len(shown), height=4.2)
+    methods = [name for name in METHODS if any(_settled(trainings, cell, name) is not None for cell in shown)]
+    for axis, cell in zip(axes, shown, strict=True):
+        bars = [(name, _settled(trainings, cell, name), color_of(name)) for name in methods]
+        draw_bars(axis, bars, f"% of loss against Lion, {title_of(cell)}", form="{:+.1f}")
+        if cell != shown[0]:
+            axis.set_yticklabels([])
+    save_figure(figure, folder / "study.png")
+
+
+def _settled(trainings: Sequence[Record], cell: Cell, method: str) -> float | None:
+    """The difference in percent where it is the mean of some seeds."""
+    found = difference(trainings, cell, method)
+    return None if found is None or found[2] < 3 else 100 * found[0]
+
+
+def cells_of(trainings: Sequence[Record]) -> list[Cell]:
+    """Cells with the task's own batch, sorted."""
+    found = {(t["task"], t["shards"], t["workers"]) for t in trainings}
+    return sorted(found, key=lambda cell: (cell[0] != "text", cell))
+
+
+def losses(trainings: Sequence[Record], cell: Cell, method: str) -> dict[int, float]:
+    """Final loss by seed."""
+    chosen = [t for t in trainings if (t["task"], t["shards"], t["workers"], t["method"]) == (*cell, method)]
+    return {t["seed"]: t["loss"] for t in chosen}
+
+
+def difference(trainings: Sequence[Record], cell: Cell, method: str) -> tuple[float, float, int] | None:
+    """Mean of loss / reference - 1 over common seeds, half its Student interval, and the number of seeds."""
+    ours, reference = losses(trainings, cell, method), losses(trainings, cell, REFERENCE)
+    values = [ours[seed] / reference[seed] - 1 for seed in sorted(ours.keys() & reference.keys())]
+    if method == REFERENCE or not values:
+        return None
+    count = len(values)
+    if count == 1:
+        return values[0], math.inf, 1
+    quantile = float(stats.t.ppf((1 + CONFIDENCE) / 2, count - 1))
+    return fmean(values), quantile * stdev(values) / math.sqrt(count), count
+
+
+def bytes_ratio(trainings: Sequence[Record], cell: Cell, method: str) -> float:
+    """How many times fewer bytes than an all-reduce of fp32."""
+    chosen = [t for t in trainings if (t["task"], t["shards"], t["workers"], t["method"]) == (*cell, method)]
+    return fmean(t["fp32_bytes_per_step"] / t["bytes_per_step"] for t in chosen)
+
+
+def loss_table(trainings: Sequence[Record], cells: Sequence[Cell]) -> str:
+    """Loss against the reference by method and cell: mean, half of the 95 % interval, seeds."""
+    rows = []
+    for method in METHODS:
+        found = [difference(trainings, cell, method) for cell in cells]
+        if any(found):
+            first = next(cell for cell, one in zip(cells, found, strict=True) if one)
+            ratio = f"{bytes_ratio(trainings, first, method):.1f}"
+            rows.append((method, ratio, *("" if one is None else text_of(*one) for one in found)))
+    return markdown_table(("method", "fewer bytes", *map(title_of, cells)), rows)
+
+
+def text_of(mean: float, half: float, count: int) -> str:
+    """ "+0.6 ±0.2 (32)" in percent."""
+    spread = "" if math.isinf(half) else f" ±{100 * half:.1f}"
+    return f"{100 * mean:+.1f}{spread} ({count})"
+
+
+def share_table(trainings: Sequence[Record], cells: Sequence[Cell]) -> str:
+    """The share of what plain votes lose that a method wins back, on skewed shards, over common seeds."""
+    skewed = [cell for cell in cells if cell[1] == "skewed"]
+    rows = []
+    for method in METHODS:
+        shares = [_share(trainings, cell, method) for cell in skewed]
+        if METHODS[method].sync is not None and any(shares):
+            rows.append((method, *("" if share is None else f"{share:.0%}" for share in shares)))
+    return markdown_table(("won back by", *map(title_of, skewed)), rows)
+
+
+def _share(trainings: Sequence[Record], cell: Cell, method: str) -> float | None:
+    ours, votes, reference = (losses(trainings, cell, name) for name in (method, PLAIN_VOTE, REFERENCE))
+    seeds = ours.keys() & votes.keys() & reference.keys()
+    if len(seeds) < 3:
+        return None
+    return sum(votes[s] - ours[s] for s in seeds) / sum(votes[s] - reference[s] for s in seeds)
+
+
+def title_of(cell: Cell) -> str:
+    """A cell in words."""
+    return f"{cell[0]}, {'equal' if cell[1] == 'iid' else cell[1]}, {cell[2]} workers"
+
+
+def color_of(method: str) -> str:
+    """Dark for synchronized momentum, light for other compressions."""
+    if METHODS[method].compression is None:
+        return PEERS
+    return OURS_TOO if METHODS[method].sync is None else OURS

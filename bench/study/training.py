@@ -1,0 +1,195 @@
+"""The methods that are compared, and one run of one of them with its losses and bytes."""
+
+from __future__ import annotations
+
+import math
+import time
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lioncub import BySize, Lion, LionCub, MomentumSync, Quantized, SignMean, SignVote, TernaryVote
+from lioncub.simulate import Workers
+from study.tasks import TASKS
+
+BETAS, WEIGHT_DECAY, WARM_UP_STEPS = (0.9, 0.99), 0.1, 20
+REFERENCE, PLAIN_VOTE = "Lion", "SignVote"
+
+
+@dataclass(frozen=True)
+class Method:
+    """How workers' gradients become a step. Without a compression, they are averaged in full precision.
+
+    ``lr`` is a multiple of the task's, the best of 0.5, 1 and 2 (AdamW: 2, 4 and 8) on equal shards.
+    """
+
+    compression: Any = None
+    sync: MomentumSync | None = None
+    lr: float = 1.0
+
+
+def _staggered(every: int, **options: Any) -> MomentumSync:
+    return MomentumSync(every=every, schedule="staggered", dtype="int8", **options)
+
+
+_SHARED_LEVELS = Quantized(bits=2, norm="l2", stochastic=True, block=64, share_scales_every=8)
+METHODS = {
+    REFERENCE: Method(),
+    "AdamW": Method(lr=4.0),
+    PLAIN_VOTE: Method(SignVote()),
+    # what LionCub takes unless told otherwise
+    "BySize": Method(BySize()),
+    "SignMean": Method(SignMean()),
+    "TernaryVote": Method(TernaryVote()),
+    "2-bit l1": Method(Quantized(bits=2, norm="l1")),
+    "2-bit linf": Method(Quantized(bits=2, norm="linf"), lr=2.0),
+    "4-bit l1": Method(Quantized(bits=4, norm="l1")),
+    "4-bit linf": Method(Quantized(bits=4, norm="linf")),
+    "SignVote + staggered 64 int8": Method(SignVote(), _staggered(64)),
+    "SignVote + staggered 32 int8": Method(SignVote(), _staggered(32)),
+    "SignVote + staggered 16 int8": Method(SignVote(), _staggered(16)),
+    # the most that a fifteenth of fp32's bytes leaves room for
+    "SignVote + staggered 9 int8": Method(SignVote(), _staggered(9)),
+    "SignVote + staggered 4 int8": Method(SignVote(), _staggered(4)),
+    "SignVote + every 1 fp32": Method(SignVote(), MomentumSync()),
+    "SignVote + auto 0.25": Method(SignVote(), _staggered(8, select="auto", budget=0.25)),
+    "SignVote + auto 1.0": Method(SignVote(), _staggered(4, select="auto", budget=1.0)),
+    "2-bit l2 shared + staggered 32 int8": Method(_SHARED_LEVELS, _staggered(32)),
+    "2-bit l2 shared + staggered 16 int8": Method(_SHARED_LEVELS, _staggered(16)),
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    """All that a run is a function of."""
+
+    task: str
+    shards: str
+    workers: int
+    batch: int
+    method: str
+    seed: int
+    lr: float
+
+
+def config_of(task: str, shards: str, workers: int, method: str, seed: int) -> Config:
+    """A run with the task's batch and the method's learning rate."""
+    # on digits twice the rate was better for AdamW
+    factor = 2.0 if (task, method) == ("digits", "AdamW") else METHODS[method].lr
+    return Config(task, shards, workers, TASKS[task].batch, method, seed, float(f"{TASKS[task].lr * factor:.4g}"))
+
+
+def schedule(step: int, steps: int) -> float:
+    """Linear warm-up, then a cosine to zero."""
+    if step < WARM_UP_STEPS:
+        return (step + 1) / WARM_UP_STEPS
+    return 0.5 * (1 + math.cos(math.pi * (step - WARM_UP_STEPS) / (steps - WARM_UP_STEPS)))
+
+
+def run(config: Config, steps: int | None = None) -> dict[str, Any]:
+    """Train, for the task's steps unless given; returns a record with the loss and bytes per step and worker.
+
+    All workers have the same parameters, so their gradients are computed on those of the first one.
+    """
+    began = time.perf_counter()
+    task, method, size = TASKS[config.task], METHODS[config.method], config.workers
+    steps = steps or task.steps
+    model = task.model(config.seed)
+    parameters = sum(p.numel() for p in model.parameters())
+    # of a ring all-reduce
+    fp32_bytes = 2 * (size - 1) / size * 4 * parameters
+    with ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng(devices=[]))
+        trainer = _Averaged(model, config) if method.compression is None else _Voting(model, method, config, stack)
+        sent = 0.0
+        for step in range(steps):
+            trainer.set_lr(config.lr * schedule(step, steps))
+            for rank in range(size):
+                batch = task.batch_of(config.seed, config.shards, size, config.batch, rank, step)
+                task.loss(model, batch).backward()
+                trainer.collect(rank)
+            sent += trainer.step() or fp32_bytes
+        return {
+            "kind": "training",
+            **asdict(config),
+            "loss": task.validation_loss(model),
+            "bytes_per_step": sent / steps,
+            "fp32_bytes_per_step": fp32_bytes,
+            "seconds": time.perf_counter() - began,
+        }
+
+
+class _Averaged:
+    """Gradients averaged in full precision, in rank order, and one optimizer."""
+
+    def __init__(self, model: nn.Module, config: Config) -> None:
+        self._params, self._workers = list(model.parameters()), config.workers
+        make = torch.optim.AdamW if config.method == "AdamW" else Lion
+        self._optimizer: torch.optim.Optimizer = make(self._params, betas=BETAS, weight_decay=WEIGHT_DECAY)
+
+    def set_lr(self, lr: float) -> None:
+        """For the step to come."""
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+
+    def collect(self, rank: int) -> None:
+        """Take a worker's gradients: backward has added them to those before."""
+
+    def step(self) -> int:
+        """Average and step; returns 0, since nothing is counted."""
+        for p in self._params:
+            assert p.grad is not None
+            p.grad /= self._workers
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        return 0
+
+
+class _Voting:
+    """A LionCub for every simulated worker."""
+
+    def __init__(self, model: nn.Module, method: Method, config: Config, stack: ExitStack) -> None:
+        names = [name for name, _ in model.named_parameters()]
+        shared = list(model.parameters())
+        clones = ([nn.Parameter(p.detach().clone()) for p in shared] for _ in range(config.workers - 1))
+        self._params = [shared, *clones]
+        self._workers = stack.enter_context(Workers(config.workers))
+        self._optimizers = self._workers.run(
+            lambda rank, group: LionCub(
+                list(zip(names, self._params[rank], strict=True)),
+                betas=BETAS,
+                weight_decay=WEIGHT_DECAY,
+                compression=method.compression,
+                momentum_sync=method.sync,
+                drift_every=25 if method.sync is not None and method.sync.is_auto else None,
+                algorithm="reduce_scatter",
+                process_group=group,
+            )
+        )
+        self._gradients: list[list[Tensor | None]] = [[] for _ in range(config.workers)]
+
+    def set_lr(self, lr: float) -> None:
+        """For the step to come."""
+        for optimizer in self._optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+
+    def collect(self, rank: int) -> None:
+        """Take a worker's gradients off the shared parameters."""
+        self._gradients[rank] = [p.grad for p in self._params[0]]
+        for p in self._params[0]:
+            p.grad = None
+
+    def step(self) -> int:
+        """One step of all workers; returns the bytes that one sends."""
+        for params, gradients in zip(self._params, self._gradients, strict=True):
+            for p, gradient in zip(params, gradients, strict=True):
+                p.grad = gradient
+        self._workers.run(lambda rank, group: self._optimizers[rank].step())
+        for params in self._params:
+            for p in params:
+                p.grad = None
+        return self._optimizers[0].stats().bytes_sent_per_step
