@@ -103,7 +103,7 @@ def compare_versions(versions: Sequence[str], processes: int) -> int:
 
 
 def compile_with(version: str, processes: int) -> list[Record]:
-    """All findings by another version of Triton, in a folder that is removed afterwards."""
+    """Compile all with another version of Triton, in a folder that is removed afterwards."""
     with tempfile.TemporaryDirectory() as folder:
         pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", f"{folder}/site"]
         subprocess.run([*pip, f"triton=={version}"], check=True)

@@ -26,12 +26,12 @@ class Target:
 
     @property
     def name(self) -> str:
-        """Its name in the report, such as "sm_90" or "gfx942"."""
+        """Return its name in the report, such as "sm_90" or "gfx942"."""
         return f"sm_{self.arch}" if self.backend == "cuda" else self.arch
 
     @property
     def warp_size(self) -> int:
-        """Threads that execute an instruction together."""
+        """Return the number of threads that execute an instruction together."""
         return 32 if self.backend == "cuda" else 64
 
 
@@ -46,7 +46,7 @@ TARGETS = {
 
 
 def compile_variant(variant: Variant, target: Target) -> Code:
-    """What `build` gives, read."""
+    """Compile a variant and read its code."""
     compiled = build(variant, target)
     if target.backend == "cuda":
         return read_sass(disassemble(compiled.asm["cubin"]), compiled.asm["ptx"])
@@ -54,7 +54,7 @@ def compile_variant(variant: Variant, target: Target) -> Code:
 
 
 def build(variant: Variant, target: Target) -> Any:
-    """Machine code with data at aligned addresses and whole tiles, as the launchers ask for it."""
+    """Compile for data at aligned addresses and whole tiles, as the launchers ask for it."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -72,7 +72,7 @@ def build(variant: Variant, target: Target) -> Any:
 
 
 def type_of(name: str, variant: Variant) -> str:
-    """What triton calls the type of a kernel's argument."""
+    """Return triton's name of the type of a kernel's argument."""
     if name.isupper():
         return "constexpr"
     if name.endswith("_ptr"):
@@ -81,7 +81,7 @@ def type_of(name: str, variant: Variant) -> str:
 
 
 def disassemble(cubin: bytes) -> str:
-    """SASS and resources of a cubin, by the tool in triton's wheel."""
+    """Return SASS and resources of a cubin, by the tool in triton's wheel."""
     import triton
 
     tool: Any = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"

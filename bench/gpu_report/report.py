@@ -26,13 +26,13 @@ _CLAIMS: dict[str, Callable[[Record], bool]] = {
 
 
 def is_narrow(found: Record) -> bool:
-    """Whether the widest load or store is narrower than a thread's share of some tensor."""
+    """Return whether the widest load or store is narrower than a thread's share of some tensor."""
     narrow = any(found.get(part, WIDE) < found[f"least_{part}"] for part in ("loads", "stores"))
     return narrow and found["label"] not in NARROW
 
 
 def broken_claims(findings: Sequence[Record]) -> dict[str, list[str]]:
-    """By claim, the kernels that break it."""
+    """Return the kernels that break each claim."""
 
     def name_of(found: Record) -> str:
         return ", ".join(filter(None, (found["label"], found["dtype"], found["target"], found["error"])))
@@ -64,12 +64,12 @@ def write_report(records: Sequence[Record], folder: Path, page: Path = PAGE) -> 
 
 
 def _rows(findings: Sequence[Record]) -> list[tuple[str, str]]:
-    """Kernels of fp32 or packed data; other dtypes differ little."""
+    """Return kernels of fp32 or packed data; other dtypes differ little."""
     return list(dict.fromkeys((f["label"], f["dtype"]) for f in findings if f["dtype"] in ("fp32", "codes")))
 
 
 def register_table(findings: Sequence[Record]) -> str:
-    """Registers of a thread by kernel and GPU, and the widest accesses on sm_90."""
+    """Tabulate registers of a thread by kernel and GPU, and the widest accesses on sm_90."""
     rows = []
     for label, dtype in _rows(findings):
         of = {f["target"]: f for f in findings if (f["label"], f["dtype"]) == (label, dtype)}

@@ -44,7 +44,7 @@ class Turns:
                 raise ValueError(f"{name}: expected at least {least}, got {getattr(self, name)}")
 
     def untimed_of(self, method: str) -> int:
-        """Untimed steps; those of plain DDP, which builds its buckets in the first, can take many seconds."""
+        """Return the number of untimed steps, few for plain DDP: they can take seconds each."""
         return min(self.untimed, 2) if method.startswith(("ddp_fp32", "ddp_bf16")) else self.untimed
 
 
@@ -72,13 +72,16 @@ def run_session(
         parse_method(method)
     records: list[Record] = []
     checkouts = {"new": ROOT} | ({"old": old} if old else {})
+    log = ROOT / "runs" / "netlab" / "workers.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    log.write_bytes(b"")
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         lab = stack.enter_context(Lab(session.workers // session.per_host, WARM_UP_RATE, session.per_host))
         crews: dict[str, Crew] = {}
         for i, (code, checkout) in enumerate(checkouts.items()):
             environment = link_library(checkout, folder / code) | {"MASTER_PORT": str(MASTER_PORT + i)}
-            crews[code] = stack.enter_context(Crew(lab, session.model, folder / "workers.log", environment))
+            crews[code] = stack.enter_context(Crew(lab, session.model, log, environment))
             facts = crews[code].ask("facts")[0]
             print(
                 f"{code}: {facts['library']}, {facts['parameters']:,} parameters, {session.workers} workers", flush=True
@@ -116,7 +119,7 @@ def _check(rate: int, crew: Crew) -> float:
 
 
 def _measure(methods: Sequence[str], turns: Turns, crews: Mapping[str, Crew]) -> list[Record]:
-    """All turns at one rate. Every repetition starts with another method, so that none always follows the same one."""
+    """Run all turns at one rate; every repetition starts with another method."""
     found = []
     for repetition in range(turns.repetitions):
         first = repetition % len(methods)
@@ -133,7 +136,7 @@ def _measure(methods: Sequence[str], turns: Turns, crews: Mapping[str, Crew]) ->
 
 
 def table_of(turns: Sequence[Record], title: str) -> str:
-    """Medians of one rate in Markdown; old / new is the median ratio of neighbouring turns, with its range."""
+    """Tabulate medians of one rate; old / new is the median ratio of neighbouring turns, with its range."""
     codes = sorted({turn["code"] for turn in turns})
     header = [title, *(f"{code} ms" for code in codes), *(f"{code} MB sent" for code in codes)]
     header += ["old / new", "range"] if len(codes) == 2 else []
@@ -150,5 +153,5 @@ def table_of(turns: Sequence[Record], title: str) -> str:
 
 
 def medians_of(turns: Sequence[Record]) -> list[float]:
-    """Median seconds of a step in each turn."""
+    """Return the median seconds of a step in each turn."""
     return [median(turn["seconds"]) for turn in turns]

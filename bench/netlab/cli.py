@@ -135,7 +135,7 @@ def _run_clean(options: argparse.Namespace) -> int:
 
 
 def wait_for_all(processes: Sequence[subprocess.Popen[bytes]]) -> int:
-    """0 when all have ended well; else the exit code of the first that did not, as soon as it has ended."""
+    """Return 0 when all have ended well, else the exit code of the first that did not, as soon as it has ended."""
     while True:
         codes = [process.poll() for process in processes]
         for rank, code in enumerate(codes):

@@ -16,7 +16,6 @@ import signal
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
@@ -43,7 +42,7 @@ class LabError(RuntimeError):
 
 
 def parse_rate(text: str) -> int:
-    """ "100mbit" -> 100_000_000 bits per second. Raises ValueError for anything else than a number with a unit."""
+    """Parse "100mbit" to 100_000_000 bits per second. Raises ValueError for anything else than a number with a unit."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)(kbit|mbit|gbit)", text)
     rate = round(float(match[1]) * _UNITS[match[2]]) if match else 0
     if not 10**6 <= rate <= 10**11:
@@ -52,21 +51,12 @@ def parse_rate(text: str) -> int:
 
 
 def rate_name(rate: int) -> str:
-    """100_000_000 -> "100 Mb/s"."""
+    """Return "100 Mb/s" for 100_000_000."""
     return f"{rate / 1e9:g} Gb/s" if rate >= 10**9 else f"{rate / 1e6:g} Mb/s"
 
 
-@dataclass(frozen=True)
-class Shape:
-    """What a token bucket is told: bits per second, bytes that may pass at once, bytes that may wait."""
-
-    rate: int
-    burst_bytes: int
-    queue_bytes: int
-
-
-def shape_of(rate: int) -> Shape:
-    """The token bucket for a link of ``rate`` bits per second.
+def shape_of(rate: int) -> tuple[int, int]:
+    """Return burst and queue in bytes of the token bucket for a link of ``rate`` bits per second.
 
     The burst is 1 ms of traffic, what a late timer of a busy machine costs, and no less than one whole segment: where
     real cards cut segments into frames, the kernel would do it here, in processor time that the workers need. An idle
@@ -74,8 +64,7 @@ def shape_of(rate: int) -> Shape:
     hosts send to one.
     """
     per_second = rate // 8
-    burst = max(per_second // 1000, _LARGEST_SEGMENT + 2048)
-    return Shape(rate, burst, max(per_second // 10, 4 * _LARGEST_SEGMENT))
+    return max(per_second // 1000, _LARGEST_SEGMENT + 2048), max(per_second // 10, 4 * _LARGEST_SEGMENT)
 
 
 def require_abilities() -> None:
@@ -89,7 +78,7 @@ def require_abilities() -> None:
 
 
 def owner_tag(pid: int) -> str | None:
-    """What namespaces of process ``pid`` are named after: its id and when it started; None where it is gone."""
+    """Return what namespaces of process ``pid`` are named after: its id and when it started; None where it is gone."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except (FileNotFoundError, ProcessLookupError):
@@ -99,7 +88,7 @@ def owner_tag(pid: int) -> str | None:
 
 
 def is_stale(namespace: str) -> bool:
-    """Whether ``namespace`` is a lab's whose process is gone."""
+    """Return whether ``namespace`` belongs to a lab whose process is gone."""
     if not namespace.startswith(PREFIX):
         return False
     tag = namespace[len(PREFIX) :].rpartition("-")[0]
@@ -108,19 +97,19 @@ def is_stale(namespace: str) -> bool:
 
 
 def address_of(host: int) -> str:
-    """The IPv4 address of a host, the first of which is host 0."""
+    """Return the IPv4 address of a host, the first of which is host 0."""
     return f"10.77.0.{host + 1}"
 
 
 def shaping_command(namespace: str, device: str, rate: int, verb: str) -> list[str]:
-    """The argv that shapes what leaves through ``device``; ``verb`` is add, or change for a live link."""
-    shape = shape_of(rate)
-    tbf = ["tbf", "rate", f"{rate}bit", "burst", f"{shape.burst_bytes}b", "limit", f"{shape.queue_bytes}b"]
+    """Return the argv that shapes what leaves through ``device``; ``verb`` is add, or change for a live link."""
+    burst, queue = shape_of(rate)
+    tbf = ["tbf", "rate", f"{rate}bit", "burst", f"{burst}b", "limit", f"{queue}b"]
     return ["tc", "-n", namespace, "qdisc", verb, "dev", device, "root", *tbf]
 
 
 def rate_commands(tag: str, hosts: int, rate: int, verb: str) -> list[list[str]]:
-    """The argvs that shape all links in both directions."""
+    """Return the argvs that shape all links in both directions."""
     commands = []
     for host in range(hosts):
         commands.append(shaping_command(f"{PREFIX}{tag}-h{host}", DEVICE, rate, verb))
@@ -129,7 +118,7 @@ def rate_commands(tag: str, hosts: int, rate: int, verb: str) -> list[list[str]]
 
 
 def build_commands(tag: str, hosts: int, rate: int) -> list[list[str]]:
-    """The argvs that build a lab, in order."""
+    """Return the argvs that build a lab, in order."""
     bridge = f"{PREFIX}{tag}-bridge"
     commands = [
         ["ip", "netns", "add", bridge],
@@ -151,19 +140,19 @@ def build_commands(tag: str, hosts: int, rate: int) -> list[list[str]]:
 
 
 def launch_command(namespace: str, host_name: str, command: Sequence[str]) -> list[str]:
-    """The argv that runs ``command`` on a host, under a host name of its own; it is killed when its starter dies."""
+    """Return the argv that runs ``command`` on a host with its own host name; it is killed when its starter dies."""
     rename = 'echo "$0" > /proc/sys/kernel/hostname && exec "$@"'
     inside = ["unshare", "--uts", "setpriv", "--pdeathsig", "KILL", "sh", "-c", rename, host_name]
     return ["ip", "netns", "exec", namespace, *inside, *command]
 
 
 def pinning_command(rank: int, cores: Sequence[int]) -> list[str]:
-    """What in front of an argv keeps worker ``rank`` to its core; workers take the cores by turns."""
+    """Return what before an argv keeps worker ``rank`` on its core; workers take the cores in turn."""
     return ["taskset", "--cpu-list", str(cores[rank % len(cores)])]
 
 
 def worker_environment(rank: int, hosts: int, per_host: int) -> dict[str, str]:
-    """What torch.distributed's env:// and Gloo need to know of worker ``rank``, as torchrun would set it."""
+    """Return the variables of worker ``rank`` for env:// and Gloo, as torchrun sets them."""
     return {
         "RANK": str(rank),
         "WORLD_SIZE": str(hosts * per_host),
@@ -177,7 +166,7 @@ def worker_environment(rank: int, hosts: int, per_host: int) -> dict[str, str]:
 
 
 def run(command: Sequence[str]) -> str:
-    """Standard output of ``command``; LabError with its own words where it fails."""
+    """Run ``command`` and return its standard output. Raises LabError with its own words where it fails."""
     # a session of its own, so that Ctrl-C does not reach it and a step of cleaning up is done or not
     done = subprocess.run(command, capture_output=True, text=True, check=False, start_new_session=True)
     if done.returncode != 0:
@@ -273,11 +262,11 @@ class Lab:
 
     @property
     def workers(self) -> int:
-        """Hosts times workers per host."""
+        """Return the number of workers."""
         return self.hosts * self.per_host
 
     def namespace(self, host: int) -> str:
-        """The name of a host's network namespace."""
+        """Return the name of a host's network namespace."""
         return f"{PREFIX}{self._tag}-h{host}"
 
     def set_rate(self, rate: int) -> None:

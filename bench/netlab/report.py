@@ -61,7 +61,7 @@ def write_report(records: Sequence[Record], folder: Path, page: Path = PAGE) -> 
 
 
 def step_table(turns: Sequence[Record], rates: Sequence[int]) -> str:
-    """Milliseconds of a step by method and rate, and the bytes that a worker sends in it."""
+    """Tabulate milliseconds of a step by method and rate, and the bytes that a worker sends in it."""
     rows = []
     for method in dict.fromkeys(turn["method"] for turn in turns):
         cells = []
@@ -74,7 +74,7 @@ def step_table(turns: Sequence[Record], rates: Sequence[int]) -> str:
 
 
 def speedup_table(turns: Sequence[Record]) -> str:
-    """Speedup over DDP fp32 with lion-pytorch by workers and model, where a cell has both."""
+    """Tabulate speedup over DDP fp32 with lion-pytorch by workers and model, where a cell has both."""
     methods = ("ddp_fp32", "lioncub", "lioncub_overlap", "no_communication")
     rows = []
     for workers, model in sorted({(t["workers"], t["model"]) for t in turns if t["per_host"] == 1}):
@@ -88,25 +88,25 @@ def speedup_table(turns: Sequence[Record]) -> str:
 
 
 def speedup(turns: Sequence[Record], rate: int, method: str) -> float | None:
-    """Median ratio of paired turns; None where the cell has none."""
+    """Return the median ratio of paired turns; None where the cell has none."""
     base, other = medians_of(of(turns, rate, BASELINE)), medians_of(of(turns, rate, method))
     return median_ratio(base, other)[0] if base and len(base) == len(other) else None
 
 
 def of(turns: Sequence[Record], rate: int, method: str) -> list[Record]:
-    """The turns of one method at one rate."""
+    """Return the turns of one method at one rate."""
     return [turn for turn in turns if (turn["rate"], turn["method"]) == (rate, method)]
 
 
 def title_of(method: str) -> str:
-    """A method in words."""
+    """Name a method in words."""
     algorithm = method.removeprefix("lioncub").removesuffix("_overlap").removeprefix("_")
     words = f"LionCub {algorithm}".strip() + (", overlap" if method.endswith("_overlap") else "")
     return TITLES.get(method, words)
 
 
 def color_of(method: str) -> str:
-    """Ours in blue, those that overlap in the darker one."""
+    """Return blue for ours, a darker one for those that overlap."""
     if not method.startswith("lioncub"):
         return PEERS
     return OURS if method.endswith("_overlap") else OURS_TOO

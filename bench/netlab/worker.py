@@ -7,14 +7,12 @@ from __future__ import annotations
 
 import gc
 import inspect
-import json
 import os
-import socket
-import sys
 import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
+from multiprocessing.connection import Connection
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -57,7 +55,7 @@ class GPT(nn.Module):
         nn.init.normal_(self.embedding.weight, std=0.02)
 
     def forward(self, windows: Tensor) -> Tensor:
-        """Mean loss of predicting each next byte of int64 [batch, context + 1]."""
+        """Return the mean loss of predicting each next byte of int64 [batch, context + 1]."""
         hidden = self.embedding(windows[:, :-1]) + self.position
         mask = nn.Transformer.generate_square_subsequent_mask(CONTEXT)
         for layer in self.layers:
@@ -67,7 +65,7 @@ class GPT(nn.Module):
 
 
 def under_ddp(model: nn.Module, name: str) -> DistributedDataParallel:
-    """The model under DDP with the communication hook that the method's name asks for."""
+    """Wrap the model in DDP with the communication hook that the method's name asks for."""
     is_power = name == "ddp_powersgd"
     # PowerSGD takes all gradients in one bucket
     bucket_mb = 4096 if is_power else None
@@ -82,7 +80,7 @@ def under_ddp(model: nn.Module, name: str) -> DistributedDataParallel:
 
 
 def lion_cub(params: Any, algorithm: str, bucket_mb: float | None, overlap: bool) -> torch.optim.Optimizer:
-    """LionCub with one-bit votes on all tensors, by the arguments that the measured version has."""
+    """Make a LionCub with one-bit votes on all tensors, by the arguments that the measured version has."""
     transport: dict[str, Any] = {"algorithm": algorithm} | ({} if bucket_mb is None else {"bucket_mb": bucket_mb})
     if "comm" in inspect.signature(lioncub.LionCub).parameters:
         transport = {"comm": lioncub.Comm(**transport)}
@@ -173,9 +171,9 @@ class Worker:
 
 
 def parse_method(name: str) -> tuple[str, float | None, bool] | None:
-    """ "lioncub_reduce_scatter_overlap:0.25" -> ("reduce_scatter", 0.25, True): algorithm, MiB of a bucket, overlap.
+    """Parse "lioncub_reduce_scatter_overlap:0.25" to algorithm, MiB of a bucket and overlap.
 
-    None for a method without votes. Raises ValueError for a name that does not exist.
+    Returns None for a method without votes. Raises ValueError for a name that does not exist.
     """
     if name in OTHERS:
         return None
@@ -195,24 +193,20 @@ def _sent_bytes() -> int:
 
 
 def serve(channel_number: int, model: str) -> None:
-    """Answer requests, one JSON line each, until the other end closes. Ends the process."""
-    channel = socket.socket(fileno=channel_number)
+    """Answer requests until the other end closes. Ends the process."""
+    channel = Connection(channel_number)
     try:
         worker = Worker(model)
-        for line in channel.makefile("r"):
-            request = json.loads(line)
-            answer = getattr(worker, request.pop("do"))(**request)
-            channel.sendall((json.dumps(answer) + "\n").encode())
+        while True:
+            try:
+                request = channel.recv()
+            except EOFError:
+                break
+            channel.send(getattr(worker, request.pop("do"))(**request))
     except Exception as error:
-        failure = {
-            "rank": int(os.environ["RANK"]),
-            "message": f"{type(error).__name__}: {error}",
-            "traceback": traceback.format_exc(),
-            "time": time.time(),
-        }
-        channel.sendall((json.dumps({"failure": failure}) + "\n").encode())
+        words = {"message": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
+        channel.send({"failure": {"rank": int(os.environ["RANK"]), "time": time.time(), **words}})
         traceback.print_exc()
-        sys.stderr.flush()
         # sys.exit would wait for threads of a group whose peers may hang
         os._exit(1)
     os._exit(0)

@@ -74,7 +74,7 @@ def _read(name: str, store: Path) -> list[Record]:
 
 
 def _stored(name: str, store: Path) -> Path:
-    """A file by its path, or by the name that it was saved under."""
+    """Return a file by its path, or by the name that it was saved under."""
     if name.endswith(".jsonl"):
         return Path(name)
     if not name or "/" in name or name.startswith("."):

@@ -32,7 +32,7 @@ class Change:
         return float(self.old["ratio"] / self.new["ratio"] - 1)
 
     def verdict(self, tolerance: float) -> str:
-        """Past the tolerance, and not by the spread of the rounds: the middle halves of both lie apart."""
+        """Return "slower" or "faster" past the tolerance where the middle halves of the rounds lie apart, else ""."""
         if self.slowdown > tolerance and self.new["high"] < self.old["low"]:
             return "slower"
         faster = self.new["ratio"] / self.old["ratio"] - 1 > tolerance and self.new["low"] > self.old["high"]
@@ -55,7 +55,7 @@ def changes_of(old: Sequence[Record], new: Sequence[Record], *, everything: bool
 
 
 def describe(old: Sequence[Record], new: Sequence[Record], changes: Sequence[Change], tolerance: float) -> str:
-    """The comparison as text: warnings, a table of what changed, a summary."""
+    """Return the comparison as text: warnings, a table of what changed, a summary."""
     lines = [f"{name}: {run[0]['commit'][:12]}, {run[0]['date']}" for name, run in (("old", old), ("new", new))]
     lines += [f"warning: {warning}" for warning in _warnings(old, new)]
     moved = [(change, verdict) for change in changes if (verdict := change.verdict(tolerance))]
@@ -73,7 +73,7 @@ def describe(old: Sequence[Record], new: Sequence[Record], changes: Sequence[Cha
 
 
 def _warnings(old: Sequence[Record], new: Sequence[Record]) -> Iterator[str]:
-    """Differences that can be mistaken for a change of the code."""
+    """Yield differences that can be mistaken for a change of the code."""
     machines: list[Mapping[str, Any]] = [run[0]["machine"] for run in (old, new)]
     for part in sorted({*machines[0], *machines[1]}):
         before, after = (machine.get(part, "none") for machine in machines)
@@ -105,7 +105,7 @@ def run_both(old: Path, only: Sequence[str], rounds: int) -> tuple[list[Record],
 
 
 def merged(runs: Sequence[Sequence[Record]]) -> list[Record]:
-    """Several runs of the same as one: medians, and the widest spread."""
+    """Merge several runs of the same into one: medians, and the widest spread."""
     found = []
     for records in zip(*(run[1:] for run in runs), strict=True):
         low, high = min(record["low"] for record in records), max(record["high"] for record in records)

@@ -37,7 +37,7 @@ def write_report(records: Sequence[Record], folder: Path, page: Path = PAGE) -> 
 
 
 def speed_table(by_name: dict[str, Record], cases: Sequence[str]) -> str:
-    """Ops on 16 Mi elements: time and percent of the stream by dtype, and how often faster than peers."""
+    """Tabulate ops on 16 Mi elements: time and percent of the stream by dtype, and how often faster than peers."""
     rows = []
     for case in cases:
         found = [_find(by_name, case, dtype) for dtype in DTYPES]
@@ -54,7 +54,7 @@ def speed_table(by_name: dict[str, Record], cases: Sequence[str]) -> str:
 
 
 def step_table(by_name: dict[str, Record]) -> str:
-    """Optimizer steps over the parameters of GPT-2 small."""
+    """Tabulate optimizer steps over the parameters of GPT-2 small."""
     steps = [(name[5:].split("/"), record) for name, record in by_name.items() if name.startswith("step:")]
     rows = [(name, layout.replace("_", " "), dtype, *_cells(record)) for (name, layout, dtype), record in steps]
     return markdown_table(("optimizer", "parameters", "dtype", "ms", "%"), rows, text_columns=3)

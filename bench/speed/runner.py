@@ -45,7 +45,7 @@ def run(path: Path, only: Sequence[str]) -> int:
 
 
 def jobs() -> Iterator[Job]:
-    """Kind, name and measurement of all."""
+    """Yield kind, name and measurement of all."""
     timers = {device: Timer(device) for device in ("cpu", "cuda")}
     # tensors of one size and dtype at a time: the largest have gigabytes
     shared: dict[tuple[int, torch.dtype, str], Data] = {}

@@ -16,7 +16,7 @@ _UNRELATED = np.ones(2 * _WASH_BYTES // 8, dtype=np.int64)
 
 @numba.njit(nogil=True)
 def stream(a: Any, b: Any, s: np.float32, times: int) -> None:
-    """a += s*b in place, so many times: each reads 8 bytes and writes 4 per element."""
+    """Add s*b to a in place, so many times: each reads 8 bytes and writes 4 per element."""
     for _ in range(times):
         for j in range(a.size):
             a[j] += s * b[j]
@@ -39,7 +39,7 @@ def read(a: Any, b: Any) -> int:
 
 @numba.njit(nogil=True)
 def philox(n: int) -> int:
-    """The random words of n elements, a multiple of 64, by the kernels' own function; nothing is written."""
+    """Draw the random words of n elements, a multiple of 64, by the kernels' own function; writes nothing."""
     words = np.empty(64, dtype=np.uint32)
     seen = np.uint32(0)
     for start in range(0, n, 64):

@@ -46,7 +46,7 @@ class Plan(NamedTuple):
 
 
 def plan_rounds(bytes_moved: int, call_seconds: float, stream_seconds: float, budget: float) -> Plan:
-    """Rounds for about ``budget`` seconds of a call of that duration: at least 5, but 1 or 2 of what is very slow."""
+    """Plan rounds for about ``budget`` seconds: at least 5, but 1 or 2 of a call that is very slow."""
     is_cold = bytes_moved >= _COLD_BYTES
     # a clock may not have moved
     call_seconds, stream_seconds = max(call_seconds, _TICK), max(stream_seconds, _TICK)
@@ -73,7 +73,7 @@ def keep_freed_memory() -> None:
 
 
 def device_time() -> float:
-    """Wall clock once the GPU has nothing left to do."""
+    """Return the wall clock once the GPU has nothing left to do."""
     torch.cuda.synchronize()
     return time.perf_counter()
 
@@ -91,7 +91,7 @@ class Timer:
         return (a.numpy(), b.numpy()) if self.device == "cpu" else (a, b)
 
     def stream_seconds(self, elements: int, times: int = 1) -> float:
-        """Seconds of the stream over so many elements, so many times."""
+        """Time the stream over so many elements, so many times."""
         a, b = (array[:elements] for array in self._arrays)
         start = self.clock()
         if self.device == "cpu":
@@ -143,7 +143,7 @@ class Timer:
 
 
 def summary(n_bytes: int, seconds: Sequence[float], stream_bytes: int, streams: Sequence[float]) -> Record:
-    """Bandwidth relative to the stream's of the same round: median ``ratio``, quartiles ``low`` and ``high``."""
+    """Return the bandwidth relative to the stream's: median ``ratio`` over rounds, quartiles ``low`` and ``high``."""
     pairs = zip(seconds, streams, strict=True)
     ratios = [(n_bytes / max(call, _TICK)) / (stream_bytes / max(base, _TICK)) for call, base in pairs]
     low, ratio, high = quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else ratios * 3

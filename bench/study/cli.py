@@ -59,7 +59,7 @@ def _path(options: argparse.Namespace) -> Path:
 
 
 def wanted(quick: bool) -> Iterator[Config]:
-    """All runs, seed by seed, so that a study that is cut off has as many of each."""
+    """Yield all runs, seed by seed, so that a study that is cut off has as many of each."""
     for seed in range(3 if quick else SEEDS):
         for task in ("digits",) if quick else TASKS:
             for shards in SHARDS[:1] if quick else SHARDS:
@@ -94,7 +94,7 @@ def carry_out(configs: Iterable[Config], options: argparse.Namespace) -> None:
 
 
 def _records(configs: Sequence[Config], options: argparse.Namespace) -> Iterator[Record]:
-    """Results as they come, of as many processes as jobs; none is begun after the deadline."""
+    """Yield results as they come, of as many processes as jobs; none is begun after the deadline."""
     deadline = time.monotonic() + 3600 * options.hours
     left = iter(configs)
     context, one_thread = get_context("spawn"), (1,)

@@ -41,25 +41,25 @@ def write_report(records: Sequence[Record], folder: Path, page: Path = PAGE) -> 
 
 
 def _settled(trainings: Sequence[Record], cell: Cell, method: str) -> float | None:
-    """The difference in percent where it is the mean of some seeds."""
+    """Return the difference in percent where it is the mean of some seeds."""
     found = difference(trainings, cell, method)
     return None if found is None or found[2] < 3 else 100 * found[0]
 
 
 def cells_of(trainings: Sequence[Record]) -> list[Cell]:
-    """Cells with the task's own batch, sorted."""
+    """Return cells with the task's own batch, sorted."""
     found = {(t["task"], t["shards"], t["workers"]) for t in trainings}
     return sorted(found, key=lambda cell: (cell[0] != "text", cell))
 
 
 def losses(trainings: Sequence[Record], cell: Cell, method: str) -> dict[int, float]:
-    """Final loss by seed."""
+    """Return the final loss by seed."""
     chosen = [t for t in trainings if (t["task"], t["shards"], t["workers"], t["method"]) == (*cell, method)]
     return {t["seed"]: t["loss"] for t in chosen}
 
 
 def difference(trainings: Sequence[Record], cell: Cell, method: str) -> tuple[float, float, int] | None:
-    """Mean of loss / reference - 1 over common seeds, half its Student interval, and the number of seeds."""
+    """Return the mean of loss / reference - 1 over common seeds, half its Student interval, and the number of seeds."""
     ours, reference = losses(trainings, cell, method), losses(trainings, cell, REFERENCE)
     values = [ours[seed] / reference[seed] - 1 for seed in sorted(ours.keys() & reference.keys())]
     if method == REFERENCE or not values:
@@ -72,13 +72,13 @@ def difference(trainings: Sequence[Record], cell: Cell, method: str) -> tuple[fl
 
 
 def bytes_ratio(trainings: Sequence[Record], cell: Cell, method: str) -> float:
-    """How many times fewer bytes than an all-reduce of fp32."""
+    """Return how many times fewer bytes than an all-reduce of fp32 are sent."""
     chosen = [t for t in trainings if (t["task"], t["shards"], t["workers"], t["method"]) == (*cell, method)]
     return fmean(t["fp32_bytes_per_step"] / t["bytes_per_step"] for t in chosen)
 
 
 def loss_table(trainings: Sequence[Record], cells: Sequence[Cell]) -> str:
-    """Loss against the reference by method and cell: mean, half of the 95 % interval, seeds."""
+    """Tabulate loss against the reference by method and cell: mean, half of the 95 % interval, seeds."""
     rows = []
     for method in METHODS:
         found = [difference(trainings, cell, method) for cell in cells]
@@ -90,13 +90,13 @@ def loss_table(trainings: Sequence[Record], cells: Sequence[Cell]) -> str:
 
 
 def text_of(mean: float, half: float, count: int) -> str:
-    """ "+0.6 ±0.2 (32)" in percent."""
+    """Return "+0.6 ±0.2 (32)" in percent."""
     spread = "" if math.isinf(half) else f" ±{100 * half:.1f}"
     return f"{100 * mean:+.1f}{spread} ({count})"
 
 
 def share_table(trainings: Sequence[Record], cells: Sequence[Cell]) -> str:
-    """The share of what plain votes lose that a method wins back, on skewed shards, over common seeds."""
+    """Tabulate the share of what plain votes lose that a method wins back, on skewed shards, over common seeds."""
     skewed = [cell for cell in cells if cell[1] == "skewed"]
     rows = []
     for method in METHODS:
@@ -115,12 +115,12 @@ def _share(trainings: Sequence[Record], cell: Cell, method: str) -> float | None
 
 
 def title_of(cell: Cell) -> str:
-    """A cell in words."""
+    """Name a cell in words."""
     return f"{cell[0]}, {'equal' if cell[1] == 'iid' else cell[1]}, {cell[2]} workers"
 
 
 def color_of(method: str) -> str:
-    """Dark for synchronized momentum, light for other compressions."""
+    """Return a dark blue for synchronized momentum, a light one for other compressions."""
     if METHODS[method].compression is None:
         return PEERS
     return OURS_TOO if METHODS[method].sync is None else OURS

@@ -39,7 +39,7 @@ class Text:
 
     @functools.cached_property
     def _parts(self) -> list[tuple[Tensor, Tensor]]:
-        """Training and validation bytes of each kind."""
+        """Return training and validation bytes of each kind."""
         found = []
         for packages in self.kinds:
             folder = Path(sysconfig.get_paths()["stdlib"])
@@ -52,7 +52,7 @@ class Text:
         return found
 
     def model(self, seed: int) -> nn.Module:
-        """A GPT of 117 thousand parameters."""
+        """Return a GPT of 117 thousand parameters."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = GPT(layers=2, heads=2, width=64, context=self.context)
@@ -64,7 +64,7 @@ class Text:
         return model
 
     def batch_of(self, seed: int, shards: str, workers: int, batch: int, rank: int, step: int) -> tuple[Tensor, ...]:
-        """int64[batch, context + 1] windows."""
+        """Return int64[batch, context + 1] windows."""
         generator = _generator("text", seed, shards, workers, batch, rank, step)
         if shards == "iid":
             chosen = torch.randint(0, len(self.kinds), (batch,), generator=generator).tolist()
@@ -78,7 +78,7 @@ class Text:
         return (torch.stack(rows).long(),)
 
     def loss(self, model: nn.Module, batch: tuple[Tensor, ...]) -> Tensor:
-        """Nats per byte."""
+        """Return the loss in nats per byte."""
         loss: Tensor = model(*batch)
         return loss
 
@@ -92,7 +92,7 @@ class Text:
         return torch.stack(rows, dim=1).flatten(0, 1)
 
     def validation_loss(self, model: nn.Module) -> float:
-        """Nats per byte on 1024 windows of held-out text, as many of each kind."""
+        """Return the loss in nats per byte on 1024 windows of held-out text, as many of each kind."""
         with torch.no_grad():
             return float(model(self._windows))
 
@@ -109,7 +109,7 @@ class _ResNet(nn.Module):
         self.head = nn.Linear(32, 10)
 
     def forward(self, images: Tensor) -> Tensor:
-        """[n, 8, 8] -> logits [n, 10]."""
+        """Map [n, 8, 8] to logits [n, 10]."""
         x = self.blocks[0](self.embedding(images[:, None]))
         x = self.blocks[1](self.halve(x))
         logits: Tensor = self.head(functional.relu(self.norm(x)).mean(dim=(2, 3)))
@@ -135,7 +135,7 @@ class Digits:
 
     @functools.cached_property
     def _data(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Training images [n, 8, 8] in 0..1 and their classes, sorted by class; held-out ones."""
+        """Return training images [n, 8, 8] in 0..1 and their classes, sorted by class; held-out ones."""
         from sklearn.datasets import load_digits
 
         raw = load_digits()
@@ -146,13 +146,13 @@ class Digits:
         return images[train], labels[train], images[held], labels[held]
 
     def model(self, seed: int) -> nn.Module:
-        """A ResNet of 42 thousand parameters."""
+        """Return a ResNet of 42 thousand parameters."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             return _ResNet()
 
     def batch_of(self, seed: int, shards: str, workers: int, batch: int, rank: int, step: int) -> tuple[Tensor, ...]:
-        """(float[batch, 8, 8], int64[batch])."""
+        """Return float[batch, 8, 8] and int64[batch]."""
         images, labels, *_ = self._data
         generator = _generator("digits", seed, shards, workers, batch, rank, step)
         first, last = 0, len(images)
@@ -162,7 +162,7 @@ class Digits:
         return self._disturbed(images[chosen], generator), labels[chosen]
 
     def loss(self, model: nn.Module, batch: tuple[Tensor, ...]) -> Tensor:
-        """Cross-entropy."""
+        """Return the cross-entropy."""
         return functional.cross_entropy(model(batch[0]), batch[1])
 
     @functools.cached_property
@@ -173,13 +173,13 @@ class Digits:
         return torch.cat(disturbed), labels.repeat(copies)
 
     def validation_loss(self, model: nn.Module) -> float:
-        """Cross-entropy on eight disturbed copies of 450 held-out images."""
+        """Return the cross-entropy on eight disturbed copies of 450 held-out images."""
         images, labels = self._held_out
         with torch.no_grad():
             return float(functional.cross_entropy(model(images), labels))
 
     def _disturbed(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        """Shifted by up to a pixel each way, with Gaussian noise."""
+        """Shift by up to a pixel each way, and add Gaussian noise."""
         padded = functional.pad(images, (1, 1, 1, 1))
         shifts = torch.randint(0, 3, (len(images), 2), generator=generator)
         rows = shifts[:, :1] + torch.arange(8)

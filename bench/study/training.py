@@ -76,14 +76,14 @@ class Config:
 
 
 def config_of(task: str, shards: str, workers: int, method: str, seed: int) -> Config:
-    """A run with the task's batch and the method's learning rate."""
+    """Return a run with the task's batch and the method's learning rate."""
     # on digits twice the rate was better for AdamW
     factor = 2.0 if (task, method) == ("digits", "AdamW") else METHODS[method].lr
     return Config(task, shards, workers, TASKS[task].batch, method, seed, float(f"{TASKS[task].lr * factor:.4g}"))
 
 
 def schedule(step: int, steps: int) -> float:
-    """Linear warm-up, then a cosine to zero."""
+    """Return the share of the learning rate: linear warm-up, then a cosine to zero."""
     if step < WARM_UP_STEPS:
         return (step + 1) / WARM_UP_STEPS
     return 0.5 * (1 + math.cos(math.pi * (step - WARM_UP_STEPS) / (steps - WARM_UP_STEPS)))
@@ -131,7 +131,7 @@ class _Averaged:
         self._optimizer: torch.optim.Optimizer = make(self._params, betas=BETAS, weight_decay=WEIGHT_DECAY)
 
     def set_lr(self, lr: float) -> None:
-        """For the step to come."""
+        """Set the learning rate of the next step."""
         for group in self._optimizer.param_groups:
             group["lr"] = lr
 
@@ -139,7 +139,7 @@ class _Averaged:
         """Take a worker's gradients: backward has added them to those before."""
 
     def step(self) -> int:
-        """Average and step; returns 0, since nothing is counted."""
+        """Take the step; returns 0, since nothing is counted."""
         for p in self._params:
             assert p.grad is not None
             p.grad /= self._workers
@@ -172,7 +172,7 @@ class _Voting:
         self._gradients: list[list[Tensor | None]] = [[] for _ in range(config.workers)]
 
     def set_lr(self, lr: float) -> None:
-        """For the step to come."""
+        """Set the learning rate of the next step."""
         for optimizer in self._optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = lr
@@ -184,7 +184,7 @@ class _Voting:
             p.grad = None
 
     def step(self) -> int:
-        """One step of all workers; returns the bytes that one sends."""
+        """Take a step of all workers; returns the bytes that one sends."""
         for params, gradients in zip(self._params, self._gradients, strict=True):
             for p, gradient in zip(params, gradients, strict=True):
                 p.grad = gradient

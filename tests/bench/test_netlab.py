@@ -57,12 +57,11 @@ def test_rates_have_names() -> None:
 
 @pytest.mark.parametrize("rate", RATES)
 def test_a_shape_passes_a_frame_and_queues_a_tenth_of_a_second(rate: int) -> None:
-    shape = shape_of(rate)
-    assert shape.rate == rate
-    assert shape.burst_bytes >= 10 * 1514
+    burst, queue = shape_of(rate)
+    assert burst >= 10 * 1514
     # a burst is sent faster than the rate: it must stay small beside the messages that are timed
-    assert shape.burst_bytes <= max(rate // 8 // 500, 2 * 64 * 1024)
-    assert shape.queue_bytes >= rate // 8 // 10
+    assert burst <= max(rate // 8 // 500, 2 * 64 * 1024)
+    assert queue >= rate // 8 // 10
 
 
 def test_a_lab_is_built_in_namespaces_of_its_own() -> None:
@@ -225,25 +224,26 @@ class Processes:
         return subprocess.Popen([sys.executable, "-c", self.script, command[3]], **options)
 
 
-ANSWER = "import socket, sys; c = socket.socket(fileno=int(sys.argv[1])); c.recv(999); c.sendall({answer}); {end}"
+ANSWER = "import os, sys; from multiprocessing import connection as m; c = m.Connection(int(sys.argv[1])); c.recv(); "
+FAILURE = {"failure": {"rank": 0, "message": "no", "traceback": "", "time": 1}}
 
 
 @pytest.mark.parametrize(
-    ("answer", "end", "words"),
+    ("script", "words"),
     [
-        ('b\'{"failure": {"rank": 0, "message": "no", "traceback": "", "time": 1}}\\n\'', "sys.exit(1)", "failed: no"),
-        ("b''", "sys.exit(3)", "worker 0 ended with exit code 3"),
-        ("b''", "import os; os.kill(os.getpid(), 9)", "worker 0 was killed by SIGKILL"),
+        (f"c.send({FAILURE}); sys.exit(1)", "worker 0 failed: no"),
+        ("sys.exit(3)", "worker 0 ended with exit code 3"),
+        ("os.kill(os.getpid(), 9)", "worker 0 was killed by SIGKILL"),
     ],
 )
-def test_a_worker_that_ends_is_an_error(tmp_path: Path, answer: str, end: str, words: str) -> None:
-    lab: Any = Processes(ANSWER.format(answer=answer, end=end))
+def test_a_worker_that_ends_is_an_error(tmp_path: Path, script: str, words: str) -> None:
+    lab: Any = Processes(ANSWER + script)
     with Crew(lab, "10M", tmp_path / "log", {}) as crew, pytest.raises(WorkerFailedError, match=words):
         crew.ask("facts")
 
 
 def test_answers_come_by_rank(tmp_path: Path) -> None:
-    lab: Any = Processes(ANSWER.format(answer="b'[1,\\n'[:0] + b'{\"x\": 2}\\n'", end="c.recv(9)"))
+    lab: Any = Processes(ANSWER + "c.send({'x': 2})")
     with Crew(lab, "10M", tmp_path / "log", {}) as crew:
         assert crew.ask("facts") == [{"x": 2}]
 
