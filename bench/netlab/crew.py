@@ -15,7 +15,7 @@ from typing import Any
 
 from netlab.lab import Lab, LabError
 
-# after one worker has failed, the others get this long to tell what they saw
+# after one worker has failed, the others get this long to report theirs
 SETTLE_SECONDS = 2.0
 _ENTRY = Path(__file__).with_name("__main__.py")
 
@@ -86,7 +86,7 @@ class Crew:
 
     def _cause(self, failed: Mapping[int, dict[str, Any] | None]) -> WorkerFailedError:
         """Name a worker that was killed, or else the earliest failure: what comes later are its peers' complaints."""
-        told = [failure for failure in failed.values() if failure is not None]
+        reported = [failure for failure in failed.values() if failure is not None]
         where = f"its words are in {self._log}"
         codes = {rank: self._processes[rank].wait(SETTLE_SECONDS) for rank in failed if failed[rank] is None}
         for rank, code in codes.items():
@@ -94,8 +94,8 @@ class Crew:
                 name = signal.Signals(-code).name
                 hint = " (out of memory?)" if name == "SIGKILL" else ""
                 return WorkerFailedError(f"worker {rank} was killed by {name}{hint}; {where}")
-        if told:
-            first = min(told, key=lambda failure: failure["time"])
+        if reported:
+            first = min(reported, key=lambda failure: failure["time"])
             return WorkerFailedError(f"worker {first['rank']} failed: {first['message']}\n{first['traceback']}")
         rank, code = next(iter(codes.items()))
         return WorkerFailedError(f"worker {rank} ended with exit code {code}; {where}")

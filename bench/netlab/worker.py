@@ -20,48 +20,22 @@ from typing import Any
 import lion_pytorch  # type: ignore[import-untyped]
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from demo.gpt import GPT, VOCABULARY
+from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
-from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
 import lioncub
 from netlab.lab import DEVICE
 
-SEED, CONTEXT, VOCABULARY = 1, 64, 256
-# layers and width
-MODELS = {"10M": (8, 320), "25M": (8, 512)}
+SEED, CONTEXT = 1, 64
+_WIDTHS = {"10M": 320, "25M": 512}
+MODELS = {name: {"layers": 8, "heads": 8, "width": width, "context": CONTEXT} for name, width in _WIDTHS.items()}
 OPTIONS: dict[str, Any] = {"lr": 1e-4, "betas": (0.9, 0.99), "weight_decay": 0.1}
 ALGORITHMS = ("auto", "all_gather", "reduce_scatter", "all_reduce", "hierarchical")
 OTHERS = ("no_communication", "ddp_fp32_lion_pytorch", "ddp_fp32", "ddp_bf16", "ddp_powersgd")
 _STATISTICS = Path("/sys/class/net") / DEVICE / "statistics"
-
-
-class GPT(nn.Module):
-    """A decoder over bytes of standard layers, without biases; its output matrix is the embedding."""
-
-    def __init__(self, layers: int, width: int) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(VOCABULARY, width)
-        self.position = nn.Parameter(torch.zeros(CONTEXT, width))
-        self.layers = nn.ModuleList(
-            nn.TransformerEncoderLayer(
-                width, width // 64, 4 * width, 0.0, "gelu", batch_first=True, norm_first=True, bias=False
-            )
-            for _ in range(layers)
-        )
-        self.norm = nn.LayerNorm(width, bias=False)
-        nn.init.normal_(self.embedding.weight, std=0.02)
-
-    def forward(self, windows: Tensor) -> Tensor:
-        """Return the mean loss of predicting each next byte of int64 [batch, context + 1]."""
-        hidden = self.embedding(windows[:, :-1]) + self.position
-        mask = nn.Transformer.generate_square_subsequent_mask(CONTEXT)
-        for layer in self.layers:
-            hidden = layer(hidden, src_mask=mask, is_causal=True)
-        logits = functional.linear(self.norm(hidden), self.embedding.weight)
-        return functional.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())
 
 
 def under_ddp(model: nn.Module, name: str) -> DistributedDataParallel:
@@ -96,7 +70,7 @@ class Worker:
         torch.manual_seed(SEED)
         self._shape = MODELS[model]
         # all methods train the same memory: what is timed does not depend on the values
-        self._initial = GPT(*self._shape).state_dict()
+        self._initial = GPT(**self._shape).state_dict()
         own = torch.Generator().manual_seed(SEED + 1 + dist.get_rank())
         self._windows = torch.randint(VOCABULARY, (1, CONTEXT + 1), generator=own)
 
@@ -160,7 +134,7 @@ class Worker:
     def _build(self, name: str) -> tuple[nn.Module, torch.optim.Optimizer]:
         """Return module and optimizer on parameters of their own in the shared memory, so that hooks end with them."""
         with torch.device("meta"):
-            model: nn.Module = GPT(*self._shape)
+            model: nn.Module = GPT(**self._shape)
         model.load_state_dict(self._initial, assign=True)
         parsed = parse_method(name)
         if parsed is not None:

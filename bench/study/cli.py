@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from itertools import islice
 from multiprocessing import get_context
@@ -93,16 +93,18 @@ def carry_out(configs: Iterable[Config], options: argparse.Namespace) -> None:
             print(f"{number}/{len(done) + len(left)} {words}", flush=True)
 
 
-def _records(configs: Sequence[Config], options: argparse.Namespace) -> Iterator[Record]:
+def _records(
+    configs: Sequence[Config], options: argparse.Namespace, function: Callable[[Config], Record] = run
+) -> Iterator[Record]:
     """Yield results as they come, of as many processes as jobs; none is begun after the deadline."""
     deadline = time.monotonic() + 3600 * options.hours
     left = iter(configs)
     context, one_thread = get_context("spawn"), (1,)
     with ProcessPoolExecutor(options.jobs, context, torch.set_num_threads, one_thread) as pool:
-        pending: set[Future[Record]] = {pool.submit(run, config) for config in islice(left, options.jobs)}
+        pending: set[Future[Record]] = {pool.submit(function, config) for config in islice(left, options.jobs)}
         while pending:
             finished, pending = wait(pending, return_when=FIRST_COMPLETED)
             for future in finished:
                 if time.monotonic() < deadline:
-                    pending |= {pool.submit(run, config) for config in islice(left, 1)}
+                    pending |= {pool.submit(function, config) for config in islice(left, 1)}
                 yield future.result()

@@ -40,7 +40,7 @@ METHODS = {
     REFERENCE: Method(),
     "AdamW": Method(lr=4.0),
     PLAIN_VOTE: Method(SignVote()),
-    # what LionCub takes unless told otherwise
+    # the default of LionCub
     "BySize": Method(BySize()),
     "SignMean": Method(SignMean()),
     "TernaryVote": Method(TernaryVote()),

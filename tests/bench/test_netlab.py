@@ -196,7 +196,7 @@ def measured_methods(rank: int, world_size: int) -> list[dict[str, Any]]:
     # the group is there already, and so is no interface of the lab's
     dist.init_process_group = lambda *arguments, **options: None  # type: ignore[assignment]
     worker._sent_bytes = lambda: 7  # type: ignore[assignment]
-    MODELS["tiny"] = (1, 64)
+    MODELS["tiny"] = {"layers": 1, "heads": 2, "width": 64, "context": 64}
     found = Worker("tiny")
     assert found.carry(1000)["seconds"] > 0
     methods = ["no_communication", "ddp_fp32_lion_pytorch", "ddp_bf16", "ddp_powersgd", "lioncub", "lioncub_overlap"]

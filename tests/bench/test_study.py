@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -157,10 +159,17 @@ def test_finished_runs_are_kept_and_not_repeated(
     assert cli.main([*command, "--keep-old"]) == 0
 
 
-def test_runs_are_done_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_runs_are_done_side_by_side_until_the_deadline() -> None:
+    configs = [Config("digits", "iid", 2, 2, REFERENCE, seed, 1e-3) for seed in range(4)]
+    short = partial(run, steps=1)
+    options = argparse.Namespace(jobs=2, hours=1.0)
+    assert {record["seed"] for record in cli._records(configs, options, short)} == {0, 1, 2, 3}
     # past the deadline, those that were begun still end
-    assert cli.main(["--quick", "--jobs", "1", "--hours", "1e-9", "--out", str(tmp_path / "x.jsonl")]) == 0
-    assert len(read_records(tmp_path / "x.jsonl")) == 2
+    assert len(list(cli._records(configs, argparse.Namespace(jobs=1, hours=0.0), short))) == 1
+
+
+def test_wrong_input_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["--jobs", "0", "--out", str(tmp_path / "y.jsonl")]) == 1
     assert "expected --jobs of at least 1" in capsys.readouterr().err
     assert cli.main(["--report", "--out", str(tmp_path / "nothing.jsonl")]) == 1
+    assert "No such file" in capsys.readouterr().err
