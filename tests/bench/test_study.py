@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -159,13 +160,22 @@ def test_finished_runs_are_kept_and_not_repeated(
     assert cli.main([*command, "--keep-old"]) == 0
 
 
-def test_runs_are_done_side_by_side_until_the_deadline() -> None:
-    configs = [Config("digits", "iid", 2, 2, REFERENCE, seed, 1e-3) for seed in range(4)]
-    short = partial(run, steps=1)
-    options = argparse.Namespace(jobs=2, hours=1.0)
-    assert {record["seed"] for record in cli._records(configs, options, short)} == {0, 1, 2, 3}
-    # past the deadline, those that were begun still end
-    assert len(list(cli._records(configs, argparse.Namespace(jobs=1, hours=0.0), short))) == 1
+def test_runs_are_done_in_processes() -> None:
+    configs = [Config("digits", "iid", 2, 2, REFERENCE, seed, 1e-3) for seed in range(2)]
+    records = cli._records(configs, argparse.Namespace(jobs=1, hours=1.0), partial(run, steps=1))
+    assert [record["seed"] for record in records] == [0, 1]
+
+
+def test_past_the_deadline_only_those_that_were_begun_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "ProcessPoolExecutor", lambda jobs, *_: ThreadPoolExecutor(jobs))
+    configs = [config_of("digits", "iid", 4, REFERENCE, seed) for seed in range(9)]
+
+    def done(hours: float) -> set[int]:
+        options = argparse.Namespace(jobs=2, hours=hours)
+        return {record["seed"] for record in cli._records(configs, options, lambda config: {"seed": config.seed})}
+
+    assert done(1.0) == set(range(9))
+    assert done(0.0) == {0, 1}
 
 
 def test_wrong_input_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
