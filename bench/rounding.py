@@ -22,7 +22,7 @@ from study.training import schedule
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from lioncub import LionCub
+from lioncub import LionCub, Precision
 from lioncub.simulate import Workers
 
 WORKERS, BATCH = 2, 8
@@ -46,7 +46,11 @@ def train(dtype: torch.dtype, options: dict[str, Any], lr: float, steps: int, se
     with Workers(WORKERS) as workers:
         optimizers = workers.run(
             lambda rank, group: LionCub(
-                replicas[rank].named_parameters(), lr, weight_decay=0.1, process_group=group, **options
+                replicas[rank].named_parameters(),
+                lr,
+                weight_decay=0.1,
+                process_group=group,
+                precision=Precision(**options),
             )
         )
         for step in range(steps):

@@ -1,36 +1,40 @@
-"""Collectives of packed votes on torch.distributed: how messages travel, and which way is cheapest."""
+"""Collectives of packed votes on torch.distributed: the algorithms, and which one is cheapest."""
 
+from lioncub.collectives.agreement import HANDSHAKE_BYTES, WorkersDisagreeError, handshake
 from lioncub.collectives.average import average_
-from lioncub.collectives.codes import Codes
-from lioncub.collectives.cost import ALGORITHMS, Costs, Link, LinkCosts, bytes_sent, choose, default_costs
-from lioncub.collectives.errors import WorkersDisagreeError
-from lioncub.collectives.handshake import HANDSHAKE_BYTES, handshake
-from lioncub.collectives.profile import Profile
-from lioncub.collectives.routes import Routes
-from lioncub.collectives.topology import Topology, find_topology
-from lioncub.collectives.traffic import traffic
+from lioncub.collectives.codes import CodeFormat
+from lioncub.collectives.cost import (
+    ALGORITHMS,
+    Costs,
+    Link,
+    bytes_by_level,
+    bytes_sent,
+    choose,
+    default_costs,
+)
+from lioncub.collectives.groups import ProcessGroups, Topology, find_topology
+from lioncub.collectives.probe import Profile
 from lioncub.collectives.vote import PendingVote, Voter, vote, vote_async
 
 __all__ = [
     "ALGORITHMS",
     "HANDSHAKE_BYTES",
-    "Codes",
+    "CodeFormat",
     "Costs",
     "Link",
-    "LinkCosts",
     "PendingVote",
+    "ProcessGroups",
     "Profile",
-    "Routes",
     "Topology",
     "Voter",
     "WorkersDisagreeError",
     "average_",
+    "bytes_by_level",
     "bytes_sent",
     "choose",
     "default_costs",
     "find_topology",
     "handshake",
-    "traffic",
     "vote",
     "vote_async",
 ]

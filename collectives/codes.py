@@ -1,22 +1,25 @@
-"""What an exchange carries: codes of a few bits up, and what is made of their sum down."""
+"""The format of codes on the wire, and how everyone's codes are combined: one meaning for every algorithm."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from torch import Tensor
+
+from lioncub.kernels import add_codes, majority_of_fields, majority_vote, ternary_of_fields
 from lioncub.kernels.layout import CODE_BITS, field_bits, largest_level
 
 RESULTS = ("majority", "ternary", "sum")
 
 
 @dataclass(frozen=True)
-class Codes:
+class CodeFormat:
     """The format of an exchange.
 
     Args:
-        bits: width of a worker's code: 1 for signs, which count +1 and -1; 2, 4 or 8 for levels -K..K as `quantize`
+        bits: width of a rank's code: 1 for signs, which count +1 and -1; 2, 4 or 8 for levels -K..K as `quantize`
             packs them.
-        result: what every worker gets: "majority" (the sign of the sum in one bit, ties by the parity bit), "ternary"
+        result: the code of the result: "majority" (the sign of the sum in one bit, ties by the parity bit), "ternary"
             (1 + the sign of the sum, in 2 bits) or "sum" (the sum of the stored codes, in fields that hold any of it).
     """
 
@@ -53,5 +56,40 @@ class Codes:
             return self.field_bits(workers)
         return 1 if self.result == "majority" else 2
 
+    def result_value(self, workers: int) -> tuple[int, int, int]:
+        """(step, offset, divisor): a code of the result stands for the direction ``(step*code - offset) / divisor``."""
+        if self.result == "majority":
+            return 2, 1, 1
+        return (1, 1, 1) if self.result == "ternary" else (*self.value(workers), workers)
 
-VOTES = Codes()
+
+VOTES = CodeFormat()
+
+
+def combine_codes(
+    messages: Tensor, form: CodeFormat, workers: int, parity: int | Tensor, counts: Tensor, impl: str
+) -> Tensor:
+    """Return the result of everyone's packed codes uint8[workers, bits*B], uint8[result_bits*B].
+
+    ``parity`` decides ties of majorities. Adds (ties, unanimous) to int64[2] ``counts``: sums of zero, and largest or
+    least sums.
+    """
+    if form.are_votes:
+        return majority_vote(messages, parity=parity, counts=counts, impl=impl)
+    fields = add_codes(messages, bits=form.bits, field_bits=form.field_bits(workers), impl=impl)
+    return combine_fields(fields, form, workers, parity, counts, impl)
+
+
+def combine_fields(
+    fields: Tensor, form: CodeFormat, workers: int, parity: int | Tensor, counts: Tensor, impl: str
+) -> Tensor:
+    """`combine_codes` from the sums of all codes, in the narrowest fields that hold them."""
+    width, largest = form.field_bits(workers), form.largest * workers
+    if form.result == "majority":
+        # a sum of zero is half of the largest one, whatever the width of the codes
+        return majority_of_fields(fields, field_bits=width, voters=largest, parity=parity, counts=counts, impl=impl)
+    step, offset = form.value(workers)
+    signs = ternary_of_fields(
+        fields, field_bits=width, step=step, offset=offset, largest=largest, counts=counts, impl=impl
+    )
+    return fields if form.result == "sum" else signs

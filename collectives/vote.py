@@ -9,214 +9,218 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from lioncub.collectives.algorithms import EXCHANGES
-from lioncub.collectives.codes import VOTES, Codes
-from lioncub.collectives.cost import Costs, bytes_sent, choose, default_costs, rounds_pay
-from lioncub.collectives.exchange import Exchange, Inbox, Tally, Terms
-from lioncub.collectives.handshake import agreement
-from lioncub.collectives.header import Header, check_agreement, decode_headers, encode_header, header_bytes
-from lioncub.collectives.routes import Routes
+from lioncub.collectives.agreement import agreement
+from lioncub.collectives.algorithms import VOTES_BY, Exchange, VoteResult, VoteSpec
+from lioncub.collectives.codes import VOTES, CodeFormat
+from lioncub.collectives.cost import Costs, bytes_sent, choose, chunk_bytes, default_costs, rounds_pay
+from lioncub.collectives.groups import ProcessGroups
 from lioncub.collectives.transport import (
-    AVERAGES,
+    SINGLE_AVERAGE,
     SINGLE_VOTES,
     Group,
+    Transport,
     backend_of,
     check_carried,
-    has_point_to_point,
     whole,
 )
-from lioncub.kernels import resolve_impl, tie_parity
+from lioncub.kernels import resolve_impl
 from lioncub.kernels.checks import check_dense
 
 # votes of one group that are in flight at once need messages of different tags; keyed by the group's name
-_TAGS: defaultdict[str, Iterator[int]] = defaultdict(lambda: itertools.cycle(range(SINGLE_VOTES, AVERAGES)))
+_TAGS: defaultdict[str, Iterator[int]] = defaultdict(lambda: itertools.cycle(range(SINGLE_VOTES, SINGLE_AVERAGE)))
 
 
 class Voter:
-    """Carries votes on ``8 * n_bytes`` codes about ``n_tensors`` tensors, without a handshake of its own.
+    """Carries votes on ``8 * n_bytes`` codes without a handshake of its own: all ranks' voters must be the same.
 
-    ``codes`` is their format. The caller has made sure, by `handshake`, that all workers' voters are alike.
-    ``algorithm`` is the one that runs, ``bytes_sent`` the bytes that each worker sends per vote, with headers. Voters
-    whose votes are in flight at once on the same routes need different ``tag`` numbers, below `SINGLE_VOTES`.
-    ``at_once`` says whether messages between single workers are sent all at once or in rounds: unless given, rounds
-    are taken where they are long (`rounds_pay`), and where one of several nodes has several workers. ``device_type``
-    says where messages are, for default costs.
+    ``algorithm`` is the one that runs, ``bytes_sent`` the bytes that each rank sends per vote.
+
+    Args:
+        n_bytes: bytes of one bit per code, a multiple of 8.
+        groups: the process groups.
+        device: of messages.
+        algorithm: as in `vote`.
+        costs: the cost model, for "auto"; stated defaults unless given.
+        form: the format of codes.
+        impl: implementation of the kernels.
+        tag: number of the voter, below `PAYLOADS`; voters in use at once on the same groups need different ones.
+        eager: whether messages between single ranks are sent all at once or in pairs: unless given, in pairs where
+            they are long (`rounds_pay`), and where one of several nodes has several ranks.
+        functional: as in `Transport`.
     """
 
     def __init__(
         self,
         n_bytes: int,
         *,
-        n_tensors: int = 0,
-        routes: Routes,
+        groups: ProcessGroups,
+        device: torch.device,
         algorithm: str = "auto",
         costs: Costs | None = None,
+        form: CodeFormat = VOTES,
         impl: str = "auto",
         tag: int = 0,
-        at_once: bool | None = None,
-        device_type: str = "cpu",
-        codes: Codes = VOTES,
+        eager: bool | None = None,
+        functional: bool = False,
     ) -> None:
         if n_bytes % 8:
             raise ValueError(f"n_bytes: expected a multiple of 8 (a padded message), got {n_bytes}")
-        self.n_bytes, self.n_tensors, self.routes = n_bytes, n_tensors, routes
-        self.header_bytes = header_bytes(n_tensors)
-        costs = costs or default_costs(routes.topology, backend_of(routes.group, device_type))
-        self.codes = codes
-        self.algorithm = choose(algorithm, n_bytes, costs, self.header_bytes, codes)
-        self.bytes_sent = bytes_sent(self.algorithm, n_bytes, routes.topology, self.header_bytes, codes)
-        self._impl, self._tag = impl, tag
-        if at_once is None:
-            seconds = costs.seconds(self.algorithm, n_bytes, self.header_bytes, codes)
-            # single messages would cross the link of a node with several workers once for each of them, a ring once
-            one_level = routes.topology.n_nodes in (1, routes.workers)
-            at_once = one_level and not rounds_pay(seconds, routes.workers)
-        self._at_once = at_once and self.algorithm == "reduce_scatter"
-        self._inbox: Inbox | None = None
+        self.n_bytes, self.form, workers = n_bytes, form, groups.workers
+        costs = costs or default_costs(groups.topology, backend_of(groups.group, device.type))
+        self.algorithm = choose(algorithm, n_bytes, costs, form)
+        self.bytes_sent = bytes_sent(self.algorithm, n_bytes, groups.topology, form)
+        # codes that are counted, pad codes of chunks included
+        chunked = self.algorithm in ("reduce_scatter", "hierarchical")
+        self.counted_codes = 8 * (workers * chunk_bytes(n_bytes, workers) if chunked else n_bytes)
+        if eager is None:
+            # single messages would cross the link of a node with several ranks once for each of them, a ring once
+            one_level = groups.topology.n_nodes in (1, workers)
+            eager = one_level and not rounds_pay(costs.seconds(self.algorithm, n_bytes, form), workers)
+        whole, intra, inter = (
+            None if group is None and level else Transport(group, device, functional=functional)
+            for level, group in enumerate((groups.group, groups.intra, groups.inter))
+        )
+        assert whole is not None
+        self._spec = VoteSpec(n_bytes, form, groups.topology, whole, intra, inter, impl, tag, eager)
+        self._expected: Exchange[VoteResult] | None = None
 
-    def expect(self, device: torch.device) -> None:
-        """Post the receives of the next vote, if that is of use; all workers will start it."""
-        if self._at_once and self._inbox is None and has_point_to_point(self.routes.group, device):
-            self._inbox = Inbox(self.routes, self.n_bytes, self.header_bytes, self._tag, self.codes)
+    def expect(self) -> None:
+        """Post the receives of the next vote, if that is of use; all ranks will start it."""
+        if self._expected is None:
+            phases, n_phases = VOTES_BY[self.algorithm]
+            self._expected = Exchange(phases(self._spec), n_phases)
 
-    def start(
-        self, packed: Tensor, header: Header, status: Tensor | None = None, *, parity: int | None = None
-    ) -> Exchange:
-        """Send ``packed``, uint8[n_bytes * codes.bits]; ties follow ``parity``, that of ``header.step`` unless given.
+    def prepare(self) -> Exchange[VoteResult]:
+        """Return the exchange of one vote, which is started by (packed, parity) as in `start`."""
+        self.expect()
+        exchange, self._expected = self._expected, None
+        assert exchange is not None
+        return exchange
 
-        ``status`` (int32[n_tensors], non-zero where a tensor is not finite) travels in the header.
+    def start(self, packed: Tensor, parity: int | Tensor) -> Exchange[VoteResult]:
+        """Send ``packed``, uint8[n_bytes * bits], which must not change until the result is there.
+
+        A tie at code j gives bit (j + parity) & 1.
         """
-        assert packed.numel() == self.n_bytes * self.codes.bits
-        encoded = encode_header(header, packed.device, status)
-        self.expect(packed.device)
-        inbox, self._inbox = self._inbox, None
-        parity = tie_parity(header.step) if parity is None else parity
-        terms = Terms(parity, self.routes, self._impl, self._tag, inbox, self.codes)
-        return EXCHANGES[self.algorithm](packed, encoded, terms)
+        assert packed.numel() == self.n_bytes * self.form.bits
+        exchange = self.prepare()
+        exchange.start((packed, parity))
+        return exchange
 
 
 class PendingVote:
-    """Handle of a vote under way."""
+    """Handle of a vote in progress."""
 
-    def __init__(self, exchange: Exchange) -> None:
+    def __init__(self, exchange: Exchange[VoteResult]) -> None:
         self._exchange = exchange
 
     def wait(self) -> Tensor:
-        """The packed result, as of `vote`. Raises WorkersDisagreeError on all workers where they disagree."""
-        tally: Tally = self._exchange.result()
-        check_agreement(decode_headers(tally.headers, 0))
-        return tally.packed
+        """Return the packed result, as `vote`."""
+        return self._exchange.result().packed
 
 
 def vote_async(
     packed: Tensor,
     *,
     group: Group = None,
-    routes: Routes | None = None,
+    groups: ProcessGroups | None = None,
     algorithm: str = "auto",
     parity: int = 0,
-    codes: Codes = VOTES,
+    form: CodeFormat = VOTES,
     impl: str = "auto",
 ) -> PendingVote:
     """Start `vote` and return a handle, whose ``wait()`` gives the result; the handshake is over on return.
 
-    Handles started by one worker must be waited for in the same order on all workers.
+    Handles started by one rank must be waited for in the same order on all ranks.
     """
-    whole_group = group if routes is None else getattr(routes, "group", group)
+    whole_group = group if groups is None else getattr(groups, "group", group)
     with agreement(whole_group, packed.device if isinstance(packed, Tensor) else None) as facts:
-        routes = _check_vote(packed, group, routes, algorithm, parity, codes, impl)
+        groups = _check_vote(packed, group, groups, parity, form, impl)
         facts |= {
             "the bytes of the message": packed.numel(),
             "the device type": packed.device.type,
             "the algorithm": algorithm,
-            "the nodes": routes.topology.nodes,
+            "the nodes": groups.topology.nodes,
             "the parity": parity & 1,
-            "the format of codes": codes,
+            "the format of codes": form,
         }
-        voter = Voter(
-            packed.numel() // codes.bits,
-            routes=routes,
-            algorithm=algorithm,
-            impl=impl,
-            device_type=packed.device.type,
-            codes=codes,
+        n_bytes, costs = (
+            packed.numel() // form.bits,
+            default_costs(groups.topology, backend_of(groups.group, packed.device.type)),
         )
-    # the same on all workers, since those that disagreed have raised
-    voter._tag = next(_TAGS[whole(whole_group).group_name])
-    return PendingVote(voter.start(packed, Header(), parity=parity & 1))
+        algorithm = choose(algorithm, n_bytes, costs, form)
+    # only now, since a rank whose vote is refused must not take a number that others do not
+    tag = next(_TAGS[whole(whole_group).group_name])
+    voter = Voter(
+        n_bytes,
+        groups=groups,
+        device=packed.device,
+        algorithm=algorithm,
+        costs=costs,
+        form=form,
+        impl=impl,
+        tag=tag,
+    )
+    return PendingVote(voter.start(packed, parity & 1))
 
 
 def _check_vote(
-    packed: Tensor,
-    group: Group,
-    routes: Routes | None,
-    algorithm: str,
-    parity: int,
-    codes: Codes,
-    impl: str,
-) -> Routes:
-    """The routes of a vote. Raises TypeError or ValueError for arguments that are impossible."""
-    if not isinstance(codes, Codes):
-        raise TypeError(f"codes: expected Codes(...), got {type(codes).__name__}")
+    packed: Tensor, group: Group, groups: ProcessGroups | None, parity: int, form: CodeFormat, impl: str
+) -> ProcessGroups:
+    """Return the groups of a vote. Raises TypeError or ValueError for arguments that are impossible."""
+    if not isinstance(form, CodeFormat):
+        raise TypeError(f"form: expected CodeFormat(...), got {type(form).__name__}")
     if not isinstance(packed, Tensor) or packed.dtype != torch.uint8:
         raise TypeError(f"packed: expected a uint8 tensor, got {getattr(packed, 'dtype', type(packed).__name__)}")
-    if packed.dim() != 1 or not packed.is_contiguous() or packed.numel() % (8 * codes.bits):
+    if packed.dim() != 1 or not packed.is_contiguous() or packed.numel() % (8 * form.bits):
         raise ValueError(
-            f"packed: expected a contiguous tensor of shape (B,), B a multiple of {8 * codes.bits}, got shape "
+            f"packed: expected a contiguous tensor of shape (B,), B a multiple of {8 * form.bits}, got shape "
             f"{tuple(packed.shape)} with strides {packed.stride()}"
         )
     check_dense("packed", packed, (torch.uint8,))
     if isinstance(parity, bool) or not isinstance(parity, int):
         raise TypeError(f"parity: expected an integer, got {type(parity).__name__}")
     resolve_impl(impl, packed.device)
-    if routes is None:
-        routes = Routes.flat(group)
-    elif not isinstance(routes, Routes):
-        raise TypeError(f"routes: expected Routes, got {type(routes).__name__}")
-    elif group is not None and routes.group is not group:
-        raise ValueError("group: expected none, or that of routes, got another")
-    check_carried("packed", packed, routes.group)
-    return routes
+    if groups is None:
+        groups = ProcessGroups.flat(group)
+    elif not isinstance(groups, ProcessGroups):
+        raise TypeError(f"groups: expected ProcessGroups, got {type(groups).__name__}")
+    elif group is not None and groups.group is not group:
+        raise ValueError("group: expected none, or that of groups, got another")
+    check_carried("packed", packed, groups.group)
+    return groups
 
 
 def vote(
     packed: Tensor,
     *,
     group: Group = None,
-    routes: Routes | None = None,
+    groups: ProcessGroups | None = None,
     algorithm: str = "auto",
     parity: int = 0,
-    codes: Codes = VOTES,
+    form: CodeFormat = VOTES,
     impl: str = "auto",
 ) -> Tensor:
-    """The exact majority of all workers' packed one-bit codes (Lion Cub, arXiv 2411.16462, section 1).
+    """Return the exact majority of all ranks' packed one-bit codes (Lion Cub, arXiv 2411.16462, section 1).
 
-    A collective call: every worker of ``group`` calls it with a message of the same size. A handshake of
-    `HANDSHAKE_BYTES` per worker goes first, so that workers that disagree on size, algorithm or parity, or one of whom
-    has wrong arguments, all raise instead of hanging; those who vote on one size over and over save it with `Voter`.
+    A collective: every rank of ``group`` calls it with a message of the same size. A handshake of `HANDSHAKE_BYTES` per
+    rank goes first, so that ranks that disagree on size, algorithm or parity, or one of which has wrong arguments, all
+    raise instead of hanging; those who vote on one size over and over save it with `Voter`.
 
     Args:
-        packed: uint8[B] of packed codes, B a multiple of 8 * ``codes.bits``; not changed.
+        packed: uint8[B] of packed codes, B a multiple of 8 * ``form.bits``; not changed.
         group: process group; the default group unless given.
-        routes: the group with what is known of its nodes, made once by `Routes.find` or `Routes.of_mesh`.
+        groups: the group with its nodes, created once by `ProcessGroups.find` or `ProcessGroups.of_mesh`.
         algorithm: "all_gather" (one phase, everyone votes on everything), "reduce_scatter" (all-to-all of chunks,
-            vote, all-gather), "hierarchical" (the same in two levels, where ``routes`` has nodes), "all_reduce" (a
+            vote, all-gather), "hierarchical" (the same in two levels, where ``groups`` has nodes), "all_reduce" (a
             native sum of counts) or "auto" (the one that the cost model finds fastest).
         parity: a tie at code j gives bit (j + parity) & 1; `tie_parity` gives that of a step.
-        codes: what ``packed`` holds and what is made of it: signs and their majority unless given.
+        form: the format of ``packed`` and of the result: signs and their majority unless given.
         impl: implementation of the voting kernels.
 
     Returns:
-        uint8[B], for other ``codes`` uint8[B * codes.result_bits(N) // codes.bits]: the same on every worker. Raises
-        WorkersDisagreeError on all workers where they disagree.
+        uint8[B], for other formats uint8[B * form.result_bits(N) // form.bits]: the same on every rank. Raises
+        WorkersDisagreeError on all ranks where they disagree.
     """
-    pending = vote_async(
-        packed,
-        group=group,
-        routes=routes,
-        algorithm=algorithm,
-        parity=parity,
-        codes=codes,
-        impl=impl,
-    )
+    pending = vote_async(packed, group=group, groups=groups, algorithm=algorithm, parity=parity, form=form, impl=impl)
     return pending.wait()

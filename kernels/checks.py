@@ -32,14 +32,6 @@ def check_dense(name: str, tensor: Tensor, dtypes: Sequence[torch.dtype]) -> Non
         raise ValueError(f"{name}: expected a tensor with data, got one on the meta device")
 
 
-def check_exp_avg(exp_avg: Tensor, param: Tensor) -> None:
-    """Raise unless ``exp_avg`` is fp32 or of ``param``'s dtype, with its shape, strides and device."""
-    check_float("exp_avg", exp_avg)
-    if exp_avg.dtype not in (torch.float32, param.dtype):
-        raise TypeError(f"exp_avg: expected dtype float32 or {param.dtype} (param's), got {exp_avg.dtype}")
-    check_same_storage_order("exp_avg", exp_avg, "param", param)
-
-
 def check_all_or_none(**arguments: object) -> None:
     """Raise ValueError where only some of the arguments are given."""
     given = [name for name, value in arguments.items() if value is not None]
@@ -109,17 +101,12 @@ def check_rows(name: str, tensor: Tensor, axes: str) -> None:
         raise ValueError(f"{name}: expected rows of adjacent bytes, got strides {tensor.stride()}")
 
 
-def check_status(status: Tensor | None, peer: Tensor | None, n_tensors: int = 1) -> None:
-    """Raise unless ``status`` is None or a contiguous int32 tensor with one element per tensor."""
-    if status is None:
-        return
-    check_dense("status", status, (torch.int32,))
-    if status.shape != (n_tensors,) or not status.is_contiguous():
-        raise ValueError(
-            f"status: expected a contiguous tensor of {n_tensors} element(s), got shape {tuple(status.shape)}"
-        )
-    if peer is not None:
-        check_device("status", status, "grad", peer)
+def check_per_tensor(name: str, flags: Tensor | None, count: int, peer_name: str, peer: Tensor | None) -> None:
+    """Raise unless ``flags`` is None or a contiguous int32[count], one per tensor, on the device of ``peer``."""
+    if flags is not None:
+        check_flat(name, flags, torch.int32, count)
+        if peer is not None:
+            check_device(name, flags, peer_name, peer)
 
 
 def check_integer(name: str, value: Any, least: int | None = 0, most: int | None = None) -> None:

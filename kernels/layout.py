@@ -8,6 +8,8 @@ Pure arithmetic, shared by kernels, collectives, cost model and tests.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 CODE_BITS = (1, 2, 4, 8)
 FIELD_BITS = (1, 2, 4, 8, 16)
 WORD_BYTES = 8
@@ -27,6 +29,11 @@ def packed_bytes(n: int, bits: int = 1, chunks: int = 1) -> int:
         raise ValueError(f"bits: expected one of {CODE_BITS}, got {bits}")
     words = -(-n * bits // (8 * WORD_BYTES))
     return -(-words // chunks) * chunks * WORD_BYTES
+
+
+def code_bytes(sizes: Sequence[int], bits: int = 1) -> list[int]:
+    """``bits * packed_bytes(size)`` for each size, without a call for each."""
+    return [(size + 63) // 64 * 8 * bits for size in sizes]
 
 
 def largest_level(bits: int) -> int:

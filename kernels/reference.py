@@ -13,8 +13,7 @@ from einops import rearrange, reduce
 from torch import Tensor
 
 from lioncub.kernels.layout import largest_level
-from lioncub.kernels.random_bits import Stream, random_words
-from lioncub.kernels.rounding import Streams, round_stochastic
+from lioncub.kernels.rounding import Stream, Streams, random_words, round_stochastic
 from lioncub.kernels.scalars import Mix, round_to_float32
 
 
@@ -34,12 +33,12 @@ def lion_encode(
     beta1: Mix,
     parity: int,
     out: Sequence[Tensor],
-    status: Tensor | None,
+    nonfinite: Tensor | None,
 ) -> None:
-    """out[i] = packed sign codes of tensor i's update; status[i] = 1 where an element of it is not finite."""
+    """out[i] = packed sign codes of tensor i's update; nonfinite[i] = 1 where an element of it is not finite."""
     for i, (m, g, packed) in enumerate(zip(exp_avg, grad, out, strict=True)):
-        update = _mix(beta1, m, g)
-        _flag_nonfinite(update, status, i)
+        update = _ema(beta1, m, g)
+        _flag_nonfinite(update, nonfinite, i)
         pack_signs(update, parity, packed)
 
 
@@ -50,14 +49,14 @@ def lion_encode_(
     beta2: Mix,
     parity: int,
     out: Sequence[Tensor],
-    status: Tensor | None,
+    nonfinite: Tensor | None,
 ) -> None:
     """lion_encode, and exp_avg advances; an element whose update is not finite keeps its momentum."""
     for i, (m, g, packed) in enumerate(zip(exp_avg, grad, out, strict=True)):
-        update = _mix(beta1, m, g)
-        _flag_nonfinite(update, status, i)
+        update = _ema(beta1, m, g)
+        _flag_nonfinite(update, nonfinite, i)
         pack_signs(update, parity, packed)
-        m.copy_(torch.where(update.isfinite(), _mix(beta2, m, g), m.float()))
+        m.copy_(torch.where(update.isfinite(), _ema(beta2, m, g), m.float()))
 
 
 def majority_vote(packed: Tensor, parity: int, out: Tensor, counts: Tensor | None) -> None:
@@ -113,7 +112,7 @@ def ternary_of_fields(
         counts += torch.stack([(sign == 0).sum(), ((codes == 0) | (codes == largest)).sum()])
 
 
-def apply_codes_(
+def lion_apply_(
     param: Sequence[Tensor],
     packed: Sequence[Tensor],
     bits: int,
@@ -133,25 +132,6 @@ def apply_codes_(
     _advance(grad, exp_avg, beta2, rounding)
 
 
-def apply_votes_(
-    param: Sequence[Tensor],
-    packed: Sequence[Tensor],
-    lr: float,
-    decay: float,
-    grad: Sequence[Tensor] | None,
-    exp_avg: Sequence[Tensor] | None,
-    beta2: Mix | None,
-    rounding: Streams | None = None,
-) -> None:
-    """param = param*decay - lr*(+1/-1); where given, exp_avg = beta2*exp_avg + (1-beta2)*grad."""
-    for i, (x, votes) in enumerate(zip(param, packed, strict=True)):
-        up = _unpack_fields(votes, x.numel(), 1) == 1
-        rate = torch.full_like(x, lr, dtype=torch.float32)
-        moved = x.float() * decay - torch.where(up, rate, -rate)
-        _store(x, moved, None if rounding is None else rounding.of_param(i))
-    _advance(grad, exp_avg, beta2, rounding)
-
-
 def lion_step_(
     param: Sequence[Tensor],
     grad: Sequence[Tensor],
@@ -164,11 +144,11 @@ def lion_step_(
 ) -> None:
     """The whole Lion step of one worker; the sign of zero and of NaN is 0."""
     for i, (x, g, m) in enumerate(zip(param, grad, exp_avg, strict=True)):
-        update = _mix(beta1, m, g)
+        update = _ema(beta1, m, g)
         rate = torch.full_like(update, lr)
         step = torch.where(update > 0, rate, 0.0) - torch.where(update < 0, rate, 0.0)
         _store(x, x.float() * decay - step, None if rounding is None else rounding.of_param(i))
-        _store(m, _mix(beta2, m, g), None if rounding is None else rounding.of_momentum(i))
+        _store(m, _ema(beta2, m, g), None if rounding is None else rounding.of_worker(i))
 
 
 def block_scale(x: Tensor, norm: str, block: int, scale: Tensor) -> None:
@@ -193,15 +173,18 @@ def lion_block_scale(
 ) -> None:
     """block_scale of each update."""
     for m, g, s in zip(exp_avg, grad, scale, strict=True):
-        block_scale(_mix(beta1, m, g), norm, block, s)
+        block_scale(_ema(beta1, m, g), norm, block, s)
 
 
-def quantize(x: Tensor, scale: Tensor, gain: float, block: int, bits: int, stream: Stream | None, out: Tensor) -> None:
-    """out = packed codes q + K of x[n], q = gain*K*x/scale rounded to even or, with a stream, stochastically."""
+def quantize(
+    x: Tensor, scale: Tensor, gain: float, block: int, bits: int, streams: Streams | None, out: Tensor, i: int = 0
+) -> None:
+    """out = packed codes q + K of x[n], q = gain*K*x/scale rounded to even or, with streams, by the i-th one."""
     level = largest_level(bits)
     factor = torch.where(scale == 0, 0.0, torch.full_like(scale, gain * level) / scale)
     ratio = x.float() * _per_element(factor, block, x.numel())
     ratio = torch.where(ratio.isnan(), 0.0, ratio).clamp(-level, level)
+    stream = None if streams is None else streams.of_worker(i)
     if stream is None:
         q = ratio.round()
     else:
@@ -220,15 +203,15 @@ def lion_quantize(
     gain: float,
     block: int,
     bits: int,
-    streams: Sequence[Stream] | None,
+    streams: Streams | None,
     out: Sequence[Tensor],
-    status: Tensor | None,
+    nonfinite: Tensor | None,
 ) -> None:
-    """quantize of each update; status[i] = 1 where an element of update i is not finite."""
+    """quantize of each update; nonfinite[i] = 1 where an element of update i is not finite."""
     for i, (m, g) in enumerate(zip(exp_avg, grad, strict=True)):
-        update = _mix(beta1, m, g)
-        _flag_nonfinite(update, status, i)
-        quantize(update, scale[i], gain, block, bits, None if streams is None else streams[i], out[i])
+        update = _ema(beta1, m, g)
+        _flag_nonfinite(update, nonfinite, i)
+        quantize(update, scale[i], gain, block, bits, streams, out[i], i)
 
 
 def dequantize(packed: Tensor, scale: Tensor, gain: float, block: int, bits: int, out: Tensor) -> None:
@@ -239,7 +222,7 @@ def dequantize(packed: Tensor, scale: Tensor, gain: float, block: int, bits: int
     out.copy_(q * _per_element(unit, block, out.numel()))
 
 
-def _mix(mix: Mix, state: Tensor, incoming: Tensor) -> Tensor:
+def _ema(mix: Mix, state: Tensor, incoming: Tensor) -> Tensor:
     """fl(fl(kept*state) + fl(new*incoming)) in fp32 (rule 1): two products, one sum, never fused."""
     return mix.kept * state.float() + mix.new * incoming.float()
 
@@ -250,7 +233,7 @@ def _advance(
     """exp_avg = beta2*exp_avg + (1-beta2)*grad, where there are any."""
     if grad is not None and exp_avg is not None and beta2 is not None:
         for i, (m, g) in enumerate(zip(exp_avg, grad, strict=True)):
-            _store(m, _mix(beta2, m, g), None if rounding is None else rounding.of_momentum(i))
+            _store(m, _ema(beta2, m, g), None if rounding is None else rounding.of_worker(i))
 
 
 def _store(out: Tensor, value: Tensor, stream: Stream | None) -> None:
@@ -261,10 +244,10 @@ def _store(out: Tensor, value: Tensor, stream: Stream | None) -> None:
         out.copy_(round_stochastic(value, out.dtype, random_words(stream, out.numel(), out.device)))
 
 
-def _flag_nonfinite(update: Tensor, status: Tensor | None, i: int) -> None:
+def _flag_nonfinite(update: Tensor, nonfinite: Tensor | None, i: int) -> None:
     # a gradient or momentum that is not finite makes the update not finite too, so one test sees all three
-    if status is not None:
-        status[i] |= (~update.isfinite()).any().to(torch.int32)
+    if nonfinite is not None:
+        nonfinite[i] |= (~update.isfinite()).any().to(torch.int32)
 
 
 def _sign_codes(x: Tensor, parity: int) -> Tensor:

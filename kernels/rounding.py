@@ -1,4 +1,9 @@
-"""Stochastic rounding of what is stored in bf16 or fp16: whose random words are taken, and the arithmetic (rule 8)."""
+"""Random words (rule 8), and stochastic rounding of what is stored in bf16 or fp16 by them.
+
+The generator is Philox-4x32-10 (Salmon et al., SC 2011), the same words everywhere. Element j of a stream takes word
+j % 4 of the block whose counter is (j // 4, step, param_id, worker), under the 64-bit seed as key. Nothing is stored,
+so there is nothing to checkpoint.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +12,17 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from lioncub.kernels.checks import check_integer
-from lioncub.kernels.random_bits import MAX_ELEMENTS, Stream
 from lioncub.kernels.scalars import count_scalar, is_elsewhere
 
+ROUNDS = 10
+MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+KEY_INCREMENTS = (0x9E3779B9, 0xBB67AE85)
+MAX_ELEMENTS = 2**34
+_MASK = 0xFFFFFFFF
 # replicas round parameters alike, so their stream is that of a worker that does not exist
 PARAM_WORKER = 2**32 - 1
 # momentum is a worker's own; ranks themselves are the workers of stochastic quantization
@@ -26,15 +36,47 @@ _DROPPED = {torch.bfloat16: 16, torch.float16: 13}
 _LEAST_NORMAL, _BIAS = 0x38800000, 0x38000000
 
 
+class Stream(NamedTuple):
+    """What a stream of random words is a pure function of; each is taken modulo its width (seed 64 bits, others 32)."""
+
+    seed: int
+    worker: int
+    step: int
+    param_id: int
+
+    @property
+    def key(self) -> tuple[int, int]:
+        return self.seed & _MASK, (self.seed >> 32) & _MASK
+
+
+def random_words(stream: Stream, n: int, device: torch.device) -> Tensor:
+    """int64[n] of random integers in 0 .. 2^32 - 1."""
+    blocks = -(-n // 4)
+    c0 = torch.arange(blocks, dtype=torch.int64, device=device)
+    c1, c2, c3 = (torch.full_like(c0, part & _MASK) for part in (stream.step, stream.param_id, stream.worker))
+    k0, k1 = stream.key
+    for _ in range(ROUNDS):
+        # int64 products wrap, but their low 64 bits are those of the unsigned product
+        high0, low0 = _halves(c0 * MULTIPLIERS[0])
+        high1, low1 = _halves(c2 * MULTIPLIERS[1])
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
+        k0, k1 = (k0 + KEY_INCREMENTS[0]) & _MASK, (k1 + KEY_INCREMENTS[1]) & _MASK
+    return rearrange(torch.stack([c0, c1, c2, c3]), "word block -> (block word)")[:n]
+
+
+def _halves(product: Tensor) -> tuple[Tensor, Tensor]:
+    return (product >> 32) & _MASK, product & _MASK
+
+
 @dataclass(frozen=True)
 class Rounding:
     """Round what is stored in bf16 or fp16 stochastically: to either neighbour, so that its mean is the value.
 
-    Random words are a function of (seed, step, tensor, element): the same on all workers for parameters.
+    Random words are a function of (seed, step, param_id, element): the same on all workers for parameters.
 
     Args:
         seed: any integer, taken modulo 2^64.
-        step: the step counter, modulo 2^32; a 0-dim int64 tensor may stand on the parameters' device.
+        step: the step counter, modulo 2^32; or a 0-dim int64 tensor on the parameters' device.
         rank: this worker's, whose momentum is rounded stochastically too; None: momentum is rounded to nearest.
     """
 
@@ -53,33 +95,33 @@ class Rounding:
 
 
 class Streams(NamedTuple):
-    """What a kernel over a list of tensors takes: a stream for each, by its number.
+    """The random streams of a list of tensors: those of its parameters, which no worker owns, and those of a worker.
 
-    ``momentum_worker`` is None where momentum is rounded to nearest.
+    ``worker`` is None where only parameters are rounded.
     """
 
     seed: int
     step: int | Tensor
-    momentum_worker: int | None
-    numbers: Sequence[int]
+    worker: int | None
+    param_ids: Sequence[int]
 
     def of_param(self, i: int) -> Stream:
         """The stream of parameter i; it waits for a device that has the step."""
-        return Stream(self.seed, PARAM_WORKER, int(self.step), self.numbers[i])
+        return Stream(self.seed, PARAM_WORKER, int(self.step), self.param_ids[i])
 
-    def of_momentum(self, i: int) -> Stream | None:
-        """The stream of momentum i, as in `of_param`."""
-        if self.momentum_worker is None:
-            return None
-        return Stream(self.seed, self.momentum_worker, int(self.step), self.numbers[i])
+    def of_worker(self, i: int) -> Stream | None:
+        """The worker's stream for tensor i, as in `of_param`."""
+        return None if self.worker is None else Stream(self.seed, self.worker, int(self.step), self.param_ids[i])
 
 
-# a registered op's arguments: int64 [seed, worker of momentum], the step, and the tensors' numbers
+# a registered op's arguments: int64 [seed, worker], the step, and the parameters' ids; streams_of is the inverse
 Arguments = tuple[Tensor | None, Tensor | None, Sequence[int]]
 
 
-def rounding_arguments(rounding: Rounding | None, tensors: Sequence[int] | None, param: Sequence[Tensor]) -> Arguments:
-    """What a registered op takes; ``tensors`` are the numbers of ``param``, their places unless given.
+def rounding_arguments(
+    rounding: Rounding | None, param_ids: Sequence[int] | None, param: Sequence[Tensor]
+) -> Arguments:
+    """Return the streams to round by as a registered op takes them; ``param_ids`` are places in ``param`` unless given.
 
     Raises TypeError or ValueError for arguments that are impossible.
     """
@@ -87,41 +129,40 @@ def rounding_arguments(rounding: Rounding | None, tensors: Sequence[int] | None,
         return None, None, ()
     if not isinstance(rounding, Rounding):
         raise TypeError(f"rounding: expected None or Rounding(...), got {type(rounding).__name__}")
-    numbers: Sequence[int] = range(len(param)) if tensors is None else tensors
-    if len(numbers) != len(param):
-        raise ValueError(f"tensors: expected {len(param)} numbers, one per tensor, got {len(numbers)}")
-    longest = max([tensor.numel() for tensor in param], default=0)
-    if longest > MAX_ELEMENTS:
-        raise ValueError(f"rounding: expected at most 2^34 elements in a stream, got {longest}")
     worker = _NEAREST if rounding.rank is None else MOMENTUM_WORKERS + rounding.rank
+    return stream_arguments("rounding", rounding.seed, worker, rounding.step, param_ids, param)
+
+
+def stream_arguments(
+    name: str, seed: int, worker: int, step: int | Tensor, param_ids: Sequence[int] | None, like: Sequence[Tensor]
+) -> Arguments:
+    """Return a stream for each tensor of ``like`` as a registered op takes them; ``name`` is the option that asks."""
+    ids: Sequence[int] = range(len(like)) if param_ids is None else param_ids
+    if len(ids) != len(like):
+        raise ValueError(f"param_ids: expected {len(like)} numbers, one per tensor, got {len(ids)}")
+    for i, param_id in enumerate(ids):
+        if type(param_id) is not int:
+            check_integer("param_id" if len(ids) == 1 else f"param_ids[{i}]", param_id, least=None)
+    check_integer("worker", worker, least=None)
+    check_integer("seed", seed, least=None)
+    longest = max([tensor.numel() for tensor in like], default=0)
+    if longest > MAX_ELEMENTS:
+        raise ValueError(f"{name}: expected at most 2^34 elements in a stream, got {longest}")
     # any integer is taken modulo 2^64, so that a seed from os.urandom is as good as a small one
-    seed = (rounding.seed + 2**63) % 2**64 - 2**63
-    words = torch.tensor([seed, worker], dtype=torch.int64, device="cpu")
-    return words, count_scalar("step", rounding.step), stream_numbers(numbers)
+    signed = [(number + 2**63) % 2**64 - 2**63 for number in (seed, worker)]
+    if not isinstance(step, Tensor):
+        check_integer("step", step, least=None)
+        step = (step + 2**63) % 2**64 - 2**63
+    words = torch.tensor(signed, dtype=torch.int64, device="cpu")
+    return words, count_scalar("step", step), [int(param_id) & _MASK for param_id in ids]
 
 
-def stream_numbers(tensors: Sequence[int]) -> list[int]:
-    """Numbers of tensors as a registered op takes them, modulo 2^32 as in a stream."""
-    for i, number in enumerate(tensors):
-        if type(number) is not int:
-            check_integer(f"tensors[{i}]", number, least=None)
-    return [int(number) & 0xFFFFFFFF for number in tensors]
-
-
-def rounding_of(words: Tensor | None, step: Tensor | None) -> Rounding | None:
-    """What `rounding_arguments` was given."""
+def streams_of(words: Tensor | None, step: Tensor | None, param_ids: Sequence[int]) -> Streams | None:
+    """Return what `stream_arguments` was given, within a registered op; a step on a device is not waited for."""
     if words is None or step is None:
         return None
     seed, worker = words.tolist()
-    return Rounding(seed, step, None if worker == _NEAREST else worker - MOMENTUM_WORKERS)
-
-
-def streams_of(words: Tensor | None, step: Tensor | None, numbers: Sequence[int]) -> Streams | None:
-    """The inverse of `rounding_arguments`, within a registered op; a step on a device is not waited for."""
-    if words is None or step is None:
-        return None
-    seed, worker = words.tolist()
-    return Streams(seed, step if is_elsewhere(step) else int(step), None if worker == _NEAREST else worker, numbers)
+    return Streams(seed, step if is_elsewhere(step) else int(step), None if worker == _NEAREST else worker, param_ids)
 
 
 def round_stochastic(value: Tensor, dtype: torch.dtype, words: Tensor) -> Tensor:

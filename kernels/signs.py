@@ -1,17 +1,36 @@
-"""pack_signs and unpack_signs: floats to one-bit codes and back; which bits stand for zeros and ties."""
+"""Signs of values, and of Lion's updates, as one-bit codes, and back; which bits stand for zeros and ties."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from lioncub.kernels.backends import backend
-from lioncub.kernels.checks import FLOAT_DTYPES, check_float, check_integer, check_packed, storage_order_view
-from lioncub.kernels.layout import packed_bytes
-from lioncub.kernels.registry import mark_written, register
-from lioncub.kernels.scalars import count_scalar, parity_of
+from lioncub.kernels.checks import (
+    FLOAT_DTYPES,
+    check_float,
+    check_integer,
+    check_packed,
+    check_per_tensor,
+    storage_order_view,
+)
+from lioncub.kernels.dispatch import backend, mark_written, register
+from lioncub.kernels.layout import code_bytes, packed_bytes
+from lioncub.kernels.lists import (
+    TensorList,
+    Tensors,
+    check_flat_list,
+    check_float_lists,
+    check_list_types,
+    check_lists_apart,
+    check_starts,
+    code_parts,
+    float_parts,
+    one_or_list,
+)
+from lioncub.kernels.scalars import Scalar, beta_scalar, count_scalar, factor_scalar, mix_of, parity_of
 
 Count = TypeVar("Count", int, Tensor)
 
@@ -59,6 +78,87 @@ def unpack_signs(packed: Tensor, n: int, *, dtype: torch.dtype = torch.float32, 
     return out
 
 
+def lion_encode(
+    exp_avg: Tensor,
+    grad: Tensor,
+    *,
+    beta1: Scalar,
+    parity: int | Tensor = 0,
+    out: Tensor | None = None,
+    nonfinite: Tensor | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """Pack the signs of Lion's update ``beta1*exp_avg + (1-beta1)*grad`` (Chen et al. 2023, arXiv 2302.06675).
+
+    Reads exp_avg and grad once; changes nothing but ``out`` and ``nonfinite``.
+
+    Args:
+        exp_avg: fp32, bf16 or fp16 momentum of grad's shape and storage order.
+        grad: dense fp32, bf16 or fp16 tensor of n elements, taken in storage order.
+        beta1: number in [0, 1] or 0-dim tensor.
+        parity: element j whose update is zero or NaN gets bit (j + parity) & 1; see `abstain_parity`.
+        out: uint8[packed_bytes(n)] to write; allocated unless given.
+        nonfinite: int32[1], set to 1 where any element of grad, exp_avg or the update is not finite; never cleared.
+        impl: "auto", "triton", "cpu" or "reference".
+
+    Returns:
+        ``out``.
+    """
+    out = _codes_of(grad, out)
+    foreach_lion_encode([exp_avg], [grad], beta1=beta1, parity=parity, out=[out], nonfinite=nonfinite, impl=impl)
+    return out
+
+
+def lion_encode_(
+    exp_avg: Tensor,
+    grad: Tensor,
+    *,
+    beta1: Scalar,
+    beta2: Scalar,
+    parity: int | Tensor = 0,
+    out: Tensor | None = None,
+    nonfinite: Tensor | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """`lion_encode`, and in the same pass ``exp_avg = beta2*exp_avg + (1-beta2)*grad``.
+
+    Mutates exp_avg, ``out`` and ``nonfinite``; an element whose update is not finite keeps its momentum.
+    """
+    out = _codes_of(grad, out)
+    check_list_types(exp_avg=[exp_avg], out=[out])
+    check_per_tensor("nonfinite", nonfinite, 1, "grad", grad)
+    betas = beta_scalar("beta1", beta1), beta_scalar("beta2", beta2)
+    _ENCODE_([exp_avg], [grad], *betas, count_scalar("parity", parity), [out], nonfinite, impl)
+    return out
+
+
+def foreach_lion_encode(
+    exp_avg: Tensors,
+    grad: Sequence[Tensor],
+    *,
+    beta1: Scalar,
+    parity: int | Tensor,
+    out: Tensors,
+    nonfinite: Tensor | None = None,
+    grad_scale: Scalar = 1.0,
+    starts: Sequence[int] | None = None,
+    impl: str = "auto",
+) -> None:
+    """`lion_encode` of lists; ``nonfinite`` is int32[n] for n tensors. With ``starts`` momentum and codes are flat."""
+    check_list_types(grad=grad)
+    check_starts(starts, grad)
+    exp_avg, out = one_or_list("exp_avg", exp_avg, starts), one_or_list("out", out, starts)
+    check_per_tensor("nonfinite", nonfinite, len(grad), "grad", None)
+    numbers = beta_scalar("beta1", beta1), count_scalar("parity", parity)
+    _ENCODE(exp_avg, grad, *numbers, out, nonfinite, factor_scalar("grad_scale", grad_scale), starts, impl)
+
+
+def _codes_of(grad: Tensor, out: Tensor | None) -> Tensor:
+    """``out``, or memory for the one-bit codes of ``grad``."""
+    check_float("grad", grad)
+    return torch.empty(packed_bytes(grad.numel()), dtype=torch.uint8, device=grad.device) if out is None else out
+
+
 def _pack(x: Tensor, parity: Tensor, out: Tensor, impl: str) -> None:
     run = backend(impl, x.device)
     if x.numel():
@@ -73,5 +173,68 @@ def _unpack(packed: Tensor, out: Tensor, impl: str) -> None:
     mark_written(out)
 
 
+def _check_encoding(
+    exp_avg: Sequence[Tensor],
+    grad: Sequence[Tensor],
+    out: Sequence[Tensor],
+    nonfinite: Tensor | None,
+    starts: Sequence[int] | None,
+) -> tuple[TensorList, TensorList, TensorList]:
+    g = TensorList(grad)
+    m, sizes = float_parts("exp_avg", exp_avg, starts, g), code_bytes(g.sizes)
+    codes = code_parts("out", out, starts, 1, sizes)
+    check_float_lists(grad=g, exp_avg=m)
+    check_flat_list("out", codes, torch.uint8, sizes, "grad", g)
+    check_per_tensor("nonfinite", nonfinite, len(g), "grad", grad[0] if grad else None)
+    check_lists_apart({"out": codes}, {"grad": g, "exp_avg": m})
+    return m, g, codes
+
+
+def _encode(
+    exp_avg: Sequence[Tensor],
+    grad: Sequence[Tensor],
+    beta1: Tensor,
+    parity: Tensor,
+    out: Sequence[Tensor],
+    nonfinite: Tensor | None,
+    grad_scale: Tensor,
+    starts: Sequence[int] | None,
+    impl: str,
+) -> None:
+    m, g, codes = _check_encoding(exp_avg, grad, out, nonfinite, starts)
+    if grad:
+        run = backend(impl, g.device)
+        run.lion_encode(m, g, mix_of(beta1, grad_scale), parity_of(parity), codes, nonfinite)
+    mark_written(out, nonfinite)
+
+
+def _encode_(
+    exp_avg: Sequence[Tensor],
+    grad: Sequence[Tensor],
+    beta1: Tensor,
+    beta2: Tensor,
+    parity: Tensor,
+    out: Sequence[Tensor],
+    nonfinite: Tensor | None,
+    impl: str,
+) -> None:
+    m, g, codes = _check_encoding(exp_avg, grad, out, nonfinite, None)
+    check_lists_apart({"exp_avg": m}, {"grad": g})
+    if grad:
+        run = backend(impl, g.device)
+        run.lion_encode_(m, g, mix_of(beta1), mix_of(beta2), parity_of(parity), codes, nonfinite)
+    mark_written(exp_avg, out, nonfinite)
+
+
 _PACK = register("pack_signs(Tensor x, Tensor parity, Tensor(a!) out, str impl) -> ()", _pack)
 _UNPACK = register("unpack_signs(Tensor packed, Tensor(a!) out, str impl) -> ()", _unpack)
+_ENCODE = register(
+    "lion_encode(Tensor[] exp_avg, Tensor[] grad, Tensor beta1, Tensor parity, Tensor(a!)[] out, "
+    "Tensor(b!)? nonfinite, Tensor grad_scale, int[]? starts, str impl) -> ()",
+    _encode,
+)
+_ENCODE_ = register(
+    "lion_encode_(Tensor(a!)[] exp_avg, Tensor[] grad, Tensor beta1, Tensor beta2, Tensor parity, "
+    "Tensor(b!)[] out, Tensor(c!)? nonfinite, str impl) -> ()",
+    _encode_,
+)

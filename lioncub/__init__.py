@@ -3,23 +3,28 @@
 from lioncub import simulate
 from lioncub.collectives import WorkersDisagreeError
 from lioncub.compression import BySize, Quantized, SignMean, SignVote, TernaryVote
+from lioncub.config import Comm, Precision
+from lioncub.control import NonFiniteError
 from lioncub.ddp import keep_gradients_local
 from lioncub.lion import Lion
 from lioncub.momentum_sync import MomentumSync
 from lioncub.optimizer import LionCub
 from lioncub.replicas import broadcast_module
 from lioncub.stats import BucketStats, Stats
-from lioncub.voting import NonFiniteError
+from lioncub.transaction import PendingStep
 
 __version__ = "0.1.0"
 
 __all__ = [
     "BucketStats",
     "BySize",
+    "Comm",
     "Lion",
     "LionCub",
     "MomentumSync",
     "NonFiniteError",
+    "PendingStep",
+    "Precision",
     "Quantized",
     "SignMean",
     "SignVote",

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lioncub.kernels.checks import FLOAT_DTYPES, check_float, is_dense, storage_order_view
+from lioncub.kernels.scalars import Scalar
 
 # float32's largest number
 _LARGEST = torch.finfo(torch.float32).max
@@ -24,66 +25,65 @@ _STEPS = 2**62
 
 @dataclass(frozen=True)
 class Hyperparameters:
-    """The hyperparameters of one param group at one step, as numbers."""
+    """The hyperparameters of one param group at one step: numbers, or 0-dim tensors that the host must not wait for."""
 
-    lr: float
-    beta1: float
-    beta2: float
-    weight_decay: float
+    lr: Scalar
+    beta1: Scalar
+    beta2: Scalar
+    weight_decay: Scalar
     maximize: bool
 
     def __post_init__(self) -> None:
         for name in ("lr", "weight_decay"):
             value = getattr(self, name)
             # kernels take it as float32, in which a larger one is infinite
-            if not 0 <= value <= _LARGEST:
+            if not isinstance(value, Tensor) and not 0 <= value <= _LARGEST:
                 raise ValueError(f"{name}: expected a finite number >= 0, got {value}{_in_float32(value)}")
-        if self.lr * self.weight_decay > _LARGEST:
+        known = not isinstance(self.lr, Tensor) and not isinstance(self.weight_decay, Tensor)
+        if known and self.lr * self.weight_decay > _LARGEST:
             raise ValueError(f"weight_decay: expected lr * weight_decay finite in float32, got {self.weight_decay}")
         for i, beta in enumerate((self.beta1, self.beta2)):
-            if not 0 <= beta < 1:
+            if not isinstance(beta, Tensor) and not 0 <= beta < 1:
                 raise ValueError(f"betas[{i}]: expected a number in [0, 1), got {beta}")
 
     @classmethod
-    def of(cls, group: dict[str, Any]) -> Hyperparameters:
-        """Those of a param group now. Raises ValueError or TypeError where one is impossible."""
+    def of(cls, group: dict[str, Any], *, keep_tensors: bool = False) -> Hyperparameters:
+        """Return those of a param group now. Raises ValueError or TypeError where one is impossible.
+
+        Tensors on another device than the CPU are kept as they are, with ``keep_tensors`` all of them.
+        """
         betas = group["betas"]
         if not isinstance(betas, Sequence) or len(betas) != 2:
             raise ValueError(f"betas: expected two numbers, got {betas!r}")
         return cls(
-            lr=_number("lr", group["lr"]),
-            beta1=_number("betas[0]", betas[0]),
-            beta2=_number("betas[1]", betas[1]),
-            weight_decay=_number("weight_decay", group["weight_decay"]),
+            lr=_number("lr", group["lr"], keep_tensors),
+            beta1=_number("betas[0]", betas[0], keep_tensors),
+            beta2=_number("betas[1]", betas[1], keep_tensors),
+            weight_decay=_number("weight_decay", group["weight_decay"], keep_tensors),
             maximize=check_flag("maximize", group["maximize"]),
         )
 
-    @classmethod
-    def check_known(cls, group: dict[str, Any]) -> None:
-        """Check those that the host knows: tensors, which stand on a device, are not read."""
-        betas = group["betas"]
-        if isinstance(betas, Sequence):
-            betas = [0.0 if isinstance(beta, Tensor) else beta for beta in betas]
-        numbers = {name: 0.0 for name in ("lr", "weight_decay") if isinstance(group[name], Tensor)}
-        cls.of({**group, "betas": betas, **numbers})
+    def words(self) -> tuple[Scalar, ...]:
+        """Return all of them as numbers."""
+        return self.lr, self.beta1, self.beta2, self.weight_decay, float(self.maximize)
 
 
 def check_flag(name: str, value: Any) -> bool:
-    """``value`` itself. Raises TypeError unless it is True or False: any string, "no" included, counts as true."""
+    """Return ``value``. Raises TypeError unless it is True or False: any string, "no" included, counts as true."""
     if not isinstance(value, bool):
         raise TypeError(f"{name}: expected True or False, got {value!r}")
     return value
 
 
 def check_count(name: str, value: Any, what: str) -> int:
-    """``value`` itself. Raises ValueError unless it is an integer of at least 1."""
+    """Return ``value``. Raises ValueError unless it is an integer of at least 1."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"{name}: expected {what} >= 1, got {value!r}")
     return value
 
 
 def step_of(group: Mapping[str, Any]) -> int:
-    """The step counter of a param group, also where it is a 0-dim tensor. Raises TypeError or ValueError for others."""
+    """Return the step counter of a param group, a number or 0-dim tensor. Raises TypeError or ValueError for others."""
     if "step" not in group:
         raise ValueError("step: expected a step counter in every param group, got none")
     step = group["step"]
@@ -97,7 +97,7 @@ def step_of(group: Mapping[str, Any]) -> int:
 
 
 def parameter_names(group: dict[str, Any], group_index: int) -> list[str]:
-    """The names that errors use: the group's own, or its index and the parameter's."""
+    """Return the names that errors use: the group's own, or its index and the parameter's."""
     own: list[str] | None = group.get("param_names")
     return own or [f"param_groups[{group_index}]['params'][{i}]" for i in range(len(group["params"]))]
 
@@ -161,7 +161,7 @@ def refuse_shards(named: Sequence[tuple[str, Tensor]], *, are_broadcast: bool) -
 
 
 def hint_of_shards(message: str) -> str:
-    """What to add where ranks have 1-d parameters of other sizes, as the shards of one parameter are."""
+    """Return a hint for an error about 1-d parameters of different sizes, as the shards of one parameter are."""
     shapes = re.findall(r"shape \((.*?)\)", message)
     if message.startswith("workers disagree on parameter ") and all(re.fullmatch(r"\d+,", shape) for shape in shapes):
         return "; shards, as of FullyShardedDataParallel, cannot be voted on: every rank needs whole parameters"
@@ -169,7 +169,7 @@ def hint_of_shards(message: str) -> str:
 
 
 def gradient_of(name: str, param: Tensor) -> Tensor | None:
-    """The gradient as a 1-d view in the parameter's storage order, or None.
+    """Return the gradient as a 1-d view in the parameter's storage order, or None.
 
     A gradient that autograd left in another storage order than the parameter's is copied into it; every other one is
     read in place. Raises TypeError or ValueError for a gradient that is sparse, of a dtype that the kernels do not
@@ -190,13 +190,13 @@ def gradient_of(name: str, param: Tensor) -> Tensor | None:
     return storage_order_view(f"gradient of {name}", grad)
 
 
-def _number(name: str, value: Any) -> float:
+def _number(name: str, value: Any, keep_tensors: bool) -> Scalar:
     if isinstance(value, bool) or not isinstance(value, Real | Tensor):
         raise TypeError(f"{name}: expected a number or a 0-dim tensor, got {value!r}")
     if isinstance(value, Tensor):
         if value.numel() != 1 or value.is_complex() or value.dtype == torch.bool or value.is_meta:
             raise TypeError(f"{name}: expected a number or a 0-dim tensor, got {value!r}")
-        return float(value)
+        return value.view(()) if keep_tensors or value.device.type != "cpu" else float(value)
     try:
         return float(value)
     except OverflowError:

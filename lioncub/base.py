@@ -1,4 +1,4 @@
-"""What both optimizers are made of: checked arguments, momentum created at construction, exact checkpoints."""
+"""The base of both optimizers: checked arguments, momentum created at construction, exact checkpoints."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from lioncub.arguments import (
     parameter_names,
     step_of,
 )
-from lioncub.holding import STATE_ENTRIES, Holding
-from lioncub.kernels.backends import IMPLS, resolve_impl
-from lioncub.masters import Masters, master_of
-from lioncub.precision import Precision
+from lioncub.config import Precision
+from lioncub.kernels.dispatch import IMPLS, resolve_impl
+from lioncub.precision import Masters, keeps_small_steps, master_of
+from lioncub.state import STATE_ENTRIES, Holding
 
 Params = Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]
 
@@ -49,7 +49,7 @@ class MomentumOptimizer(torch.optim.Optimizer):
     ) -> None:
         if impl not in IMPLS:
             raise ValueError(f"impl: expected one of {IMPLS}, got {impl!r}")
-        # the step stands in the param groups because those survive in every kind of checkpoint
+        # the step is stored in the param groups because those survive in every kind of checkpoint
         defaults = {"lr": lr, "betas": betas, "weight_decay": weight_decay, "maximize": maximize, "step": 0}
         Hyperparameters.of(defaults)
         self._impl, self._precision = impl, precision
@@ -105,7 +105,7 @@ class MomentumOptimizer(torch.optim.Optimizer):
             post_hook(self)
 
     def _create_state(self, group_index: int) -> None:
-        """Make the momentum of a new group; where it raises, it has changed nothing."""
+        """Create the momentum of a new group; where it raises, it has changed nothing."""
         raise NotImplementedError
 
     @property
@@ -126,11 +126,11 @@ class MomentumOptimizer(torch.optim.Optimizer):
             group["step"] = self._next_step
 
     def _hold(self) -> None:
-        """Keep in mind which parameters and which state there are."""
+        """Record the parameters and the state that there are."""
         self._holding = Holding(self.state, [self._named_group(i) for i in range(len(self.param_groups))])
 
     def _check_held(self) -> None:
-        """Raise RuntimeError where the user has put others in their place."""
+        """Raise RuntimeError where the user has replaced them."""
         if self._holding is not None:
             self._holding.check_parameters(self.param_groups)
             other = self._holding.other_state(self.state)
@@ -138,11 +138,11 @@ class MomentumOptimizer(torch.optim.Optimizer):
                 self._adopt_state(other)
 
     def _adopt_state(self, other: str) -> None:
-        """The state is another than it was, as ``other`` says. Raises RuntimeError where it cannot be taken."""
+        """Accept a state that was replaced, as ``other`` describes. Raises RuntimeError where it cannot be used."""
         raise RuntimeError(other)
 
     def _named_parameters(self) -> list[tuple[str, Tensor]]:
-        """All parameters with the names that errors use, in the order of the groups."""
+        """Return all parameters with the names that errors use, in the order of the groups."""
         return [pair for i in range(len(self.param_groups)) for pair in self._named_group(i)]
 
     def _named_group(self, index: int) -> list[tuple[str, Tensor]]:
@@ -159,7 +159,7 @@ class MomentumOptimizer(torch.optim.Optimizer):
         check_no_overlap(self._named_parameters())
 
     def _checked_groups(self, state_dict: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """The saved groups' options, without parameters and their names."""
+        """Return the saved groups' options, without parameters and their names."""
         for key in ("state", "param_groups"):
             if key not in state_dict:
                 raise ValueError(f"state_dict: expected keys 'state' and 'param_groups', got {list(state_dict)}")
@@ -186,7 +186,7 @@ class MomentumOptimizer(torch.optim.Optimizer):
         return options
 
     def _checked_state(self, state_dict: Mapping[str, Any]) -> list[tuple[Tensor, Tensor]]:
-        """Pairs of this optimizer's tensors and saved ones, in the parameters' order; a frozen one may have none."""
+        """Return pairs of our tensors and saved ones, in the parameters' order; a frozen parameter may have none."""
         saved_ids = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
         pairs = []
         for key, (name, param) in zip(saved_ids, self._named_parameters(), strict=True):
@@ -231,9 +231,9 @@ class MomentumOptimizer(torch.optim.Optimizer):
 
     def _warn_where_lr_moves_nothing(self, group: dict[str, Any]) -> None:
         """Warn, once per group, where most low-precision weights are too large for a step of lr to change them."""
-        if self._precision.keeps_small_steps:
+        if keeps_small_steps(self._precision):
             return
-        lr = Hyperparameters.of(group).lr
+        lr = float(Hyperparameters.of(group).lr)
         low = [p.detach() for p in group["params"] if p.dtype != torch.float32 and p.numel()]
         total = sum(p.numel() for p in low)
         if not total or not lr:
@@ -245,8 +245,8 @@ class MomentumOptimizer(torch.optim.Optimizer):
             dtypes = ", ".join(sorted({str(p.dtype) for p in low}))
             warnings.warn(
                 f"lr {lr:g} is too small for parameters of {dtypes}: {stuck / total:.0%} of their elements are rounded "
-                "back to what they were by every step; use param_rounding='stochastic', master_weights=True, fp32 "
-                "parameters or a larger lr",
+                "back to what they were by every step; use Precision(param_rounding='stochastic') or "
+                "Precision(master_weights=True), fp32 parameters or a larger lr",
                 UserWarning,
                 stacklevel=4,
             )

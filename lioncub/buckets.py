@@ -1,35 +1,43 @@
-"""Buckets: which parameters' votes travel in one message, and where in it each one stands.
+"""Buckets: the parameters whose codes share one message, and where in it each one begins.
 
-A bucket holds parameters of one param group on one device, compressed alike. Its momentum is one flat buffer in which,
-as in the message, every parameter starts on a 64-element boundary, so that the index of a code is that of its momentum.
+A bucket holds parameters of one param group on one device with one compression. Its momentum is one flat buffer in
+which, as in the message, every parameter starts on a 64-element boundary, so that the index of a code is that of its
+momentum.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lioncub.collectives.traffic import aligned
+from lioncub.arguments import gradient_of, parameter_names
+from lioncub.collectives.agreement import digest
+from lioncub.collectives.cost import aligned
 from lioncub.compression import AnyCompression, Compression, compression_of
+from lioncub.kernels.checks import FLOAT_DTYPES
 from lioncub.kernels.layout import WORD_SIGNS, packed_bytes
 
-# parameters of a group have consecutive numbers, and no group has as many
-_GROUP_NUMBERS = 1 << 20
+# parameters of a group have consecutive ids, and no group has as many
+_GROUP_IDS = 1 << 20
+_DTYPE: Callable[[Tensor], torch.dtype] = Tensor.dtype.__get__  # type: ignore[attr-defined]
+_DEVICE: Callable[[Tensor], torch.device] = Tensor.device.__get__
+_LAYOUT: Callable[[Tensor], torch.layout] = Tensor.layout.__get__  # type: ignore[attr-defined]
+_GRAD: Callable[[Tensor], Tensor | None] = Tensor.grad.__get__  # type: ignore[union-attr]
 
 
 @dataclass(frozen=True)
 class Slot:
     """One parameter of a bucket, at code ``start`` of the message.
 
-    ``number`` is its own wherever buckets begin and end, and grows with the order of the param groups.
+    ``param_id`` does not depend on where buckets begin and end, and grows with the order of the param groups.
     """
 
-    number: int
+    param_id: int
     name: str
     param: Tensor
     start: int
@@ -57,9 +65,10 @@ class Slot:
 
 
 class Bucket:
-    """Parameters that share a message, their flat momentum, and 1-d views of it.
+    """Parameters that share a message, their flat momentum ``exp_avg`` and codes ``packed``, and 1-d views of both.
 
-    ``n_bytes`` are those of one bit per code, padded so that rows of messages are aligned.
+    ``n_bytes`` are those of one bit per code, padded so that rows of messages are aligned. ``first`` is the index of
+    the first parameter among those of all buckets.
     """
 
     def __init__(
@@ -71,34 +80,84 @@ class Bucket:
         momentum_dtype: torch.dtype = torch.float32,
     ) -> None:
         self.group_index, self.slots, self.device = group_index, tuple(slots), device
-        self.compression = compression
+        self.compression, self.first = compression, 0
         self.n_bytes = aligned(slots[-1].end // 8)
         self.elements = sum(slot.numel for slot in slots)
+        self.starts = [slot.start for slot in slots]
+        self.param_ids = [slot.param_id for slot in slots]
+        self.params = [slot.param for slot in slots]
+        self._kinds = _kinds_of(self.params)
         self.exp_avg = torch.zeros(8 * self.n_bytes, dtype=momentum_dtype, device=device)
         self.momenta = [self.exp_avg[slot.start : slot.start + slot.numel] for slot in slots]
-        # what `state` holds: views of each parameter's in the parameter's shape and strides
+        # the entry of `state`: in the parameter's shape and strides
         self.views = [self.exp_avg.as_strided(slot.shape, slot.stride, slot.start) for slot in slots]
+        bits = compression.form.bits
+        # pad codes stay zero
+        self.packed = torch.zeros(bits * self.n_bytes, dtype=torch.uint8, device=device)
         self._zeros: dict[torch.dtype, Tensor] = {}
 
+    @property
+    def span(self) -> slice:
+        """Indices of the parameters among those of all buckets."""
+        return slice(self.first, self.first + len(self.slots))
+
     def split(self, packed: Tensor, bits: int) -> tuple[Tensor, ...]:
-        """Each parameter's part of packed codes of ``bits``, uint8[bits * n_bytes], as views."""
+        """Return each parameter's part of packed codes of ``bits``, uint8[bits * n_bytes], as views."""
         sizes = [bits * slot.n_bytes for slot in self.slots]
         parts: tuple[Tensor, ...] = torch.split(packed[: sum(sizes)], sizes)
         return parts
 
-    def zeros_for(self, slot: Slot) -> Tensor:
-        """Zeros in place of a missing gradient, to be read only: all of a bucket's share one buffer per dtype."""
+    def check_unchanged(self) -> None:
+        """Raise ValueError where a parameter is no longer what the bucket was laid out for."""
+        if _kinds_of(self.params) != self._kinds:
+            for slot in self.slots:
+                slot.check_unchanged(self.device)
+
+    def gradients(self) -> tuple[list[Tensor], list[bool]]:
+        """Return the gradients, of the parameters' shape or 1-d in storage order, and who has one; zeros where none.
+
+        Raises TypeError or ValueError for gradients that cannot be read.
+        """
+        found = list(map(_GRAD, self.params))
+        present = [grad is not None for grad in found]
+        if all(present) and not torch.compiler.is_compiling() and self._are_like_params(found):  # type: ignore[arg-type]
+            return found, present  # type: ignore[return-value]
+        grads = []
+        for slot in self.slots:
+            grad = gradient_of(slot.name, slot.param)
+            grads.append(self._zeros_for(slot) if grad is None else grad)
+        return grads, present
+
+    def _are_like_params(self, grads: list[Tensor]) -> bool:
+        """Whether gradients are dense and as the parameters but, maybe, of another float dtype."""
+        return (
+            set(map(_LAYOUT, grads)) <= {torch.strided}
+            and set(map(_DTYPE, grads)) <= set(FLOAT_DTYPES)
+            and set(map(_DEVICE, grads)) <= {self.device}
+            and list(map(Tensor.size, grads)) == self._kinds[0]
+            and list(map(Tensor.stride, grads)) == self._kinds[1]
+        )
+
+    def _zeros_for(self, slot: Slot) -> Tensor:
+        """Return zeros in place of a missing gradient, to be read only: a bucket's share one buffer per dtype."""
+        if torch.compiler.is_compiling():
+            return torch.zeros_like(slot.param)
         if slot.dtype not in self._zeros:
             largest = max(other.numel for other in self.slots if other.dtype == slot.dtype)
             self._zeros[slot.dtype] = torch.zeros(largest, dtype=slot.dtype, device=self.device)
         return self._zeros[slot.dtype][: slot.numel]
 
     def layout(self) -> list[object]:
-        """What workers must have in common to vote on this bucket."""
+        """Return what ranks must have in common to vote on this bucket."""
         return [
             self.compression,
             *((self.group_index, s.name, s.shape, s.stride, str(s.dtype), s.start) for s in self.slots),
         ]
+
+
+def _kinds_of(params: list[Tensor]) -> tuple[list[Any], ...]:
+    """Return shapes, strides, dtypes and devices, each by a method of C mapped over the list."""
+    return tuple(list(map(of, params)) for of in (Tensor.size, Tensor.stride, _DTYPE, _DEVICE))
 
 
 Members = Mapping[int, Sequence[tuple[str, Tensor]]]
@@ -111,40 +170,44 @@ def build_buckets(
     ready: Mapping[Tensor, int] | None = None,
     momentum_dtype: torch.dtype = torch.float32,
 ) -> list[Bucket]:
-    """Buckets of at most ``bucket_bytes`` of one bit per code; a parameter that is larger stands alone.
+    """Build buckets of at most ``bucket_bytes`` of one bit per code; a parameter that is larger has one to itself.
 
-    ``members`` has the named parameters of param groups, ``compressions`` what each of all groups is compressed by.
-    Parameters stand in their own order or, where ``ready`` says when each one's gradient is ready, in that order; then
-    buckets too come in the order in which they are complete.
+    ``members`` has the named parameters of param groups, ``compressions`` that of each of all groups. Parameters are in
+    their own order or, where ``ready`` tells when each one's gradient is ready, in that order; then buckets too come in
+    the order in which they are complete.
     """
     buckets = []
-    numbers = {
-        param: number_of(group_index, i) for group_index, named in members.items() for i, (_, param) in enumerate(named)
+    ids = {
+        param: param_id_of(group_index, i)
+        for group_index, named in members.items()
+        for i, (_, param) in enumerate(named)
     }
-    for (group_index, device, compression), named in _alike(members, compressions).items():
+    for (group_index, device, compression), named in _by_kind(members, compressions).items():
         slots: list[Slot] = []
         for name, param in named if ready is None else sorted(named, key=lambda pair: ready[pair[1]]):
             if slots and slots[-1].end // 8 + packed_bytes(param.numel()) > bucket_bytes:
                 buckets.append(Bucket(group_index, slots, device, compression, momentum_dtype))
                 slots = []
-            slots.append(_next_slot(slots, numbers[param], name, param))
+            slots.append(slot_of(ids[param], name, param, slots[-1].end if slots else 0))
         buckets.append(Bucket(group_index, slots, device, compression, momentum_dtype))
     if ready is not None:
         buckets.sort(key=lambda bucket: max(ready[slot.param] for slot in bucket.slots))
     return buckets
 
 
-def number_of(group_index: int, i: int) -> int:
-    """The number of the i-th parameter of a group, its own wherever buckets begin and end."""
-    return group_index * _GROUP_NUMBERS + i
+def param_id_of(group_index: int, i: int) -> int:
+    """Return the id of the i-th parameter of a group, wherever buckets begin and end."""
+    return group_index * _GROUP_IDS + i
 
 
-def packed_sizes(members: Members, compressions: Sequence[AnyCompression]) -> list[int]:
-    """Packed bytes of each set of parameters that may share buckets: those alike in group, device and compression."""
-    return [sum(packed_bytes(param.numel()) for _, param in named) for named in _alike(members, compressions).values()]
+def slot_of(param_id: int, name: str, param: Tensor, start: int = 0) -> Slot:
+    """Return the slot of a parameter as it is."""
+    assert start % WORD_SIGNS == 0
+    shape, n = tuple(param.shape), param.numel()
+    return Slot(param_id, name, param, start, shape, param.stride(), param.dtype, n, packed_bytes(n))
 
 
-def _alike(
+def _by_kind(
     members: Members, compressions: Sequence[AnyCompression]
 ) -> dict[tuple[int, torch.device, Compression], list[tuple[str, Tensor]]]:
     sets: dict[tuple[int, torch.device, Compression], list[tuple[str, Tensor]]] = {}
@@ -156,19 +219,67 @@ def _alike(
 
 
 def bucket_bytes_of(bucket_mb: Any) -> int:
-    """Bytes of ``bucket_mb`` MiB, at least one word. Raises ValueError unless that is a finite number > 0."""
+    """Return the bytes of ``bucket_mb`` MiB, at least 8. Raises ValueError unless that is a finite number > 0."""
     if isinstance(bucket_mb, bool) or not isinstance(bucket_mb, int | float) or not 0 < bucket_mb < math.inf:
         raise ValueError(f"bucket_mb: expected MiB of packed votes > 0, got {bucket_mb!r}")
     return max(int(bucket_mb * 2**20), 8)
 
 
-def slot_of(number: int, name: str, param: Tensor, start: int = 0) -> Slot:
-    """The slot of a parameter as it is."""
-    shape, n = tuple(param.shape), param.numel()
-    return Slot(number, name, param, start, shape, param.stride(), param.dtype, n, packed_bytes(n))
+class BucketList:
+    """The buckets of an optimizer and the hash of their layout: laid out once, extended by groups, reordered.
 
+    ``state`` is the optimizer's: each parameter's ``exp_avg`` is kept a view into its bucket. ``compressions`` has one
+    for every param group; ``choose_bytes`` chooses the size of buckets from the packed bytes of each set of parameters
+    that may share them.
+    """
 
-def _next_slot(slots: Sequence[Slot], number: int, name: str, param: Tensor) -> Slot:
-    start = slots[-1].end if slots else 0
-    assert start % WORD_SIGNS == 0
-    return slot_of(number, name, param, start)
+    def __init__(
+        self,
+        state: Mapping[Tensor, dict[str, Any]],
+        compressions: Sequence[AnyCompression],
+        momentum_dtype: torch.dtype,
+        choose_bytes: Callable[[Sequence[int]], int],
+    ) -> None:
+        self._state, self._compressions, self._momentum_dtype = state, compressions, momentum_dtype
+        self.choose_bytes = choose_bytes
+        self.all: list[Bucket] = []
+        self.layout = digest([])
+
+    @property
+    def slots(self) -> list[tuple[Bucket, int, Slot]]:
+        """(bucket, place in it, slot) in the order of the parameters, whatever the buckets."""
+        found = [(bucket, j, slot) for bucket in self.all for j, slot in enumerate(bucket.slots)]
+        return sorted(found, key=lambda place: place[2].param_id)
+
+    def append(self, param_groups: Sequence[dict[str, Any]], groups: range, *, by_readiness: bool) -> list[Tensor]:
+        """Lay out new groups behind those there are; their parameters. Where it raises, nothing has changed."""
+        params = [param for i in groups for param in param_groups[i]["params"]]
+        # gradients come in about the reverse of the order of use
+        ready = {param: -i for i, param in enumerate(params)} if by_readiness else None
+        self._use(self.all + self._lay_out(param_groups, groups, ready))
+        return params
+
+    def rearrange(self, param_groups: Sequence[dict[str, Any]], ready: Mapping[Tensor, int] | None) -> None:
+        """Lay out all groups anew, in the order in which gradients get ready, if given; momentum moves along."""
+        self._use(self._lay_out(param_groups, range(len(param_groups)), ready))
+
+    def _lay_out(
+        self, param_groups: Sequence[dict[str, Any]], groups: range, ready: Mapping[Tensor, int] | None
+    ) -> list[Bucket]:
+        members = {
+            i: list(zip(parameter_names(param_groups[i], i), param_groups[i]["params"], strict=True)) for i in groups
+        }
+        sets = _by_kind(members, self._compressions).values()
+        n_bytes = self.choose_bytes([sum(packed_bytes(param.numel()) for _, param in named) for named in sets])
+        return build_buckets(members, n_bytes, self._compressions, ready, self._momentum_dtype)
+
+    def _use(self, buckets: list[Bucket]) -> None:
+        first = 0
+        for bucket in buckets:
+            bucket.first, first = first, first + len(bucket.slots)
+            for slot, view in zip(bucket.slots, bucket.views, strict=True):
+                state = self._state[slot.param]
+                if "exp_avg" in state and state["exp_avg"] is not view:
+                    view.copy_(state["exp_avg"])
+                state["exp_avg"] = view
+        self.all, self.layout = buckets, digest([bucket.layout() for bucket in buckets])

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lioncub.collectives.cost import Link
-from lioncub.collectives.profile import Profile
+from lioncub.collectives.probe import Profile
 
 if TYPE_CHECKING:
     from lioncub.plan import Cluster
@@ -149,17 +149,21 @@ def cluster_of(given: dict[str, Any], profile: Profile | None) -> Cluster:
     """
     from lioncub.plan import Cluster
 
-    measured: tuple[Link | None, Link | None] = (None, None) if profile is None else profile.links()
+    measured: tuple[Link | None, Link | None] = (None, None)
+    if profile is not None:
+        shape = profile.topology
+        measured = (
+            profile.inter if shape.n_nodes > 1 else None,
+            profile.intra if shape.n_nodes < shape.workers else None,
+        )
     inter = _link("inter", given["inter"], given["latency_us"], measured[0], 50.0, needed=True)
     intra = _link(
         "intra", given["intra"], given["intra_latency_us"], measured[1], 10.0, needed=given["gpus_per_node"] > 1
     )
     used = [link for link, name in zip(measured, ("inter", "intra"), strict=True) if link and given[name] is None]
-    origin = f"implied by a profile of {profile.about}" if profile is not None and used else "as given"
-    # measured points hold for the measured links alone
-    stated = any(given[name] is not None for name in ("inter", "intra", "latency_us", "intra_latency_us"))
-    points, compute_s = None if stated else profile, given["compute_ms"] / 1e3
-    return Cluster(given["params"], given["nodes"], given["gpus_per_node"], inter, intra, compute_s, points, origin)
+    origin = f"fitted to a profile of {profile.about}" if profile is not None and used else "as given"
+    compute_s = given["compute_ms"] / 1e3
+    return Cluster(given["params"], given["nodes"], given["gpus_per_node"], inter, intra, compute_s, origin)
 
 
 def _link(

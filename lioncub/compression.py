@@ -1,11 +1,11 @@
-"""How updates are compressed: what each worker says about its update, and what all make of it."""
+"""Compressions: the code of each rank's update, and the code of their result."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from lioncub.arguments import check_count, check_flag
-from lioncub.collectives import Codes
+from lioncub.collectives import CodeFormat
 from lioncub.kernels.quantization import check_format
 
 
@@ -14,13 +14,13 @@ class Compression:
     """Base of all compressions; each param group of `LionCub` has one."""
 
     @property
-    def codes(self) -> Codes:
-        """The format on the wire: bits per parameter that a worker says, and what comes back."""
+    def form(self) -> CodeFormat:
+        """The format on the wire: bits per parameter of a rank's code, and of the result."""
         raise NotImplementedError
 
     def wire_bits(self, workers: int) -> tuple[int, int]:
-        """Bits per parameter up (each worker's code) and down (the result, where an algorithm sends it back)."""
-        return self.codes.bits, self.codes.result_bits(workers)
+        """Return the bits per parameter up (a rank's code) and down (the result, where an algorithm sends it back)."""
+        return self.form.bits, self.form.result_bits(workers)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,9 +28,9 @@ class SignVote(Compression):
     """sign(c) in 1 bit up, the majority in 1 bit down (Distributed Lion's MaVo, arXiv 2404.00438); ties by parity."""
 
     @property
-    def codes(self) -> Codes:
-        """See `Compression.codes`."""
-        return Codes(1, "majority")
+    def form(self) -> CodeFormat:
+        """See `Compression.form`."""
+        return CodeFormat(1, "majority")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,9 +41,9 @@ class SignMean(Compression):
     """
 
     @property
-    def codes(self) -> Codes:
-        """See `Compression.codes`."""
-        return Codes(1, "sum")
+    def form(self) -> CodeFormat:
+        """See `Compression.form`."""
+        return CodeFormat(1, "sum")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,9 +55,9 @@ class TernaryVote(Compression):
     """
 
     @property
-    def codes(self) -> Codes:
-        """See `Compression.codes`."""
-        return Codes(2, "ternary")
+    def form(self) -> CodeFormat:
+        """See `Compression.form`."""
+        return CodeFormat(2, "ternary")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,9 +97,9 @@ class Quantized(Compression):
             check_count("share_scales_every", self.share_scales_every, "None or a number of steps")
 
     @property
-    def codes(self) -> Codes:
-        """See `Compression.codes`."""
-        return Codes(self.bits, "majority")
+    def form(self) -> CodeFormat:
+        """See `Compression.form`."""
+        return CodeFormat(self.bits, "majority")
 
 
 # as good as the sum of c itself, where bytes are few
@@ -110,27 +110,27 @@ _FINE = Quantized(bits=8, norm="linf", share_scales_every=8)
 class BySize:
     """Small tensors, which cost next to nothing, by one compression, and all others by another.
 
-    Norms, biases and a small output layer lose most by signs, and are few bytes in any compression: docs/compressing.md
+    Norms, biases and a small output layer lose most by signs, and are few bytes in any compression: docs/compression.md
     has the figures.
 
     Args:
-        small: of tensors of at most ``most`` elements; unless given, the sign of the sum of 8-bit levels.
+        small: of tensors of at most ``max_numel`` elements; unless given, the sign of the sum of 8-bit levels.
         large: of all others.
-        most: elements, at least 1.
+        max_numel: elements, at least 1.
     """
 
     small: Compression = _FINE
     large: Compression = SignVote()
-    most: int = 1024
+    max_numel: int = 1024
 
     def __post_init__(self) -> None:
         for name in ("small", "large"):
             _check_single(name, getattr(self, name))
-        check_count("most", self.most, "a number of elements")
+        check_count("max_numel", self.max_numel, "a number of elements")
 
     def of(self, numel: int) -> Compression:
         """The compression of a tensor of ``numel`` elements."""
-        return self.small if numel <= self.most else self.large
+        return self.small if numel <= self.max_numel else self.large
 
 
 AnyCompression = Compression | BySize
@@ -140,23 +140,23 @@ AnyCompression = Compression | BySize
 _MOST_FINE_WORKERS = 258
 
 
-def default_compression(workers: int, *, votes_only: bool) -> AnyCompression:
-    """What `LionCub` takes unless told otherwise: `BySize` where it can be carried and anything is sent."""
-    return BySize() if 1 < workers <= _MOST_FINE_WORKERS and not votes_only else SignVote()
+def default_compression(workers: int) -> AnyCompression:
+    """Return what `LionCub` takes unless given: `BySize` where fields hold its sums and anything is sent."""
+    return BySize() if 1 < workers <= _MOST_FINE_WORKERS else SignVote()
 
 
 def compression_of(compression: AnyCompression, numel: int) -> Compression:
-    """What a tensor of ``numel`` elements is compressed by."""
+    """Return the compression of a tensor of ``numel`` elements."""
     return compression.of(numel) if isinstance(compression, BySize) else compression
 
 
 def parts_of(compression: AnyCompression) -> tuple[Compression, ...]:
-    """All that tensors can be compressed by."""
+    """Return all compressions that a tensor can have."""
     return (compression.small, compression.large) if isinstance(compression, BySize) else (compression,)
 
 
 def check_compression(value: object) -> AnyCompression:
-    """``value`` itself. Raises TypeError unless it is a `Compression` or a `BySize`."""
+    """Return ``value``. Raises TypeError unless it is a `Compression` or a `BySize`."""
     if isinstance(value, BySize):
         return value
     return _check_single("compression", value, " or BySize()")

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from lioncub.arguments import Hyperparameters, gradient_of
 from lioncub.base import MomentumOptimizer, Params
-from lioncub.buckets import Slot, number_of, slot_of
+from lioncub.buckets import Slot, param_id_of, slot_of
+from lioncub.config import Precision, check_config, refuse_unknown
 from lioncub.kernels import foreach_lion_step_
 from lioncub.kernels.checks import storage_order_view
-from lioncub.precision import Precision
+from lioncub.precision import rounding_of
 
 
 class Lion(MomentumOptimizer):
@@ -29,11 +30,7 @@ class Lion(MomentumOptimizer):
         betas: (b1, b2), each in [0, 1).
         weight_decay: decoupled weight decay.
         maximize: ascend instead of descend.
-        param_rounding: of bf16 and fp16 parameters: "nearest", or "stochastic", up or down at random so that steps
-            smaller than their spacing add up on average; no memory, no state.
-        master_weights: keep bf16 and fp16 parameters in fp32 too, in ``state[p]["master"]``, and move those.
-        momentum_dtype: torch.float32 or torch.bfloat16; the latter is rounded as ``param_rounding`` says.
-        rounding_seed: of stochastic rounding.
+        precision: rounding, master weights and the dtype of momentum; see `Precision`.
         impl: kernels to use: "auto", "triton", "cpu" or "reference".
     """
 
@@ -45,18 +42,12 @@ class Lion(MomentumOptimizer):
         weight_decay: float = 0.0,
         *,
         maximize: bool = False,
-        param_rounding: str = "nearest",
-        master_weights: bool = False,
-        momentum_dtype: torch.dtype = torch.float32,
-        rounding_seed: int = 0,
+        precision: Precision = Precision(),  # noqa: B008
         impl: str = "auto",
+        **unknown: Any,
     ) -> None:
-        precision = Precision(
-            param_rounding=param_rounding,
-            master_weights=master_weights,
-            momentum_dtype=momentum_dtype,
-            rounding_seed=rounding_seed,
-        )
+        refuse_unknown("Lion", unknown)
+        check_config("precision", precision, Precision)
         super().__init__(params, lr, betas, weight_decay, maximize, impl, precision)
 
     def _create_state(self, group_index: int) -> None:
@@ -71,7 +62,7 @@ class Lion(MomentumOptimizer):
     def _slots_of(self, index: int) -> list[tuple[Slot, torch.device, Tensor]]:
         return [
             (
-                slot_of(number_of(index, i), name, param),
+                slot_of(param_id_of(index, i), name, param),
                 param.device,
                 storage_order_view(name, self.state[param]["exp_avg"]),
             )
@@ -123,7 +114,7 @@ class Lion(MomentumOptimizer):
         """The step of one group, a call per device."""
         group = self.param_groups[index]
         now = Hyperparameters.of(group)
-        rounding, masters = self._precision.rounding(self._step_count, rank=0), self._masters
+        rounding, masters = rounding_of(self._precision, self._step_count, rank=0), self._masters
         by_device: dict[torch.device, tuple[list[Tensor], list[Tensor], list[Tensor], list[int]]] = {}
         moved, is_traced = [], torch.compiler.is_compiling()
         for slot, device, exp_avg in self._slots[index]:
@@ -138,7 +129,7 @@ class Lion(MomentumOptimizer):
             grads.append(grad)
             # a compiler guards what it finds in the state
             momenta.append(storage_order_view(slot.name, self.state[slot.param]["exp_avg"]) if is_traced else exp_avg)
-            numbers.append(slot.number)
+            numbers.append(slot.param_id)
             moved.append(slot.param)
         steps = [
             partial(
@@ -152,7 +143,7 @@ class Lion(MomentumOptimizer):
                 weight_decay=now.weight_decay,
                 grad_scale=-1.0 if now.maximize else 1.0,
                 rounding=rounding,
-                tensors=numbers,
+                param_ids=numbers,
                 impl=self._impl,
             )
             for params, grads, momenta, numbers in by_device.values()

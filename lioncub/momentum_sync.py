@@ -1,15 +1,16 @@
-"""When momentum is averaged over workers, which parts of it, and in how many bits."""
+"""The policy of averaging momentum over ranks: in which steps, which segments of it, in how many bits."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from torch import Tensor
 
 from lioncub.arguments import check_count
-from lioncub.collectives.average import check_dtype
+from lioncub.buckets import Bucket, BucketList
+from lioncub.collectives.average import BLOCK, check_dtype, payload_bytes
 
 SCHEDULES = ("fixed", "staggered")
 Selection = str | Sequence[str] | Callable[[str, Tensor], bool] | None
@@ -25,10 +26,10 @@ class MomentumSync:
             traffic is even.
         select: which parameters: all (None), those whose names match one of these patterns (as in a shell: ``*.bias``),
             those for which a function of name and parameter is true, or "auto": those whose momentum differs most
-            between workers, measured every ``drift_every`` steps (see `LionCub`), as many as ``budget`` allows.
+            between workers, measured every ``drift_every`` steps (see `Comm`), as many as ``budget`` allows.
         budget: with "auto", the bytes of synchronization as a fraction of the votes', both as one worker's messages
             and on average over steps.
-        dtype: how values travel: "fp32", "bf16", or "int8" with a scale per 64 of them.
+        dtype: in which values are sent: "fp32", "bf16", or "int8" with a scale per 64 of them.
     """
 
     every: int = 1
@@ -69,7 +70,7 @@ class MomentumSync:
         return any(fnmatchcase(name, pattern) for pattern in self.select)
 
     def facts(self, named: Sequence[tuple[str, Tensor]]) -> dict[str, object]:
-        """What workers must have in common. Raises ValueError where ``select`` chooses none of these parameters."""
+        """Return what ranks must have in common. Raises ValueError where ``select`` chooses no parameter."""
         chosen = [name for name, param in named if self.chooses(name, param)]
         if not chosen:
             raise ValueError(f"select: expected it to choose at least one parameter, got none by {self.select!r}")
@@ -79,14 +80,81 @@ class MomentumSync:
         }
 
     def piece(self, step: int) -> tuple[int, int] | None:
-        """(i, k) where the i-th of k equal pieces of the elements is due in step ``step``; None for nothing."""
+        """Return (i, k) where the i-th of k equal pieces of the elements is due in a step; None where nothing is."""
         if self.schedule == "staggered":
             return step % self.every, self.every
         return (0, 1) if (step + 1) % self.every == 0 else None
 
 
 def check_momentum_sync(value: object) -> MomentumSync | None:
-    """``value`` itself. Raises TypeError unless it is a `MomentumSync` or None."""
+    """Return ``value``. Raises TypeError unless it is a `MomentumSync` or None."""
     if value is None or isinstance(value, MomentumSync):
         return value
     raise TypeError(f"momentum_sync: expected None or MomentumSync(...), got {type(value).__name__} {value!r}")
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Elements ``start`` to ``end`` of the slot ``index`` of a bucket, the first at the beginning of a block."""
+
+    index: int
+    start: int
+    end: int
+
+    @property
+    def part(self) -> slice:
+        """Of the slot's elements."""
+        return slice(self.start, self.end)
+
+    @property
+    def padded(self) -> int:
+        """Values in a message: whole blocks, so that no block's scale depends on the rest of the message."""
+        return _blocks(self.end - self.start) * BLOCK
+
+
+def segments_of(
+    buckets: BucketList, chosen: frozenset[int], piece: tuple[int, int] | None
+) -> dict[Bucket, tuple[Segment, ...]]:
+    """Return the segments of each bucket that are due: the i-th of k equal pieces of the parameters ``chosen`` by id.
+
+    ``piece`` is (i, k), or None where nothing is due.
+    """
+    found: dict[Bucket, list[Segment]] = {}
+    if piece is None:
+        return {}
+    places = [place for place in buckets.slots if place[2].param_id in chosen]
+    blocks = sum(_blocks(slot.numel) for *_, slot in places)
+    first, last = (blocks * i // piece[1] for i in (piece[0], piece[0] + 1))
+    before = 0
+    for bucket, j, slot in places:
+        start, end = max(first - before, 0) * BLOCK, min((last - before) * BLOCK, slot.numel)
+        before += _blocks(slot.numel)
+        if start < end:
+            found.setdefault(bucket, []).append(Segment(j, start, end))
+    return {bucket: tuple(segments) for bucket, segments in found.items()}
+
+
+def chosen_ids(policy: MomentumSync, buckets: BucketList, drift: Mapping[int, float]) -> frozenset[int]:
+    """Return the ids of the parameters that are synchronized: those selected, or by descending drift up to the budget.
+
+    ``drift`` is by id; without one, or with one of 0, a parameter is not chosen by drift. One that is too large for the
+    rest of the budget is passed over.
+    """
+    slots = [slot for *_, slot in buckets.slots]
+    if not policy.is_auto:
+        return frozenset(slot.param_id for slot in slots if policy.chooses(slot.name, slot.param))
+    assert policy.budget is not None
+    # of parameters, not of buckets, whose number depends on the links
+    votes = sum(slot.n_bytes * bucket.compression.form.bits for bucket, _, slot in buckets.slots)
+    room, chosen = policy.budget * votes * policy.every, []
+    drifting = [slot for slot in slots if drift.get(slot.param_id, 0) > 0]
+    for slot in sorted(drifting, key=lambda slot: (-drift[slot.param_id], slot.param_id)):
+        cost = payload_bytes(_blocks(slot.numel) * BLOCK, policy.dtype)
+        if cost <= room:
+            room -= cost
+            chosen.append(slot.param_id)
+    return frozenset(chosen)
+
+
+def _blocks(n: int) -> int:
+    return -(-n // BLOCK)

@@ -1,66 +1,136 @@
-"""Overlap with backward: a bucket's votes are sent as soon as backward has finished its gradients.
+"""Overlap with backward: a bucket's codes are sent as soon as backward has finished its gradients.
 
-What was sent is only a forecast until `step`: the last bucket always waits for it, and its header says whether all
-that this worker sent before still holds. Where it does not on any worker, because gradients were accumulated once
-more, all vote again. So the result is always that of the gradients that `step` finds.
+They are a forecast until `step`, whose control message tells whether all that this rank sent still holds. Where it does
+not on any rank, because gradients were accumulated once more, all vote again. So the result is always that of the
+gradients that `step` finds.
 """
 
 from __future__ import annotations
 
+import queue
+import threading
 import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
-from time import perf_counter
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from lioncub.buckets import Bucket
-from lioncub.collectives import Voter
-from lioncub.collectives.exchange import Exchange
-from lioncub.collectives.header import STALE
-from lioncub.collectives.transport import Group, all_gather, world_size_of
-from lioncub.courier import Courier, Followed, Follower
-from lioncub.voting import BucketVote, Draft, Mail, finish, prepare
+from lioncub.collectives.algorithms import Exchange
+from lioncub.control import Attempt
+
+if TYPE_CHECKING:
+    from lioncub.step import SentBucket, StepContext
 
 NEVER = 2**62
 
 
-@dataclass(frozen=True)
-class Sent:
-    """A bucket under way, and what it was encoded from: gradients with their versions, the version of its momentum."""
+class CommThread:
+    """A thread that moves exchanges to their last phase, in the order they were given, while backward goes on.
 
-    mail: Mail
-    exchange: Future[Exchange]
-    followed: Followed
+    Phases are point-to-point messages with tags of their own, whose order does not matter.
+    """
+
+    def __init__(self) -> None:
+        self._jobs: queue.SimpleQueue[tuple[Exchange[Any], Future[None]] | None] = queue.SimpleQueue()
+        self._under_way: list[Future[None]] = []
+        # a daemon, so that a process whose peers are gone can still end
+        self._thread = threading.Thread(target=_work, args=(self._jobs,), name="lioncub-comm", daemon=True)
+        self._thread.start()
+
+    def carry(self, exchange: Exchange[Any], message: Any) -> None:
+        """Start an exchange at once, since its messages may arrive while an earlier one is waited for."""
+        exchange.start(message)
+        future: Future[None] = Future()
+        self._under_way.append(future)
+        self._jobs.put((exchange, future))
+
+    def wait(self) -> None:
+        """Wait until all exchanges are in their last phase; raises what one of them raised."""
+        under_way, self._under_way = self._under_way, []
+        for future in under_way:
+            future.result()
+
+    def close(self) -> None:
+        """End the thread when it has nothing left to do."""
+        self._jobs.put(None)
+
+    def join(self, seconds: float) -> bool:
+        """Wait for the thread's end; whether it has come."""
+        self._thread.join(seconds)
+        return not self._thread.is_alive()
+
+
+class CommStream:
+    """A CUDA stream on which exchanges start, one after the other, so that all ranks start them in one order.
+
+    The host waits for none of them.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+    def carry(self, exchange: Exchange[Any], message: Any) -> None:
+        """Start an exchange and enqueue all of its phases behind what the current stream has encoded."""
+        encoded = torch.cuda.current_stream(self._stream.device).record_event()
+        with torch.cuda.stream(self._stream):
+            self._stream.wait_event(encoded)
+            exchange.start(message)
+            exchange.result()
+
+    def wait(self) -> None:
+        """Make the current stream wait for what has been enqueued."""
+        torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)
+
+    def close(self) -> None:
+        """Nothing to end."""
+
+    def join(self, seconds: float) -> bool:
+        """See `CommThread.join`."""
+        return True
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """The inputs of an encoded bucket: gradients with their versions, the version of its momentum."""
+
     gradients: tuple[tuple[Tensor | None, int], ...]
     momentum: int
+
+    @classmethod
+    def of(cls, bucket: Bucket) -> Evidence:
+        """Note the bucket as it is."""
+        grads = [slot.param.grad for slot in bucket.slots]
+        return cls(tuple((grad, 0 if grad is None else grad._version) for grad in grads), bucket.exp_avg._version)
 
 
 class Overlap:
     """Watches the gradients of an optimizer's parameters, and sends buckets in their order while backward runs.
 
-    ``draft`` makes the draft of the step to come, ``follower`` says what to do next with a bucket's vote. Until `begin`
-    names buckets, nothing is sent early and only the order of the gradients is learnt.
+    Until `begin` names buckets, nothing is sent early and only the order of the gradients is learned.
     """
 
     def __init__(
         self,
-        courier: Courier,
-        draft: Callable[[], Draft],
-        follower: Callable[[Bucket, Mail, Draft], Follower | None],
+        device: torch.device,
+        expect: Callable[[], None],
+        read: Callable[[], StepContext],
+        send: Callable[[int, StepContext | None, Attempt], SentBucket],
     ) -> None:
-        self._courier, self._make_draft, self._follower = courier, draft, follower
+        self.comm: CommThread | CommStream = CommStream(device) if device.type == "cuda" else CommThread()
+        self._expect, self._read, self._send = expect, read, send
         self.paused = 0
-        self._draft: Draft | None = None
-        self._sent: list[Sent] = []
+        # what was sent early, from what, and the context of the step to come
+        self.sent: list[SentBucket] = []
+        self._evidence: list[Evidence] = []
+        self._context: StepContext | None = None
+        self._attempt = Attempt()
         self._stale = False
-        # seconds that `step` spent waiting, since it was last set
-        self.exposed_seconds = 0.0
         self._buckets: list[Bucket] = []
-        self._voters: list[Voter] = []
         self._bucket_of: dict[Tensor, int] = {}
         self._expected: dict[Tensor, int] = {}
         self._fired: dict[Tensor, int] = {}
@@ -68,13 +138,11 @@ class Overlap:
         self._last: dict[Tensor, int] = {}
         self._clock = 0
         self._waiting: list[int] = []
-        # averages that follow votes of this step
-        self._averages: list[Followed] = []
         # what ends the watching; not reached through this object, which may be gone by then
         self.hooks: list[RemovableHandle] = []
 
     def watch(self, params: Sequence[Tensor]) -> None:
-        """Be told of these parameters' gradients; frozen ones have none."""
+        """Observe these parameters' gradients; frozen ones have none."""
         me = weakref.ref(self)
 
         def accumulated(param: Tensor) -> None:
@@ -88,9 +156,9 @@ class Overlap:
                 hook = param.register_post_accumulate_grad_hook(accumulated)  # type: ignore[no-untyped-call]
                 self.hooks.append(hook)
 
-    def begin(self, buckets: Sequence[Bucket], voters: Sequence[Voter]) -> None:
+    def begin(self, buckets: Sequence[Bucket]) -> None:
         """Send these buckets early from now on, each when its gradients have come as often as in an earlier step."""
-        self._buckets, self._voters = list(buckets), list(voters)
+        self._buckets = list(buckets)
         self._bucket_of = {slot.param: i for i, bucket in enumerate(buckets) for slot in bucket.slots}
         self._waiting = [len(bucket.slots) for bucket in buckets]
 
@@ -100,91 +168,56 @@ class Overlap:
         return bool(self._buckets)
 
     def end(self) -> None:
-        """Send nothing early any more, until `begin`; what is under way no longer holds."""
-        self._stale |= bool(self._sent)
-        self._buckets, self._voters, self._bucket_of, self._waiting = [], [], {}, []
+        """Send nothing early any more, until `begin`; what is in progress no longer holds."""
+        self._stale |= bool(self.sent)
+        self._buckets, self._bucket_of, self._waiting = [], {}, []
 
-    def agreed_order(self, params: Sequence[Tensor], group: Group) -> dict[Tensor, int] | None:
-        """When each parameter's last gradient of this step came, on the worker where it came last; a collective call.
+    def order(self, params: Sequence[Tensor]) -> list[int]:
+        """Return when each parameter's last gradient of this step came, `NEVER` for one without."""
+        return [self._last.get(param, NEVER) for param in params]
 
-        A number to sort by, `NEVER` for a parameter without gradient on some worker; None where no worker had any.
-        """
-        last = [self._last.get(param, NEVER) for param in params]
-        mine = torch.tensor(last, dtype=torch.int64, device=params[0].device)
-        everyone = mine.new_empty(world_size_of(group) * mine.numel())
-        all_gather(everyone, mine, group).wait()
-        latest = everyone.view(-1, mine.numel()).amax(dim=0).tolist()
-        return None if min(latest) == NEVER else dict(zip(params, latest, strict=True))
-
-    def vote(self, buckets: Sequence[Bucket], voters: Sequence[Voter], draft: Draft) -> list[BucketVote]:
-        """Send what is left of ``buckets``, wait for all; vote anew where a worker's votes were stale."""
-        draft.attempt(lambda: self._settle(draft))
-        draft.flags |= STALE if self._stale else 0
-        sent = self._sent
-        self._draft, self._sent, self._stale = None, [], False
-        votes = self._collect(buckets, voters, sent, draft)
-        if any(header.flags & STALE for vote in votes for header in vote.headers):
-            self.drop_averages()
-            draft.flags &= ~STALE
-            votes = self._collect(buckets, voters, [], draft)
-        return votes
-
-    def drop_averages(self) -> None:
-        """Wait for the averages of a step that is not taken: messages that nobody takes would be taken for later."""
-        for followed in self._averages:
-            averaging = None if followed is None else followed.result()
-            if averaging is not None:
-                averaging.result()
-        self._averages = []
+    def take(self, context: StepContext | None, attempt: Attempt) -> tuple[list[SentBucket], bool, StepContext | None]:
+        """Return what was sent early, whether it no longer holds, and the context it was encoded in."""
+        attempt.run(lambda: self._settle(context))
+        sent, stale, early = self.sent, self._stale, self._context
+        self._start_over()
+        return sent, stale, early
 
     def reset(self, *, learn: bool = False) -> None:
         """After a step, or before anything was sent: count gradients from 0; ``learn`` how often each came."""
         if learn:
             self._expected.update({param: count for param, count in self._fired.items() if count})
-        self._draft, self._sent, self._stale, self._averages = None, [], False, []
+        self._start_over()
         self._fired = dict.fromkeys(self._fired, 0)
         self._last, self._clock = {}, 0
         self._waiting = [len(bucket.slots) for bucket in self._buckets]
 
-    def restart(self) -> None:
+    def invalidate(self) -> None:
         """Gradients are being cleared: what backward did before an exception no longer counts."""
-        if self._sent:
+        if self.sent:
             self._stale = True
         else:
             self.reset()
 
-    def _collect(
-        self, buckets: Sequence[Bucket], voters: Sequence[Voter], sent: Sequence[Sent], draft: Draft
-    ) -> list[BucketVote]:
-        mails = [one.mail for one in sent]
-        under_way = [(one.exchange, one.followed) for one in sent]
-        for bucket, voter in list(zip(buckets, voters, strict=True))[len(mails) :]:
-            mails.append(prepare(bucket, draft))
-            under_way.append(self._courier.send(voter, mails[-1], self._follower(bucket, mails[-1], draft)))
-        self._averages += [followed for _, followed in under_way]
-        began = perf_counter()
-        exchanges = [exchange.result() for exchange, _ in under_way]
-        self._courier.join_stream()
-        votes = finish(buckets, mails, exchanges, draft)
-        self.exposed_seconds += perf_counter() - began
-        return [replace(vote, average=followed) for vote, (_, followed) in zip(votes, under_way, strict=True)]
+    def _start_over(self) -> None:
+        self.sent, self._evidence, self._stale = [], [], False
+        self._context, self._attempt = None, Attempt()
 
-    def _settle(self, draft: Draft) -> None:
+    def _settle(self, context: StepContext | None) -> None:
         """Find out whether what was sent still holds.
 
         It is stale where gradients came or went since, by backward or zero_grad, or where hyperparameters or momentum
-        changed.
-        Raises RuntimeError where gradients were changed otherwise.
+        changed. Raises RuntimeError where gradients were changed otherwise.
         """
-        if self._draft is None:
+        if self._attempt.failure is not None:
+            raise self._attempt.failure
+        if self._context is None:
             return
-        if self._draft.failure is not None:
-            raise self._draft.failure
-        if self._draft.now != draft.now or self._draft.step != draft.step or self._draft.layout != draft.layout:
+        if context is None or not self._context.is_like(context):
             self._stale = True
-        for bucket, sent in zip(self._buckets, self._sent, strict=False):
-            self._stale |= bucket.exp_avg._version != sent.momentum
-            for slot, (grad, version) in zip(bucket.slots, sent.gradients, strict=True):
+        for bucket, evidence in zip(self._buckets, self._evidence, strict=False):
+            self._stale |= bucket.exp_avg._version != evidence.momentum
+            for slot, (grad, version) in zip(bucket.slots, evidence.gradients, strict=True):
                 now = slot.param.grad
                 if now is None and grad is not None:
                     self._stale = True
@@ -196,56 +229,61 @@ class Overlap:
                     )
 
     def _on_gradient(self, param: Tensor) -> None:
-        """A gradient has been accumulated: send its bucket, and those that waited for it, once they are complete."""
+        """Send the parameter's bucket, and those that waited for it, once they are complete."""
         home = self._bucket_of.get(param)
-        if home is not None and home < len(self._sent):
+        if home is not None and home < len(self.sent):
             self._stale = True
         if self.paused:
             return
-        if not self._clock:
-            # what the others send can then arrive without this worker's help
-            for bucket, voter in zip(self._buckets, self._voters, strict=True):
-                voter.expect(bucket.device)
+        if not self._clock and self._buckets:
+            # what the others send can then arrive without this rank's help
+            self._expect()
         self._fired[param] += 1
         self._last[param] = self._clock
         self._clock += 1
         if home is None or self._fired[param] != self._expected.get(param):
             return
         self._waiting[home] -= 1
-        # the last bucket is left to `step`, which knows whether the others still hold
-        while len(self._sent) < len(self._buckets) - 1 and not self._waiting[len(self._sent)]:
-            self._send_next()
-
-    @torch.no_grad()
-    def _send_next(self) -> None:
-        if self._draft is None:
-            self._draft = self._make_draft()
-        bucket, voter = self._buckets[len(self._sent)], self._voters[len(self._sent)]
-        grads = [slot.param.grad for slot in bucket.slots]
-        mail = prepare(bucket, self._draft)
-        evidence = tuple((grad, 0 if grad is None else grad._version) for grad in grads)
-        under_way = self._courier.send(voter, mail, self._follower(bucket, mail, self._draft))
-        self._sent.append(Sent(mail, *under_way, evidence, bucket.exp_avg._version))
+        while len(self.sent) < len(self._buckets) and not self._waiting[len(self.sent)]:
+            i = len(self.sent)
+            self._evidence.append(Evidence.of(self._buckets[i]))
+            with torch.no_grad():
+                if self._context is None:
+                    self._context = self._attempt.run(self._read)
+                self.sent.append(self._send(i, self._context, self._attempt))
 
 
-def end_overlap(courier: Courier, hooks: list[RemovableHandle]) -> None:
+def end_overlap(comm: CommThread | CommStream, hooks: list[RemovableHandle]) -> None:
     """End the thread and the watching of gradients, whether the `Overlap` is still there or not."""
-    courier.close()
+    comm.close()
     while hooks:
         hooks.pop().remove()
 
 
 def check_devices(devices: Sequence[str]) -> None:
-    """Raise ValueError unless all parameters are on one device whose votes can be sent during backward."""
+    """Raise ValueError unless all parameters are on one device whose codes can be sent during backward."""
     if len(devices) > 1 or devices[0].partition(":")[0] not in ("cpu", "cuda"):
         raise ValueError(f"overlap: expected all parameters on the CPU or on one CUDA device, got {devices}")
 
 
 def refuse_with_overlap(has_closure: bool, has_scaler: bool) -> None:
-    """Raise RuntimeError for what needs all gradients before the first vote is sent."""
-    for present, what, why in (
+    """Raise RuntimeError for what needs all gradients before the first code is sent."""
+    for present, name, why in (
         (has_closure, "a closure", "its backward would run within step, after votes may have been sent"),
         (has_scaler, "a GradScaler", "votes are sent before it has seen all gradients"),
     ):
         if present:
-            raise RuntimeError(f"overlap: expected False with {what}, got True: {why}")
+            raise RuntimeError(f"overlap: expected False with {name}, got True: {why}")
+
+
+def _work(jobs: queue.SimpleQueue[tuple[Exchange[Any], Future[None]] | None]) -> None:
+    while (job := jobs.get()) is not None:
+        exchange, future = job
+        try:
+            while not exchange.is_last:
+                exchange.advance()
+            future.set_result(None)
+        except Exception as error:
+            future.set_exception(error)
+        # else the message, and its gradients, would live on until the next one comes
+        del job, exchange, future

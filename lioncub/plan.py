@@ -11,11 +11,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lioncub.collectives.cost import Costs, Link, LinkCosts, best_bucket_bytes
-from lioncub.collectives.header import header_bytes
-from lioncub.collectives.profile import Profile
-from lioncub.collectives.topology import Topology
-from lioncub.collectives.traffic import candidates, dense_legs, describe, legs, node_bytes
+from lioncub.collectives.cost import (
+    Costs,
+    Link,
+    best_bucket_bytes,
+    candidates,
+    dense_phases,
+    node_bytes,
+    phases,
+)
+from lioncub.collectives.groups import Topology
 from lioncub.kernels.layout import packed_bytes
 from lioncub.probe import COLOURS
 
@@ -33,7 +38,7 @@ BACKWARD_SHARE = 2 / 3
 
 @dataclass(frozen=True)
 class Cluster:
-    """Sizes, links, seconds of computation per step, and a profile whose measured points may be used.
+    """Sizes, links and seconds of computation per step.
 
     ``inter`` is a node's link to other nodes, shared by its workers; ``intra`` is a worker's link inside its node.
     ``origin`` states in words where the figures of the links are from.
@@ -48,7 +53,6 @@ class Cluster:
     inter: Link
     intra: Link
     compute_s: float = 0.0
-    profile: Profile | None = None
     origin: str = "as given"
 
     def __post_init__(self) -> None:
@@ -67,19 +71,12 @@ class Cluster:
         return Topology.even(self.nodes, self.local)
 
     @property
-    def links(self) -> LinkCosts:
-        """Costs by latency and bandwidth of the links."""
+    def costs(self) -> Costs:
+        """The cost model of the links."""
         between = [f"{self.inter} from node to node"] * (self.nodes > 1)
         inside = [f"{self.intra} inside a node"] * (self.local > 1)
         source = f"links {self.origin}: {'; '.join(between + inside)}"
-        return LinkCosts(self.topology, self.inter, self.intra, source)
-
-    @property
-    def costs(self) -> Costs:
-        """Costs of votes: measured ones where the profile is of such a group, otherwise those of the links."""
-        if self.profile is not None and describe(self.profile.topology) == describe(self.topology):
-            return self.profile.costs(self.profile.topology, self.profile.backend)
-        return self.links
+        return Costs(self.topology, self.inter, self.intra, source)
 
 
 @dataclass(frozen=True)
@@ -118,29 +115,29 @@ def over_worlds(cluster: Cluster) -> list[tuple[int, tuple[Row, ...]]]:
     for world in WORLDS:
         local = min(world, cluster.local)
         nodes = max(1, world // local)
-        found[nodes * local] = forecast(dataclasses.replace(cluster, nodes=nodes, local=local, profile=None))
+        found[nodes * local] = forecast(dataclasses.replace(cluster, nodes=nodes, local=local))
     return sorted(found.items())
 
 
 def _dense(cluster: Cluster, bytes_per_element: int) -> tuple[str, float, int]:
     """Return (shape, seconds, bytes between nodes) of an all-reduce of all gradients: the faster of both shapes."""
-    links = cluster.links
-    shapes = zip(("ring", "2 levels"), dense_legs(bytes_per_element * cluster.params, links.topology), strict=False)
-    shape, best = min(shapes, key=lambda item: links.seconds_of(item[1]))
-    return shape, links.seconds_of(best), sum(node_bytes(phase, links.topology) for phase in best)
+    costs = cluster.costs
+    shapes = zip(("ring", "2 levels"), dense_phases(bytes_per_element * cluster.params, costs.topology), strict=False)
+    shape, best = min(shapes, key=lambda item: costs.seconds_of(item[1]))
+    return shape, costs.seconds_of(best), sum(node_bytes(phase, costs.topology) for phase in best)
 
 
 def _votes(cluster: Cluster, costs: Costs, algorithm: str) -> tuple[str, float, int]:
     """Return (buckets, seconds, bytes between nodes) of the votes on all parameters, one bucket after the other."""
-    total, head = packed_bytes(cluster.params), header_bytes(0)
+    total = packed_bytes(cluster.params)
     size = best_bucket_bytes([total], algorithm, costs, overlap=False)
     messages = [size] * (total // size) + ([total % size] if total % size else [])
     counts = {n_bytes: messages.count(n_bytes) for n_bytes in set(messages)}
-    seconds = sum(count * costs.seconds(algorithm, n_bytes, head) for n_bytes, count in counts.items())
+    seconds = sum(count * costs.seconds(algorithm, n_bytes) for n_bytes, count in counts.items())
     between = sum(
         count * node_bytes(phase, costs.topology)
         for n_bytes, count in counts.items()
-        for phase in legs(algorithm, n_bytes, costs.topology, head)
+        for phase in phases(algorithm, n_bytes, costs.topology)
     )
     return f"{len(messages)} bucket{'s' * (len(messages) != 1)}", seconds, between
 
@@ -159,14 +156,13 @@ def _steps(compute: float, wire: float) -> tuple[float, float]:
     return compute + wire, compute - backward + max(backward, wire)
 
 
-# how far predictions of communication alone were from measurements in the network lab (docs/netlab.md)
+# how far predictions of communication alone were from measurements in the network lab (docs/results.md)
 MODEL_ERROR = (
     "on Gloo, 2 to 8 workers on 2 cores, links as given with 100 us per message predicted, in the median, 7% too "
-    "little at 100 Mb/s, 20% at 1 Gb/s and 75% at 10 Gb/s, where processors limit the speed; profiles of the same "
-    "group were within 20% in 72% of the cells"
+    "little at 100 Mb/s, 20% at 1 Gb/s and 75% at 10 Gb/s, where processors limit the speed"
 )
 EXPLANATION = """\
-* = the choice of LionCub(algorithm="auto"). LionCub sends 1 bit per parameter, buckets one after the
+* = the choice of LionCub. LionCub sends 1 bit per parameter, buckets one after the
 other. all-reduce: all gradients as one message, by a ring or in 2 levels (reduce-scatter inside a node,
 all-reduce between nodes, all-gather inside), whichever is faster. "wire": communication alone, without
 packing and voting. "a node sends": bytes from the busiest node to others, per step. overlap: forward

@@ -1,62 +1,85 @@
-"""How bf16 and fp16 parameters learn from steps smaller than their spacing, and in which dtype momentum is kept."""
+"""Rounding of a step, and fp32 masters of bf16 and fp16 parameters: which are updated in their place."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lioncub.arguments import check_flag
+from lioncub.config import Precision
 from lioncub.kernels import Rounding
+from lioncub.kernels.checks import storage_order_view
 
-ROUNDINGS = ("nearest", "stochastic")
-MOMENTUM_DTYPES = (torch.float32, torch.bfloat16)
+Named = Sequence[tuple[str, Tensor]]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Precision:
-    """The arguments of both optimizers about precision, checked.
+def keeps_small_steps(precision: Precision) -> bool:
+    """Whether a low-precision parameter is moved by steps smaller than its spacing."""
+    return precision.master_weights or precision.param_rounding == "stochastic"
 
-    Raises ValueError or TypeError, naming the argument, for what is impossible.
+
+def rounding_of(precision: Precision, step: int | Tensor, rank: int) -> Rounding | None:
+    """Return how the kernels round in a step of this rank; None: to nearest."""
+    if precision.param_rounding == "nearest":
+        return None
+    return Rounding(precision.rounding_seed, step, rank)
+
+
+def master_of(param: Tensor) -> Tensor:
+    """Return a new master: the parameter in fp32, in its storage order."""
+    return torch.empty_like(param, dtype=torch.float32, requires_grad=False).copy_(param.detach())
+
+
+@dataclass(frozen=True)
+class Masters:
+    """The masters in ``state[p]["master"]``; a parameter without one moves itself.
+
+    ``versions`` are those of the parameters when they were last known to be their masters, rounded to nearest. Where
+    ``in_use`` is false, no parameter has one, and none is looked for.
     """
 
-    param_rounding: str = "nearest"
-    master_weights: bool = False
-    momentum_dtype: torch.dtype = torch.float32
-    rounding_seed: int = 0
+    state: Mapping[Tensor, dict[str, Any]]
+    versions: MutableMapping[Tensor, int]
+    in_use: bool = True
 
-    def __post_init__(self) -> None:
-        if self.param_rounding not in ROUNDINGS:
-            raise ValueError(f"param_rounding: expected one of {ROUNDINGS}, got {self.param_rounding!r}")
-        check_flag("master_weights", self.master_weights)
-        if self.momentum_dtype not in MOMENTUM_DTYPES:
-            raise ValueError(f"momentum_dtype: expected torch.float32 or torch.bfloat16, got {self.momentum_dtype!r}")
-        if isinstance(self.rounding_seed, bool) or not isinstance(self.rounding_seed, int):
-            raise TypeError(f"rounding_seed: expected an integer, got {self.rounding_seed!r}")
-        if self.master_weights and self.param_rounding != "nearest":
-            raise ValueError(
-                "param_rounding: expected 'nearest' with master_weights=True, since masters lose nothing, got "
-                f"{self.param_rounding!r}"
-            )
+    def of(self, name: str, param: Tensor) -> Tensor:
+        """Return the 1-d view, in storage order, of `moved`."""
+        return storage_order_view(name, self.moved(name, param))
 
-    @property
-    def keeps_small_steps(self) -> bool:
-        """Whether a low-precision parameter is moved by steps smaller than its spacing."""
-        return self.master_weights or self.param_rounding == "stochastic"
+    def moved(self, name: str, param: Tensor) -> Tensor:
+        """Return the tensor that is updated: the parameter's master, or itself."""
+        if not self.in_use:
+            return param
+        master: Tensor | None = self.state[param].get("master")
+        if master is None:
+            return param
+        if master.dtype != torch.float32 or master.shape != param.shape or master.stride() != param.stride():
+            raise RuntimeError(f"state of parameter {name}: expected the master made at construction, got another one")
+        return master
 
-    def rounding(self, step: int | Tensor, rank: int) -> Rounding | None:
-        """How the kernels round in a step of this worker; None: to nearest."""
-        if self.param_rounding == "nearest":
-            return None
-        return Rounding(self.rounding_seed, step, rank)
+    def refresh(self, named: Named) -> None:
+        """Copy a parameter into its master where it was changed from outside since `write_back`."""
+        for _, param in named:
+            master = self.state[param].get("master")
+            if master is None or self.versions.get(param) == param._version:
+                continue
+            if not torch.equal(master.to(param.dtype), param):
+                master.copy_(param.detach())
+            self.versions[param] = param._version
 
-    def facts(self) -> dict[str, Any]:
-        """What workers must have in common, by the names that an error gives it."""
-        return {
-            "param_rounding": self.param_rounding,
-            "master_weights": self.master_weights,
-            "momentum_dtype": str(self.momentum_dtype),
-            "rounding_seed": self.rounding_seed,
-        }
+    def write_back(self, params: Sequence[Tensor]) -> None:
+        """Round the masters of these parameters, to nearest, into them."""
+        if not self.in_use:
+            return
+        low = [param for param in params if "master" in self.state[param]]
+        if low:
+            torch._foreach_copy_(low, [self.state[param]["master"] for param in low])
+        if not torch.compiler.is_compiling():
+            self.versions.update({param: param._version for param in low})
+
+    def named(self, named: Named) -> list[tuple[str, Tensor]]:
+        """Return all masters with their names."""
+        return [(f"{name} (master)", self.state[p]["master"]) for name, p in named if "master" in self.state[p]]

@@ -24,9 +24,9 @@ import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure, record
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from lioncub.collectives.probing import probe
-from lioncub.collectives.profile import Fit, Profile
-from lioncub.collectives.routes import Routes
+from lioncub.collectives.cost import Costs
+from lioncub.collectives.groups import ProcessGroups, Topology
+from lioncub.collectives.probe import Point, Profile, probe
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -35,8 +35,8 @@ if TYPE_CHECKING:
 COLOURS = {"all_gather": "#1a66b0", "reduce_scatter": "#c2571a", "hierarchical": "#2c8a4b", "all_reduce": "#7a4fa3"}
 TITLES = {"whole": "all workers", "intra": "inside each node", "inter": "between nodes"}
 EXPLANATION = """\
-time = alpha + beta * bytes sent by each worker; bandwidth = 1 / beta. error: root mean square of the relative
-errors of that line at the measured points. Predictions for this group are read off the points themselves."""
+The cost model has two links, each with a latency per message and a bandwidth, fitted to the votes of their level.
+error: how far the model is from the measured time of a vote."""
 LEVELS = """\
 whole: all workers; intra: those of each node, all nodes at once; inter: those with the same position on every
 node, all positions at once."""
@@ -153,7 +153,7 @@ def _measure(config: ProbeConfig) -> None:
         dist.init_process_group("gloo", timeout=timedelta(seconds=config.timeout))
         leads = dist.get_rank() == 0
         with _shown_progress(config) if leads else contextlib.nullcontext(_ignored) as on_progress:
-            profile = probe(Routes.find(), seconds=config.budget, on_progress=on_progress)
+            profile = probe(ProcessGroups.find(), seconds=config.budget, on_progress=on_progress)
         dist.destroy_process_group()
     except RuntimeError:
         time.sleep(SETTLE_SECONDS)
@@ -214,26 +214,22 @@ def print_report(profile: Profile) -> None:
 
 
 def build_table(profile: Profile) -> Table:
-    """Tabulate alpha, beta, bandwidth and fit error by level and algorithm."""
+    """Tabulate measured and predicted times of a vote of all workers, and the fitted links."""
     from rich import box
     from rich.table import Table
 
-    table = Table(title=profile.about, box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("level", no_wrap=True)
+    links = [f"between nodes: {profile.inter}"] * (profile.topology.n_nodes > 1)
+    links += [f"inside a node: {profile.intra}"] * (profile.topology.n_nodes < profile.world_size)
+    table = Table(title="\n".join([profile.about, *links]), box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("algorithm", no_wrap=True)
-    for title in ("alpha\nms", "beta\nns/byte", "bandwidth\nMb/s", "\nerror", "\nmessages"):
+    for title in ("message", "measured ms", "predicted ms", "error"):
         table.add_column(title, justify="right", no_wrap=True)
-    for fit in profile.fits:
-        beta = fit.beta_s_per_byte
-        table.add_row(
-            fit.level,
-            fit.algorithm,
-            f"{1e3 * fit.alpha_s:,.2f}",
-            f"{1e9 * beta:,.2f}",
-            f"{8e-6 / beta:,.0f}" if beta > 0 else "unknown",
-            f"{100 * fit.error:.0f}%",
-            f"{_binary(fit.points[0].n_bytes)} to {_binary(fit.points[-1].n_bytes)}",
-        )
+    for point in profile.points:
+        if point.level == "whole":
+            predicted = profile.predicted(point)
+            times = (f"{1e3 * seconds:,.2f}" for seconds in (point.seconds, predicted))
+            error = f"{100 * (predicted / point.seconds - 1):+.0f}%"
+            table.add_row(point.algorithm, _binary(point.n_bytes), *times, error)
     return table
 
 
@@ -249,37 +245,49 @@ def write_plot(profile: Profile, path: Path) -> None:
     """Write a PNG with a panel for each measured level: measured times as points, modelled ones as lines."""
     from matplotlib.figure import Figure
 
-    levels = [level for level in TITLES if any(fit.level == level for fit in profile.fits)]
+    levels = [level for level in TITLES if any(point.level == level for point in profile.points)]
     # a separate Figure draws with Agg, without a display and without pyplot's global state
     figure = Figure(figsize=(1.2 + 5.4 * len(levels), 4.4), layout="constrained")
     figure.suptitle(f"Time of one vote: {profile.about}", fontsize=11)
     panels = figure.subplots(1, len(levels), sharey=True, squeeze=False)[0]
     for axes, level in zip(panels, levels, strict=True):
-        _draw(axes, [fit for fit in profile.fits if fit.level == level], TITLES[level])
+        _draw(
+            axes, [point for point in profile.points if point.level == level], _costs_of(profile, level), TITLES[level]
+        )
     panels[0].set_ylabel("time of one vote (ms, log scale)")
     figure.savefig(path, dpi=150, format="png")
 
 
-def _draw(axes: Axes, fits: list[Fit], title: str) -> None:
+def _costs_of(profile: Profile, level: str) -> Costs:
+    """Return the cost model of one level."""
+    shape, inter = profile.topology, profile.inter
+    if level == "whole":
+        return Costs(shape, inter, profile.intra)
+    if level == "intra":
+        return Costs(Topology.even(1, shape.local_size), inter, profile.intra)
+    # all positions of a node share its link
+    shared = dataclasses.replace(inter, bytes_per_s=inter.bytes_per_s / shape.local_size)
+    return Costs(Topology.flat(shape.n_nodes), shared, profile.intra)
+
+
+def _draw(axes: Axes, points: list[Point], costs: Costs, title: str) -> None:
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    for fit in fits:
-        sizes, colour = [point.n_bytes for point in fit.points], COLOURS[fit.algorithm]
-        measured = [1e3 * point.seconds for point in fit.points]
-        # a line is straight in bytes, and so bent on log axes: steps between the points show how
-        first, last = fit.points[0], fit.points[-1]
-        per_byte = (last.bytes_sent - first.bytes_sent) / max(last.n_bytes - first.n_bytes, 1)
-        ratio = last.n_bytes / first.n_bytes
-        dense = [first.n_bytes * ratio ** (i / 100) for i in range(101)]
-        sent = [first.bytes_sent + per_byte * (n - first.n_bytes) for n in dense]
-        modelled = [1e3 * (fit.alpha_s + fit.beta_s_per_byte * count) for count in sent]
-        axes.plot(dense, modelled, color=colour, linewidth=1.4, label=f"{fit.algorithm}: alpha + beta x bytes")
-        axes.plot(sizes, measured, color=colour, linestyle="none", marker="o", markersize=5)
+    sizes = sorted({point.n_bytes for point in points})
+    dense = [sizes[0] * (sizes[-1] / sizes[0]) ** (i / 100) for i in range(101)]
+    for algorithm in dict.fromkeys(point.algorithm for point in points):
+        found, colour = [point for point in points if point.algorithm == algorithm], COLOURS[algorithm]
+        modelled = [1e3 * costs.seconds(algorithm, round(n / 8) * 8) for n in dense]
+        axes.plot(dense, modelled, color=colour, linewidth=1.4, label=f"{algorithm}, model")
+        measured = [1e3 * point.seconds for point in found]
+        axes.plot(
+            [point.n_bytes for point in found], measured, color=colour, linestyle="none", marker="o", markersize=5
+        )
     axes.plot([], [], color="#555555", linestyle="none", marker="o", markersize=5, label="measured (medians)")
     axes.set_title(title, loc="left", fontsize=10)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
-    axes.set_xticks([point.n_bytes for point in max(fits, key=lambda fit: len(fit.points)).points])
+    axes.set_xticks(sizes)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _binary(round(value))))
     axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))

@@ -9,10 +9,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lioncub.collectives.errors import WorkersDisagreeError, by_value
-from lioncub.collectives.handshake import agreement, gather_where_different, telling
+from lioncub.collectives.agreement import WorkersDisagreeError, agreement, by_value, gather_where_different, informing
 from lioncub.collectives.transport import Group, check_carried
-from lioncub.kernels.registry import mark_written
+from lioncub.kernels.dispatch import mark_written
 
 _CHUNK_BYTES = 1 << 24
 # odd, so that multiplication by it permutes the 64-bit integers
@@ -27,7 +26,7 @@ def broadcast_module(module: torch.nn.Module, *, group: Group = None) -> None:
     A handshake goes first. Raises WorkersDisagreeError on all workers, with nothing changed, where modules differ in
     names, shapes or dtypes; TypeError or ValueError for what cannot be sent, then WorkersDisagreeError on all others.
     """
-    with telling(group):
+    with informing(group):
         if not isinstance(module, torch.nn.Module):
             raise TypeError(f"module: expected a torch.nn.Module, got {type(module).__name__}")
         named = [*module.named_parameters(), *module.named_buffers()]
@@ -36,7 +35,7 @@ def broadcast_module(module: torch.nn.Module, *, group: Group = None) -> None:
 
 def broadcast_tensors(tensors: Iterable[Tensor], *, group: Group = None) -> None:
     """Overwrite tensors with those of the group's first rank; a collective call, errors as in `broadcast_module`."""
-    with telling(group):
+    with informing(group):
         named = [(f"tensor {i}", tensor) for i, tensor in enumerate(tensors)]
     _broadcast(named, group)
 
@@ -75,7 +74,7 @@ def check_equal(named: Sequence[tuple[str, Tensor]], *, group: Group = None) -> 
 
     Raises WorkersDisagreeError on all workers, naming the first tensor that differs and each rank's hash.
     """
-    with telling(group, _device_of(named)):
+    with informing(group, _device_of(named)):
         hashes = [(name, f"hash {int(hash_bits(tensor)) & (2**64 - 1):016x}") for name, tensor in named]
     stated = gather_where_different(hashes, group, _device_of(named))
     if stated is None:

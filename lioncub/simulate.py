@@ -21,16 +21,16 @@ from typing import TypeVar
 import torch
 
 from lioncub.arguments import check_count
-from lioncub.collectives.turns import PeerFailedError
-from lioncub.collectives.virtual import VirtualGroup, World
+from lioncub.collectives.scheduler import PeerFailedError
+from lioncub.collectives.simulated import SimulatedProcessGroup, World
 
-__all__ = ["VirtualGroup", "Workers"]
+__all__ = ["SimulatedProcessGroup", "Workers"]
 
 Result = TypeVar("Result")
 
 
 class Workers:
-    """``size`` simulated workers. Each has a thread of its own, but only one runs at a time, in an order that is always
+    """``size`` simulated workers. Each has its own thread, but only one runs at a time, in an order that is always
     the same: a worker goes on until it must wait for another. `torch.distributed` need not be initialised.
 
     Args:
@@ -47,21 +47,21 @@ class Workers:
         self._world = World([f"virtual-{rank // (local_size or size)}" for rank in range(size)])
         self.groups = [self._world.group(rank) for rank in range(size)]
         # the threads refer to the turns alone, so that workers nobody closed end with their last reference
-        self._finalizer = weakref.finalize(self, self._world.turns.close)
+        self._finalizer = weakref.finalize(self, self._world.scheduler.close)
 
     @property
     def size(self) -> int:
         """Number of workers."""
         return len(self.groups)
 
-    def run(self, function: Callable[[int, VirtualGroup], Result]) -> list[Result]:
+    def run(self, function: Callable[[int, SimulatedProcessGroup], Result]) -> list[Result]:
         """Call ``function(rank, group)`` as every worker, and return the results in rank order.
 
         Within it, ``group`` is the worker's process group. It runs with the caller's grad mode and current CUDA device
         and stream; other state that torch keeps by thread (autocast, default device) is that of a fresh thread.
 
         Where workers raise, their lowest rank's error is raised, but not one that a worker got only because a peer had
-        failed; a note tells the others'. What was under way is dropped, so that workers can be run again. A worker
+        failed; a note tells the others'. Calls in progress are dropped, so that workers can be run again. A worker
         that waits for one that has ended gets RuntimeError, as do all where nobody can go on.
         Raises RuntimeError after `close` (which an interrupt of the caller implies).
         """
@@ -71,7 +71,7 @@ class Workers:
             with context.entered():
                 return function(rank, self.groups[rank])
 
-        results, errors = self._world.turns.run(job)
+        results, errors = self._world.scheduler.run(job)
         if errors:
             self._world.drop_messages("the call was dropped because a worker failed in the same run")
             raise _first_error(errors)
@@ -91,7 +91,7 @@ class Workers:
 
 
 class _Context:
-    """What torch keeps by thread, as it is in the caller's."""
+    """The thread-local settings of torch in the caller's thread."""
 
     def __init__(self) -> None:
         self._grad = torch.is_grad_enabled()

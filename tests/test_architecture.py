@@ -53,6 +53,13 @@ def test_backends_do_not_import_one_another() -> None:
                     assert module.split(".")[0] != package, f"{path} imports {module}"
 
 
+def test_all_grids_have_one_dimension() -> None:
+    # only the first may have more than 65,535 programs
+    sources = {path.name: path.read_text() for path in (ROOT / "kernels" / "triton_gpu").glob("*.py")}
+    assert sources
+    assert [name for name, text in sources.items() if "program_id(1)" in text or "program_id(2)" in text] == []
+
+
 def _python(code: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, timeout=120, check=False)
 

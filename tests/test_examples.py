@@ -173,7 +173,7 @@ def hook_by_hand(rank: int, world_size: int) -> float:
         grad = parameter[0].grad
         expected = torch.zeros(n)
         for r in range(world_size):
-            stream = {"seed": 5, "worker": r, "step": step, "tensor": 0, "stochastic": True, "impl": "reference"}
+            stream = {"seed": 5, "worker": r, "step": step, "param_id": 0, "stochastic": True, "impl": "reference"}
             codes, scale = quantize(grads[r], bits=2, norm="linf", block=256, **stream)
             assert torch.equal(scale.repeat_interleave(256)[:n], sizes[r])
             levels = (codes[:, None] >> torch.tensor([0, 2, 4, 6], dtype=torch.uint8)).bitwise_and(3).flatten()[:n]

@@ -24,7 +24,7 @@ from gpu_report.compiling import SIZES, TARGETS, build, type_of
 from gpu_report.variants import all_variants
 
 SPECIALIZED = ("encode", "apply", "step", "vote", "quantize", "count", "sum counts", "vote on 4-bit fields")
-SPECIALIZED += ("apply 2-bit codes", "add 2-bit codes in 4", "signs of 4-bit fields")
+SPECIALIZED += ("scale of tiles", "apply 2-bit codes", "add 2-bit codes in 4", "signs of 4-bit fields")
 
 # every kernel for every GPU; further dtypes of what has any, for one of each vendor. `make triton-versions` compiles
 # all of them for all, and with other versions

@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import lioncub
 from demo.gpt import GPT, parameter_count
-from lioncub.collectives.traffic import ring_all_reduce_bytes
+from lioncub.collectives.cost import ring_all_reduce_bytes
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,9 @@ class LionCubOnModule:
 
     def __init__(self, model: GPT, lr: float, algorithm: str) -> None:
         self.model = model
-        self.optimizer = lioncub.LionCub(model.named_parameters(), lr, weight_decay=0.1, algorithm=algorithm)
+        self.optimizer = lioncub.LionCub(
+            model.named_parameters(), lr, weight_decay=0.1, comm=lioncub.Comm(algorithm=algorithm)
+        )
 
     def step(self, windows: Tensor) -> StepCost:
         """Train one step on int64 [batch, context + 1]; changes model and optimizer."""

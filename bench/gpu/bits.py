@@ -55,7 +55,7 @@ def _lists(
     x, m, g = tensors(dtypes[0], 0), tensors(dtypes[1], 90), tensors(dtypes[0], 50)
     codes = [torch.full((packed_bytes(n),), 0xA5, dtype=torch.uint8, device=device) for n in numels]
     status = torch.zeros(len(numels), dtype=torch.int32, device=device)
-    kernels.foreach_lion_encode(m, g, beta1=0.9, parity=1, out=codes, status=status, grad_scale=-0.5, impl=impl)
+    kernels.foreach_lion_encode(m, g, beta1=0.9, parity=1, out=codes, nonfinite=status, grad_scale=-0.5, impl=impl)
     kernels.foreach_lion_step_(x, g, m, beta1=0.9, beta2=0.99, rounding=rounding, impl=impl, **_RATES)
     found = {"encode": [*codes, status], "step": [*x, *m]}
     y, options, gate = (
@@ -63,13 +63,13 @@ def _lists(
         momentum(),
         torch.tensor(_GATE[: len(numels)], dtype=torch.int32, device=device),
     )
-    kernels.foreach_apply_votes_(y, codes, gate=gate, impl=impl, **_RATES, **options)
+    kernels.foreach_lion_apply_(y, codes, active=gate, impl=impl, **_RATES, **options)
     found["apply"] = [*y, *options["exp_avg"]]
     for bits, step, offset, divisor in _FORMS:
         y, options = tensors(dtypes[0], 0), momentum()
         form: dict[str, Any] = {"bits": bits, "step": step, "offset": offset, "divisor": divisor}
         levels = [_codes(n, bits, device) for n in numels]
-        kernels.foreach_apply_codes_(y, levels, impl=impl, **form, **_RATES, **options)
+        kernels.foreach_lion_apply_(y, levels, impl=impl, **form, **_RATES, **options)
         found[f"apply {bits} bits"] = [*y, *options["exp_avg"]]
     return found
 
@@ -98,7 +98,7 @@ def _levels(dtype: torch.dtype, bits: int, block: int | None, n: int, device: to
     x = sample(n, dtype, n, finite=True).to(device)
     form: dict[str, Any] = {"bits": bits, "norm": "linf", "block": block, "impl": impl}
     codes, scale = kernels.quantize(x, **form)
-    stream: dict[str, Any] = {"seed": -(2**40) + n, "worker": 3, "step": 2**33 + 1, "tensor": 9, **form}
+    stream: dict[str, Any] = {"seed": -(2**40) + n, "worker": 3, "step": 2**33 + 1, "param_id": 9, **form}
     random, _ = kernels.quantize(x, scale=scale, stochastic=True, **stream)
     values = kernels.dequantize(codes, scale, n, dtype=dtype, **form)
     return {"codes": [codes], "scale": [scale], "stochastic": [random], "values": [values]}
@@ -122,7 +122,7 @@ def _train(workers: int, dtype: torch.dtype, options: dict[str, Any], device: to
         generator = torch.Generator().manual_seed(0)
         shapes = ((64, 48), (48,), (33, 17), (5,), (1000, 16))
         params = [nn.Parameter(torch.randn(s, generator=generator).to(dtype).to(device)) for s in shapes]
-        opt = LionCub(params, **_RATES, process_group=group, impl=impl, bucket_mb=2e-3, **options)
+        opt = LionCub(params, **_RATES, process_group=group, impl=impl, **options)
         for step in range(3):
             generator = torch.Generator().manual_seed(100 * step + rank)
             for param in params:
@@ -150,10 +150,10 @@ def _checks(is_dry: bool) -> Iterator[tuple[str, Check]]:
         options = {"compression": compression}
         yield f"LionCub {name}, {workers} workers, {dtype}", partial(_train, workers, dtype, options)
     votes: tuple[dict[str, Any], ...] = (
-        *({"algorithm": algorithm} for algorithm in ("all_gather", "reduce_scatter", "all_reduce")),
-        {"param_rounding": "stochastic"},
-        {"master_weights": True},
-        {"momentum_dtype": _B16, "param_rounding": "stochastic"},
+        *({"comm": lioncub.Comm(algorithm=a, bucket_mb=2e-3)} for a in ("all_gather", "reduce_scatter", "all_reduce")),
+        {"precision": lioncub.Precision(param_rounding="stochastic")},
+        {"precision": lioncub.Precision(master_weights=True)},
+        {"precision": lioncub.Precision(momentum_dtype=_B16, param_rounding="stochastic")},
     )
     for options in votes[: 0 if is_dry else None]:
         train = partial(_train, 4, _B16, {"compression": lioncub.SignVote(), **options})

@@ -60,7 +60,10 @@ METHODS: dict[str, Make] = {
     "LionCub": _ours,
     "LionCub, overlap": partial(_ours, overlap=True),
     "LionCub, overlap, momentum synchronized": partial(
-        _ours, overlap=True, algorithm="all_gather", momentum_sync=lioncub.MomentumSync(every=4, dtype="int8")
+        _ours,
+        overlap=True,
+        comm=lioncub.Comm(algorithm="all_gather"),
+        momentum_sync=lioncub.MomentumSync(every=4, dtype="int8"),
     ),
     "DDP bf16, AdamW fused": partial(_adamw, is_bf16=True),
     "DDP fp32, AdamW fused": _adamw,

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from gpu.workbench import Workbench
 from lioncub import broadcast_module
-from lioncub.collectives import average_, find_topology, vote
-from lioncub.collectives.graph import GRAPH_ALGORITHMS, GraphVote
+from lioncub.collectives import ProcessGroups, Voter, average_, find_topology, vote
+from lioncub.membership import CAPTURABLE
 
 
 def run(bench: Workbench) -> None:
@@ -25,7 +25,7 @@ def run(bench: Workbench) -> None:
         dist.init_process_group(
             "gloo" if bench.is_dry else "nccl", init_method=f"file://{folder}/store", rank=0, world_size=1
         )
-        for algorithm in GRAPH_ALGORITHMS:
+        for algorithm in CAPTURABLE:
             bench.attempt(f"vote by {algorithm}", lambda a=algorithm: _same(vote(packed, algorithm=a), packed))  # type: ignore[misc]
             bench.attempt(f"captured vote by {algorithm}", partial(_captured, bench, packed, algorithm))
         for dtype in ("fp32", "bf16", "int8"):
@@ -52,10 +52,11 @@ def _average(bench: Workbench, dtype: str) -> dict[str, Any]:
 
 
 def _captured(bench: Workbench, packed: Tensor, algorithm: str) -> None:
-    voting = GraphVote(packed.numel(), algorithm, None, bench.device, "auto")
+    groups = ProcessGroups.flat()
+    voter = Voter(packed.numel(), groups=groups, device=bench.device, algorithm=algorithm, functional=True)
     parity = torch.ones((), dtype=torch.int64, device=bench.device)
     # a graph reads from where it was captured
     ballot = packed.clone()
-    replay = bench.clock.capture(lambda: voting.finish(voting.advance(voting.start(ballot), parity), parity))
+    replay = bench.clock.capture(lambda: voter.start(ballot, parity).result())
     ballot.copy_(packed.flip(0))
-    _same(replay()[0], packed.flip(0))
+    _same(replay().packed, packed.flip(0))

@@ -43,11 +43,11 @@ COMMAND = (
 _CASES = (
     "lion_encode",
     "lion_encode_",
-    "apply_votes_:momentum",
+    "lion_apply_:momentum",
     "lion_step_",
     "foreach_lion_encode",
     "foreach_lion_step_",
-    "foreach_apply_votes_",
+    "foreach_lion_apply_",
     "majority_vote:8_voters",
 )
 

@@ -13,8 +13,6 @@ from gpu_report.compiling import TARGETS
 WIDE = 128
 # rounding of these is stated in docs/numerics.md
 EXACT = ("encode", "apply", "step")
-# the number of chunks is any, so each is loaded by itself
-NARROW = ("scale from chunks",)
 _CLAIMS: dict[str, Callable[[Record], bool]] = {
     "compiles": lambda found: not found["error"],
     "no spills": lambda found: not found.get("spills"),
@@ -27,8 +25,7 @@ _CLAIMS: dict[str, Callable[[Record], bool]] = {
 
 def is_narrow(found: Record) -> bool:
     """Return whether the widest load or store is narrower than a thread's share of some tensor."""
-    narrow = any(found.get(part, WIDE) < found[f"least_{part}"] for part in ("loads", "stores"))
-    return narrow and found["label"] not in NARROW
+    return any(found.get(part, WIDE) < found[f"least_{part}"] for part in ("loads", "stores"))
 
 
 def broken_claims(findings: Sequence[Record]) -> dict[str, list[str]]:

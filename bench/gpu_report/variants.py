@@ -13,8 +13,10 @@ BLOCK_SIZE, ROW_THREADS, WIDE_THREADS = 1024, 128, 256
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 # parameters, gradients, and the momentum where it differs from them
 DTYPES = {"fp32": ("fp32", "fp32"), "bf16": ("bf16", "bf16"), "fp16": ("fp16", "fp16"), "mixed": ("bf16", "fp32")}
-# numbers of `lioncub.kernels.triton_gpu.tables`
+# numbers of `lioncub.kernels.triton_gpu.launch`
 KINDS = {"fp32": 0, "bf16": 1, "fp16": 2, "u8": 3}
+# what every list kernel is given
+TABLES = {"rows_ptr": "i64", "owners_ptr": "i32", "nonfinite_ptr": "i32", "active_ptr": "i32"}
 # bytes of a one-bit code
 CODE = 1 / 8
 # why threads exchange values
@@ -85,71 +87,64 @@ def all_variants() -> list[Variant]:
 
 def float_variants(dtype: str) -> list[Variant]:
     """Kernels that read or write data of a float dtype."""
-    lion = [*_lion_variants(dtype), *_list_variants(dtype)]
+    lion = _lion_variants(dtype)
     if dtype == "mixed":
         return lion
     return [*lion, *_sign_variants(dtype), *_level_variants(dtype), *_scale_variants(dtype)]
 
 
 def _lion_variants(dtype: str) -> list[Variant]:
-    """Encode, apply and step, of one tensor."""
-    from lioncub.kernels.triton_gpu import codes, lion
-    from lioncub.kernels.triton_gpu.random_rows import NEAREST, PARAM_AND_MOMENTUM
+    """Encode, apply and step."""
+    from lioncub.kernels.triton_gpu import lion, signs
 
     data, momentum = DTYPES[dtype]
     d, m = BYTES[data], BYTES[momentum]
-    pointers = {**_pointers(dtype), "out_ptr": "u8"}
-    flags = {"BLOCK_SIZE": BLOCK_SIZE, "HAS_STATUS": True, "ADVANCE": False, "HAS_GATE": False, "ROUNDING": NEAREST}
-    advance = {**flags, "ADVANCE": True}
-    encode = Variant("encode", dtype, lion._encode_update_kernel, pointers, flags, (m, d), (CODE,))
-    apply = Variant("apply", dtype, lion._apply_votes_kernel, pointers, flags, (CODE, d), (d,), _threads(data))
-    moving = replace(apply, label="apply with momentum", constants=advance, threads=_threads(data, momentum))
+    flags = {"BLOCK_SIZE": BLOCK_SIZE, "HAS_FLAGS": True}
+    of_encode = {**flags, "KINDS": (_kinds(momentum, data, "u8"),), "IS_UPDATE": True, "ADVANCE": False}
+    encode = Variant("encode", dtype, signs._encode_signs_kernel, TABLES, of_encode, (m, d), (CODE,))
+    advancing = replace(encode, label="encode_", constants={**of_encode, "ADVANCE": True}, writes=(CODE, m))
+    # never read unless the momentum advances
+    alone = {**flags, "KINDS": (_kinds(data, "u8", data, data),), "ADVANCE": False, "ROUNDING": lion.NEAREST, "BITS": 1}
+    apply = Variant("apply", dtype, lion._apply_codes_kernel, TABLES, alone, (CODE, d), (d,), _threads(data))
+    apply = replace(apply, exchanges=IN_CUT_TILES)
+    moving = replace(apply, label="apply with momentum", threads=_threads(data, momentum))
+    moving = replace(moving, constants={**alone, "KINDS": (_kinds(data, "u8", data, momentum),), "ADVANCE": True})
     moving = replace(moving, reads=(CODE, d, m, d), writes=(m, d))
-    step = replace(moving, label="step", kernel=lion._step_lion_kernel, reads=(d, d, m), writes=(d, m))
-    found = [encode, replace(encode, label="encode_", constants=advance, writes=(CODE, m)), moving, step]
-    two = replace(moving, label="apply 2-bit codes with momentum", kernel=codes._apply_codes_kernel)
-    found.append(replace(two, constants={**advance, "BITS": 2}, reads=(2 * CODE, d, m, d)))
+    of_step = {**flags, "KINDS": (_kinds(data, data, momentum),), "ROUNDING": lion.NEAREST}
+    step = replace(moving, label="step", kernel=lion._step_lion_kernel, constants=of_step)
+    step = replace(step, reads=(d, d, m), writes=(d, m))
+    two = {**moving.constants, "BITS": 2}
+    found = [encode, advancing, moving, step]
+    found.append(replace(moving, label="apply 2-bit codes with momentum", constants=two, reads=(2 * CODE, d, m, d)))
     if dtype != "mixed":
         found.append(apply)
         for bits in (2, 16):
-            coded = replace(apply, label=f"apply {bits}-bit codes", kernel=codes._apply_codes_kernel)
-            found.append(replace(coded, constants={**flags, "BITS": bits}, reads=(bits * CODE, d)))
+            coded = replace(apply, label=f"apply {bits}-bit codes", constants={**alone, "BITS": bits})
+            found.append(replace(coded, reads=(bits * CODE, d)))
     if dtype != "fp32":
-        rounded = {**advance, "ROUNDING": PARAM_AND_MOMENTUM}
-        found += [replace(v, label=f"{v.label}, rounded stochastically", constants=rounded) for v in (moving, step)]
-    return found
-
-
-def _list_variants(dtype: str) -> list[Variant]:
-    """The same for lists of tensors, whose tiles find their addresses in a table."""
-    from lioncub.kernels.triton_gpu import codes, lion_lists
-
-    plain = {variant.label: variant for variant in _lion_variants(dtype)}
-    data, momentum = (KINDS[name] for name in DTYPES[dtype])
-    pointers = {"rows_ptr": "i64", "owners_ptr": "i32", "status_ptr": "i32", "gate_ptr": "i32"}
-    four, three = (data, KINDS["u8"], data, momentum), (data, data, momentum)
-    chosen = [
-        ("encode a list", "encode", lion_lists._encode_updates_kernel, (momentum, data, KINDS["u8"])),
-        ("apply to a list", "apply with momentum", lion_lists._apply_all_votes_kernel, four),
-        ("step of a list", "step", lion_lists._step_all_kernel, three),
-        ("apply 2-bit codes to a list", "apply 2-bit codes with momentum", codes._apply_all_codes_kernel, four),
-    ]
-    found = []
-    for label, like, kernel, kinds in chosen:
-        constants = {**plain[like].constants, "HAS_GATE": True, "KINDS": (kinds,)}
-        same = replace(plain[like], label=label, kernel=kernel, pointers=pointers, constants=constants)
-        found.append(same if like == "encode" else replace(same, exchanges=IN_CUT_TILES))
+        rounded = {"ROUNDING": lion.PARAM_AND_MOMENTUM}
+        found += [
+            replace(v, label=f"{v.label}, rounded stochastically", constants={**v.constants, **rounded})
+            for v in (moving, step)
+        ]
     return found
 
 
 def _sign_variants(dtype: str) -> list[Variant]:
-    from lioncub.kernels.triton_gpu import packing
+    from lioncub.kernels.triton_gpu import signs
 
-    d, flags, pointers = BYTES[dtype], {"BLOCK_SIZE": BLOCK_SIZE}, _pointers(dtype)
-    packed, unpacked = {**pointers, "out_ptr": "u8"}, {**pointers, "out_ptr": dtype}
+    d, flags = BYTES[dtype], {"BLOCK_SIZE": BLOCK_SIZE}
+    packing = {
+        **flags,
+        "KINDS": (_kinds(dtype, dtype, "u8"),),
+        "HAS_FLAGS": False,
+        "IS_UPDATE": False,
+        "ADVANCE": False,
+    }
+    unpacked = {"packed_ptr": "u8", "out_ptr": dtype}
     return [
-        Variant("pack", dtype, packing._pack_signs_kernel, packed, flags, (d,), (CODE,)),
-        Variant("unpack", dtype, packing._unpack_signs_kernel, unpacked, flags, (CODE,), (d,), _threads(dtype)),
+        Variant("pack", dtype, signs._encode_signs_kernel, TABLES, packing, (d,), (CODE,)),
+        Variant("unpack", dtype, signs._unpack_signs_kernel, unpacked, flags, (CODE,), (d,), _threads(dtype)),
     ]
 
 
@@ -157,18 +152,16 @@ def _level_variants(dtype: str) -> list[Variant]:
     """Quantization: levels of the update, and back."""
     from lioncub.kernels.triton_gpu import quantization
 
-    d, codes, floats = BYTES[dtype], {**_pointers(dtype), "out_ptr": "u8"}, {**_pointers(dtype), "out_ptr": dtype}
-    flags = {"BLOCK_SIZE": BLOCK_SIZE, "HAS_STATUS": True, "IS_UPDATE": True, "STOCHASTIC": True, "SCALE_BLOCK": 0}
-    flags["BITS"] = 2
-    plain = {**flags, "STOCHASTIC": False}
-    quantize = Variant("quantize", dtype, quantization._quantize_values_kernel, codes, flags, (d, d), (2 * CODE,))
+    d, floats = BYTES[dtype], {"packed_ptr": "u8", "scale_ptr": "fp32", "out_ptr": dtype}
+    flags: dict[str, object] = {"BLOCK_SIZE": BLOCK_SIZE, "SCALE_BLOCK": 0, "BITS": 2}
+    updates = {**flags, "KINDS": (_kinds(dtype, dtype, "fp32", "u8"),), "HAS_FLAGS": True, "IS_UPDATE": True}
+    updates |= {"STOCHASTIC": True}
+    plain = {**updates, "STOCHASTIC": False}
+    quantize = Variant("quantize", dtype, quantization._quantize_values_kernel, TABLES, updates, (d, d), (2 * CODE,))
+    quantize = replace(quantize, exchanges=IN_CUT_TILES)
     back = Variant("dequantize", dtype, quantization._dequantize_codes_kernel, floats, flags, (2 * CODE,), (d,))
-    listed = {**flags, "KINDS": ((KINDS[dtype], KINDS[dtype], KINDS["fp32"], KINDS["u8"]),)}
-    tables = {"rows_ptr": "i64", "owners_ptr": "i32", "status_ptr": "i32"}
-    of_list = replace(quantize, label="quantize a list", kernel=quantization._quantize_updates_kernel)
     return [
         quantize,
-        replace(of_list, pointers=tables, constants=listed, exchanges=IN_CUT_TILES),
         replace(quantize, label="quantize to nearest", constants=plain),
         replace(quantize, label="quantize to 8 bits", constants={**plain, "BITS": 8}, writes=(1,)),
         replace(back, threads=_threads(dtype)),
@@ -176,28 +169,23 @@ def _level_variants(dtype: str) -> list[Variant]:
 
 
 def _scale_variants(dtype: str) -> list[Variant]:
-    """Norms of the update, of blocks and of chunks of tiles."""
+    """Norms of the update, of blocks and of tiles."""
     from lioncub.kernels.triton_gpu import scales
 
-    d, pointers, chunk = BYTES[dtype], _pointers(dtype), 16 * BLOCK_SIZE
-    flags = {"BLOCK_SIZE": BLOCK_SIZE, "IS_UPDATE": True, "NORM": "l1", "SCALE_BLOCK": 64}
-    blocks = Variant("scale of blocks", dtype, scales._scale_blocks_kernel, pointers, flags, (d, d), ())
+    d, tables = BYTES[dtype], {**TABLES, "partial_ptr": "fp64"}
+    flags: dict[str, object] = {"BLOCK_SIZE": BLOCK_SIZE, "IS_UPDATE": True, "NORM": "l1", "SCALE_BLOCK": 64}
+    flags |= {"KINDS": (_kinds(dtype, dtype, "fp32"),), "HAS_PARTIAL": False}
+    blocks = Variant("scale of blocks", dtype, scales._scale_blocks_kernel, tables, flags, (d, d), ())
     blocks = replace(blocks, exchanges=IN_NORMS, aside=4 / 64)
-    chunks = replace(blocks, label="scale of chunks", kernel=scales._reduce_chunks_kernel)
-    chunks = replace(chunks, elements=chunk, aside=8 / chunk)
-    largest = replace(chunks, label="scale of chunks, linf", constants={**flags, "NORM": "linf"})
-    tables = {"rows_ptr": "i64", "owners_ptr": "i32", "partial_ptr": "fp64"}
-    listed = {**flags, "KINDS": ((KINDS[dtype], KINDS[dtype], KINDS["fp32"]),), "SCALE_BLOCK": 0}
-    tiles = replace(blocks, label="scale of tiles of a list", kernel=scales._scale_updates_kernel, aside=8 / BLOCK_SIZE)
-    tiles = replace(tiles, pointers=tables, constants=listed)
-    return [blocks, tiles, chunks, replace(largest, pointers={**pointers, "partial_ptr": "i32"}, aside=4 / chunk)]
+    of_tiles = {**flags, "SCALE_BLOCK": 0, "HAS_PARTIAL": True}
+    tiles = replace(blocks, label="scale of tiles", constants=of_tiles, aside=8 / BLOCK_SIZE)
+    largest = replace(tiles, label="scale of tiles, linf", constants={**of_tiles, "NORM": "linf"}, aside=4 / BLOCK_SIZE)
+    return [blocks, tiles, replace(largest, pointers={**TABLES, "partial_ptr": "i32"})]
 
 
-def _pointers(dtype: str) -> dict[str, str]:
-    data, momentum = DTYPES[dtype]
-    pointers = dict.fromkeys(("param_ptr", "grad_ptr", "x_ptr"), data) | {"exp_avg_ptr": momentum}
-    pointers |= {"packed_ptr": "u8", "scale_ptr": "fp32", "partial_ptr": "fp64"}
-    return pointers | {"status_ptr": "i32", "gate_ptr": "i32"}
+def _kinds(*dtypes: str) -> tuple[int, ...]:
+    """The dtypes of a table's lists, as the kernels are told them."""
+    return tuple(KINDS[dtype] for dtype in dtypes)
 
 
 def _threads(*dtypes: str) -> int:

@@ -18,17 +18,17 @@ def word_variants() -> list[Variant]:
 
 
 def _vote_variants() -> list[Variant]:
-    from lioncub.kernels.triton_gpu import counts, vote
+    from lioncub.kernels.triton_gpu import vote
 
     pointers = dict.fromkeys(("packed_ptr", "planes_ptr", "out_ptr"), "i32") | {"counts_ptr": "i64"}
     flags = {"PLANES": VOTERS.bit_length(), "HAS_COUNTS": False, "UNIT": 4, "BLOCK_SIZE": WORDS}
     voting = Variant("vote", "codes", vote._vote_majority_kernel, pointers, flags, (CODE,) * VOTERS, (CODE,))
     voting = replace(voting, elements=32 * WORDS)
     tally = replace(voting, label="vote with counts", constants={**flags, "HAS_COUNTS": True})
-    counting = replace(voting, label="count", kernel=counts._count_votes_kernel, writes=(CODE,) * VOTERS.bit_length())
+    counting = replace(voting, label="count", kernel=vote._count_votes_kernel, writes=(CODE,) * VOTERS.bit_length())
     # two groups of up to 7 voters: planes for 14
     planes = {**flags, "GROUP_PLANES": 3, "PLANES": 4}
-    summing = replace(voting, label="sum counts", kernel=counts._sum_counts_kernel, constants=planes)
+    summing = replace(voting, label="sum counts", kernel=vote._sum_counts_kernel, constants=planes)
     return [
         voting,
         replace(tally, exchanges="numbers of ties and of unanimous codes are summed over a tile"),
@@ -56,30 +56,31 @@ def _field_variants() -> list[Variant]:
 
 
 def _sum_variants() -> list[Variant]:
-    from lioncub.kernels.triton_gpu import sums
+    from lioncub.kernels.triton_gpu import fields
 
     found = []
     for bits, field_bits in ((1, 16), (2, 4), (4, 4), (8, 16)):
         pointers = {"packed_ptr": "i32" if bits == field_bits else "u8", "out_ptr": "i32"}
         flags = {"BITS": bits, "FIELD_BITS": field_bits, "BLOCK_SIZE": ROW_THREADS}
         label, moved = f"add {bits}-bit codes in {field_bits}", ((bits * CODE,) * VOTERS, (field_bits * CODE,))
-        variant = Variant(label, "codes", sums._add_codes_kernel, pointers, flags, *moved)
+        variant = Variant(label, "codes", fields._add_codes_kernel, pointers, flags, *moved)
         exchanges = "a byte of codes is spread over the words of several threads" if bits == 1 else ""
         found.append(replace(variant, elements=WORDS * 32 // field_bits, exchanges=exchanges))
     for bits in (4, 16):
         pointers = {"fields_ptr": "u8", "out_ptr": "u8", "counts_ptr": "i64"}
         flags = {"FIELD_BITS": bits, "HAS_COUNTS": False, "BLOCK_SIZE": BLOCK_SIZE}
         label, moved = f"signs of {bits}-bit fields", ((bits * CODE,), (2 * CODE,))
-        variant = Variant(label, "codes", sums._sign_fields_kernel, pointers, flags, *moved)
+        variant = Variant(label, "codes", fields._sign_fields_kernel, pointers, flags, *moved)
         exchanges = "" if bits == 16 else "fields are loaded by other threads than pack the codes"
         found.append(replace(variant, exchanges=exchanges))
     return found
 
 
 def _combining_variant() -> Variant:
-    """Partial norms of chunks to the norm of a whole tensor; an element is a chunk's."""
+    """Partial norms of tiles to the norms of whole tensors; an element is a tile's."""
     from lioncub.kernels.triton_gpu import scales
 
-    pointers, flags = {"partial_ptr": "fp64", "scale_ptr": "fp32"}, {"NORM": "l1", "BLOCK_SIZE": BLOCK_SIZE}
-    variant = Variant("scale from chunks", "codes", scales._combine_chunks_kernel, pointers, flags, (8,), ())
+    pointers, flags = {"rows_ptr": "i64", "partial_ptr": "fp64"}, {"NORM": "l1", "TILES": BLOCK_SIZE}
+    flags |= {"BLOCK_SIZE": BLOCK_SIZE}
+    variant = Variant("scale from tiles", "codes", scales._combine_tiles_kernel, pointers, flags, (8,), ())
     return replace(variant, exchanges=IN_NORMS, aside=4 / BLOCK_SIZE)

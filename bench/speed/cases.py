@@ -18,6 +18,7 @@ NOT_OPS = {"Rounding", "abstain_parity", "counter_planes", "field_bits", "packed
 VOTERS = (2, 8, 64)
 _NARROW = ("bf16", "fp16")
 _STOCHASTIC = Rounding(seed=1, step=2, rank=0)
+_TERNARY = float_ops.TERNARY
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ CASES = (
     Case("lion_encode", float_ops.lion_encode),
     Case("lion_encode_", float_ops.lion_encode_),
     Case("foreach_lion_encode", float_ops.foreach_lion_encode),
-    Case("lion_mix", float_ops.lion_mix, impls=("torch",)),
+    Case("lion_ema", float_ops.lion_ema, impls=("torch",)),
     *_votes(),
     _packed("majority_vote", partial(code_ops.majority_vote, voters=8, counted=True), "8_voters_counted"),
     _packed("count_votes", code_ops.count_votes),
@@ -77,14 +78,13 @@ CASES = (
     _packed("add_codes", partial(code_ops.add_codes, bits=1), "1_bit"),
     _packed("add_codes", partial(code_ops.add_codes, bits=2), "2_bits"),
     _packed("ternary_of_fields", code_ops.ternary_of_fields),
-    Case("apply_votes_", float_ops.apply_votes_),
-    Case("apply_votes_", partial(float_ops.apply_votes_, momentum=True), "momentum"),
-    Case("apply_votes_", partial(float_ops.apply_votes_, rounding=_STOCHASTIC), "stochastic", _NARROW),
-    Case("foreach_apply_votes_", float_ops.foreach_apply_votes_),
-    Case("apply_codes_", float_ops.apply_codes_),
-    Case("apply_codes_", partial(float_ops.apply_codes_, momentum=True), "momentum"),
-    Case("apply_codes_", partial(float_ops.apply_codes_, rounding=_STOCHASTIC), "stochastic", _NARROW),
-    Case("foreach_apply_codes_", float_ops.foreach_apply_codes_),
+    Case("lion_apply_", float_ops.lion_apply_),
+    Case("lion_apply_", partial(float_ops.lion_apply_, momentum=True), "momentum"),
+    Case("lion_apply_", partial(float_ops.lion_apply_, rounding=_STOCHASTIC), "stochastic", _NARROW),
+    Case("lion_apply_", partial(float_ops.lion_apply_, form=_TERNARY), "2_bits"),
+    Case("lion_apply_", partial(float_ops.lion_apply_, form=_TERNARY, momentum=True), "2_bits_momentum"),
+    Case("foreach_lion_apply_", float_ops.foreach_lion_apply_),
+    Case("foreach_lion_apply_", partial(float_ops.foreach_lion_apply_, form=_TERNARY), "2_bits"),
     Case("lion_step_", float_ops.lion_step_),
     Case("lion_step_", partial(float_ops.lion_step_, rounding=_STOCHASTIC), "stochastic", _NARROW),
     Case("foreach_lion_step_", float_ops.foreach_lion_step_),

@@ -66,7 +66,7 @@ class Data:
         return self._normal(2).to(self.momentum_dtype)
 
     @cached_property
-    def status(self) -> Tensor:
+    def nonfinite(self) -> Tensor:
         return torch.zeros(1, dtype=torch.int32, device=self.device)
 
     @cached_property

@@ -13,7 +13,7 @@ from speed.data import BETA1, BETA2, DECAY, LR, Call, Data, new
 
 _RATES: dict[str, Any] = {"lr": LR, "weight_decay": DECAY}
 _BETAS = {"beta1": BETA1, "beta2": BETA2}
-_TERNARY = {"bits": 2, "step": 1, "offset": 1}
+TERNARY = {"bits": 2, "step": 1, "offset": 1}
 
 
 def pack_signs(data: Data, impl: str) -> Call:
@@ -28,13 +28,13 @@ def unpack_signs(data: Data, impl: str) -> Call:
 
 
 def lion_encode(data: Data, impl: str) -> Call:
-    m, g, out, status = data.exp_avg, data.grad, data.codes(), data.status
-    return Call(lambda: kernels.lion_encode(m, g, beta1=BETA1, out=out, status=status, impl=impl), (m, g), (out,))
+    m, g, out, nonfinite = data.exp_avg, data.grad, data.codes(), data.nonfinite
+    return Call(lambda: kernels.lion_encode(m, g, beta1=BETA1, out=out, nonfinite=nonfinite, impl=impl), (m, g), (out,))
 
 
 def lion_encode_(data: Data, impl: str) -> Call:
-    m, g, out, status = data.exp_avg, data.grad, data.codes(), data.status
-    return Call(lambda: kernels.lion_encode_(m, g, **_BETAS, out=out, status=status, impl=impl), (m, g), (out, m))
+    m, g, out, nonfinite = data.exp_avg, data.grad, data.codes(), data.nonfinite
+    return Call(lambda: kernels.lion_encode_(m, g, **_BETAS, out=out, nonfinite=nonfinite, impl=impl), (m, g), (out, m))
 
 
 def foreach_lion_encode(data: Data, impl: str) -> Call:
@@ -45,49 +45,35 @@ def foreach_lion_encode(data: Data, impl: str) -> Call:
     )
 
 
-def lion_mix(data: Data, impl: str) -> Call:
+def lion_ema(data: Data, impl: str) -> Call:
     assert impl == "torch"
     m, g = data.exp_avg, data.grad
-    return Call(lambda: kernels.lion_mix(m, g, beta=BETA1), (m, g), (new(data.n, m.dtype),))
+    return Call(lambda: kernels.lion_ema(m, g, beta=BETA1), (m, g), (new(data.n, m.dtype),))
 
 
-def apply_votes_(data: Data, impl: str, *, momentum: bool = False, rounding: Rounding | None = None) -> Call:
-    x, codes = data.param, data.codes()
+def lion_apply_(
+    data: Data,
+    impl: str,
+    *,
+    form: dict[str, int] | None = None,
+    momentum: bool = False,
+    rounding: Rounding | None = None,
+) -> Call:
+    x, codes, form = data.param, data.codes((form or {}).get("bits", 1)), form or {}
     options, m, g = _momentum(data) if momentum else ({}, (), ())
     return Call(
-        lambda: kernels.apply_votes_(x, codes, **_RATES, **options, rounding=rounding, impl=impl),
+        lambda: kernels.lion_apply_(x, codes, **form, **_RATES, **options, rounding=rounding, impl=impl),
         (x, codes, *g, *m),
         (x, *m),
     )
 
 
-def foreach_apply_votes_(data: Data, impl: str) -> Call:
-    x, codes, g, m = data.param, data.codes(), data.grad, data.exp_avg
+def foreach_lion_apply_(data: Data, impl: str, *, form: dict[str, int] | None = None) -> Call:
+    x, codes, g, m, form = data.param, data.codes((form or {}).get("bits", 1)), data.grad, data.exp_avg, form or {}
     lists = {"grad": data.split(g), "exp_avg": data.split(m), "beta2": BETA2}
     xs, packed = data.split(x), data.split(codes)
     return Call(
-        lambda: kernels.foreach_apply_votes_(xs, packed, **_RATES, **lists, impl=impl), (x, codes, g, m), (x, m)
-    )
-
-
-def apply_codes_(data: Data, impl: str, *, momentum: bool = False, rounding: Rounding | None = None) -> Call:
-    x, codes = data.param, data.codes(2)
-    options, m, g = _momentum(data) if momentum else ({}, (), ())
-    return Call(
-        lambda: kernels.apply_codes_(x, codes, **_TERNARY, **_RATES, **options, rounding=rounding, impl=impl),
-        (x, codes, *g, *m),
-        (x, *m),
-    )
-
-
-def foreach_apply_codes_(data: Data, impl: str) -> Call:
-    x, codes, g, m = data.param, data.codes(2), data.grad, data.exp_avg
-    lists = {"grad": data.split(g), "exp_avg": data.split(m), "beta2": BETA2}
-    xs, packed = data.split(x), data.split(codes)
-    return Call(
-        lambda: kernels.foreach_apply_codes_(xs, packed, **_TERNARY, **_RATES, **lists, impl=impl),
-        (x, codes, g, m),
-        (x, m),
+        lambda: kernels.foreach_lion_apply_(xs, packed, **form, **_RATES, **lists, impl=impl), (x, codes, g, m), (x, m)
     )
 
 
@@ -120,11 +106,11 @@ def quantize(data: Data, impl: str, *, bits: int = 2, stochastic: bool = False, 
 
 
 def lion_quantize(data: Data, impl: str, *, bits: int = 2, stochastic: bool = False, scaled: bool = True) -> Call:
-    m, g, status, scale = data.exp_avg, data.grad, data.status, data.scale if scaled else None
+    m, g, nonfinite, scale = data.exp_avg, data.grad, data.nonfinite, data.scale if scaled else None
     out = torch.empty(packed_bytes(data.n, bits), dtype=torch.uint8, device=data.device)
     return Call(
         lambda: kernels.lion_quantize(
-            m, g, beta1=BETA1, bits=bits, scale=scale, stochastic=stochastic, out=out, status=status, impl=impl
+            m, g, beta1=BETA1, bits=bits, scale=scale, stochastic=stochastic, out=out, nonfinite=nonfinite, impl=impl
         ),
         (m, g) if scaled else (m, g, m, g),
         (out,),

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lioncub.kernels import packed_bytes, reference
-from lioncub.kernels.random_bits import Stream
+from lioncub.kernels.rounding import Streams
 from lioncub.kernels.scalars import Mix, round_to_float32
 from speed.data import BETA1, BETA2, DECAY, LR, Call, Data, new
 from speed.streams import philox, read
@@ -123,7 +123,7 @@ def _compiled_vote(d: Data) -> Call:
 
 def _compiled_apply(d: Data) -> Call:
     return _apply_call(
-        compiled(reference.apply_votes_, [d.param], [d.codes()], LR, 1 - LR * DECAY, None, None, None), d
+        compiled(reference.lion_apply_, [d.param], [d.codes()], 1, 2, 1, LR, 1 - LR * DECAY, None, None, None), d
     )
 
 
@@ -132,7 +132,7 @@ def _compiled_step(d: Data) -> Call:
     return _step_call(compiled(reference.lion_step_, *lists, LR, 1 - LR * DECAY, _MIX1, _MIX2), d)
 
 
-def _compiled_quantize(d: Data, stream: Stream | None = None) -> Call:
+def _compiled_quantize(d: Data, stream: Streams | None = None) -> Call:
     return _quantize_call(compiled(reference.quantize, d.grad, d.scale, 0.5, 0, 2, stream, d.codes(2)), d)
 
 
@@ -165,8 +165,8 @@ PEERS = (
     Peer("lion_encode", READ, _read_only),
     Peer("majority_vote:8_voters", "numpy", lambda d: _vote_call(lambda: numpy_vote(d.voters(8).numpy()), d)),
     Peer("majority_vote:8_voters", COMPILED, _compiled_vote),
-    Peer("apply_votes_", "plain_torch", lambda d: _apply_call(lambda: torch_apply(d.param, d.codes()), d)),
-    Peer("apply_votes_", COMPILED, _compiled_apply),
+    Peer("lion_apply_", "plain_torch", lambda d: _apply_call(lambda: torch_apply(d.param, d.codes()), d)),
+    Peer("lion_apply_", COMPILED, _compiled_apply),
     Peer("lion_step_", "lion-pytorch", lambda d: _step_call(lion_pytorch_step([d.param], [d.grad]), d)),
     Peer(
         "lion_step_",
@@ -175,6 +175,6 @@ PEERS = (
     ),
     Peer("lion_step_", COMPILED, _compiled_step),
     Peer("quantize:2_bits", COMPILED, _compiled_quantize),
-    Peer(STOCHASTIC, COMPILED, lambda d: _compiled_quantize(d, Stream(1, 2, 3, 4))),
+    Peer(STOCHASTIC, COMPILED, lambda d: _compiled_quantize(d, Streams(1, 3, 2, [4]))),
     Peer(STOCHASTIC, PHILOX, lambda d: _quantize_call(lambda: philox(d.n), d)),
 )

@@ -7,7 +7,7 @@ from typing import Any
 import numba
 import numpy as np
 
-from lioncub.kernels.numba_cpu.philox import random_words
+from lioncub.kernels.numba_cpu.arithmetic import random_words
 
 # twice as much is read, four times the last-level cache of the machines in mind
 _WASH_BYTES = 2**26
@@ -43,7 +43,7 @@ def philox(n: int) -> int:
     words = np.empty(64, dtype=np.uint32)
     seen = np.uint32(0)
     for start in range(0, n, 64):
-        random_words((1, 2, 3, 4, 5), start, words)
+        random_words((1, 2, 3, 4), 5, start, words)
         for i in range(64):
             seen ^= words[i]
     return int(seen)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lioncub import BySize, Lion, LionCub, MomentumSync, Quantized, SignMean, SignVote, TernaryVote
+from lioncub import BySize, Comm, Lion, LionCub, MomentumSync, Quantized, SignMean, SignVote, TernaryVote
 from lioncub.simulate import Workers
 from study.tasks import TASKS
 
@@ -164,8 +164,10 @@ class _Voting:
                 weight_decay=WEIGHT_DECAY,
                 compression=method.compression,
                 momentum_sync=method.sync,
-                drift_every=25 if method.sync is not None and method.sync.is_auto else None,
-                algorithm="reduce_scatter",
+                comm=Comm(
+                    algorithm="reduce_scatter",
+                    drift_every=25 if method.sync is not None and method.sync.is_auto else None,
+                ),
                 process_group=group,
             )
         )

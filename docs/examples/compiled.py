@@ -1,4 +1,4 @@
-"""A whole training step as one graph: forward, loss, backward and the vote of all workers. Run it with torchrun."""
+"""A whole training step as one graph: forward, loss, backward and the vote of all ranks. Run it with torchrun."""
 
 import torch
 import torch.distributed as dist

@@ -13,7 +13,7 @@ FORMAT = {"bits": 2, "norm": "linf", "block": 256}
 
 @dataclass
 class HookState:
-    """``seed`` and ``step`` of the random numbers; the bytes that this worker has sent."""
+    """``seed`` and ``step`` of the random numbers; bytes that this rank has sent."""
 
     seed: int = 0
     step: int = 0
@@ -21,23 +21,23 @@ class HookState:
 
 
 def two_bit_hook(state: HookState, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
-    """Average over workers of gradients rounded at random to -s, 0 or +s, s the largest size in a block of 256."""
-    grad, workers = bucket.buffer(), dist.get_world_size()
+    """Average gradients rounded at random to -s, 0 or +s, where s is the largest size in a block of 256."""
+    grad, world_size = bucket.buffer(), dist.get_world_size()
     # random words are a function of these four numbers, so there is no generator whose state must be saved
-    stream = {"seed": state.seed, "worker": dist.get_rank(), "step": state.step, "tensor": bucket.index()}
+    stream = {"seed": state.seed, "worker": dist.get_rank(), "step": state.step, "param_id": bucket.index()}
     codes, scale = quantize(grad, stochastic=True, **FORMAT, **stream)
     message = torch.cat([codes, scale.view(torch.uint8)])
-    received = [torch.empty_like(message) for _ in range(workers)]
+    received = [torch.empty_like(message) for _ in range(world_size)]
     gathered = dist.all_gather(received, message, async_op=True).get_future()
-    state.bytes_sent += (workers - 1) * len(message)
+    state.bytes_sent += (world_size - 1) * len(message)
     state.step += bucket.is_last()
 
     def average(_: torch.futures.Future[list[Tensor]]) -> Tensor:
         total = torch.zeros_like(grad)
-        # in rank order, so that all workers get the same bits
+        # in rank order, so that all ranks get the same bits
         for codes, scale in (row.tensor_split([packed_bytes(len(grad), bits=2)]) for row in received):
             total += dequantize(codes, scale.view(torch.float32), len(grad), dtype=grad.dtype, **FORMAT)
-        return total / workers
+        return total / world_size
 
     return gathered.then(average)
 

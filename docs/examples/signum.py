@@ -8,25 +8,25 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lioncub.collectives import vote
-from lioncub.kernels import abstain_parity, apply_votes_, lion_encode_, tie_parity
+from lioncub.kernels import abstain_parity, lion_apply_, lion_encode_, tie_parity
 
 
 class Signum(torch.optim.Optimizer):
-    """m = beta*m + (1-beta)*g on every worker; p = p*(1 - lr*wd) - lr*(the majority of the workers' signs of m)."""
+    """m = beta*m + (1-beta)*g on every rank; p = p*(1 - lr*wd) - lr*(the majority of the ranks' signs of m)."""
 
     def __init__(self, params: Iterable[Tensor], lr: float = 1e-4, beta: float = 0.9, weight_decay: float = 0.0):
         super().__init__(params, {"lr": lr, "beta": beta, "weight_decay": weight_decay, "step": 0})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Take one step; a collective call. Mutates parameters and momentum; gives the closure's loss."""
+        """Take one step; a collective. Mutates parameters and momentum, returns the closure's loss."""
         loss = None if closure is None else torch.enable_grad()(closure)()
         for group in self.param_groups:
             # every message is padded to whole 64-bit words, so that joined they are one message
             messages = [self._encode(p, group) for p in group["params"]]
             voted = vote(torch.cat(messages), parity=tie_parity(group["step"]))
             for p, bits in zip(group["params"], voted.split([len(m) for m in messages]), strict=True):
-                apply_votes_(p, bits, lr=group["lr"], weight_decay=group["weight_decay"])
+                lion_apply_(p, bits, lr=group["lr"], weight_decay=group["weight_decay"])
             group["step"] += 1
         return loss
 
@@ -34,7 +34,7 @@ class Signum(torch.optim.Optimizer):
         state = self.state[p]
         if not state:
             state["exp_avg"] = torch.zeros_like(p, dtype=torch.float32)
-        # all workers send votes of the same size, so one without a gradient votes with zeros
+        # all ranks send votes of the same size, so one without a gradient votes with zeros
         grad = torch.zeros_like(p) if p.grad is None else p.grad
         # with equal betas, the update whose sign is packed is the new momentum itself
         parity = abstain_parity(group["step"], dist.get_rank(), dist.get_world_size())

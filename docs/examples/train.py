@@ -20,7 +20,7 @@ def main() -> None:
     teacher = torch.randn(16, 1, device=device)
     opt = LionCub(model.named_parameters(), lr=2e-3, weight_decay=0.1)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(opt, T_max=100)
-    # from here on every worker draws its own data
+    # from here on every rank draws its own data
     torch.manual_seed(1 + dist.get_rank())
     for step in range(1, 101):
         inputs = torch.randn(32, 16, device=device)

@@ -2,8 +2,8 @@
 
     torchrun --nproc-per-node 2 docs/examples/train_gpt.py --out runs/gpt
 
-The same command continues from the last checkpoint in --out. Momentum differs between workers: each rank has a file of
-its own in a checkpoint, and a run continues with as many workers as before. Several nodes need a shared folder.
+The same command resumes from the last checkpoint in --out. Momentum differs between ranks, so a checkpoint
+has one file per rank, and a run resumes with as many ranks as before. Several nodes need a shared folder.
 """
 
 import argparse
@@ -45,7 +45,7 @@ def draw_windows(text: Tensor, step: int, batch: int, context: int) -> Tensor:
 
 
 def save(folder: Path, step: int, parts: dict) -> None:
-    """Write a checkpoint, this rank's file, and remove older ones; a collective call."""
+    """Write a checkpoint, this rank's file, and remove older ones; a collective."""
     partial, complete = folder / f"step-{step:06d}.partial", folder / f"step-{step:06d}"
     partial.mkdir(parents=True, exist_ok=True)
     state = {name: part.state_dict() for name, part in parts.items()}

@@ -1,6 +1,6 @@
-"""A majority vote in two levels, by hand: few bytes between nodes, the result of one vote of all workers at once.
+"""A majority vote in two levels, by hand: few bytes between nodes, the result of one vote of all ranks.
 
-Run: torchrun --nproc-per-node 4 two_level_vote.py, which stand for two nodes of two workers.
+Run: torchrun --nproc-per-node 4 two_level_vote.py. Its four ranks play two nodes of two.
 """
 
 import torch
@@ -13,27 +13,27 @@ from lioncub.kernels import count_votes, majority_of_counts, pack_signs, packed_
 
 
 def gathered(message: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """[workers of the group, *message.shape]: everyone's ``message``."""
+    """Return everyone's ``message``, [ranks of the group, *message.shape]."""
     everyone = [torch.empty_like(message) for _ in range(dist.get_world_size(group))]
     dist.all_gather(everyone, message, group=group)
     return torch.stack(everyone)
 
 
 def two_level_vote(packed: Tensor, mesh: DeviceMesh, parity: int = 0) -> Tensor:
-    """The majority of all workers' packed signs, uint8[B]; a collective call on a mesh of (node, place in it).
+    """Return the majority of all ranks' packed signs, uint8[B]; a collective on a mesh of (node, place in it).
 
-    1. Inside a node, all-to-all: the worker at place k gets chunk k of everyone there, and counts its votes.
-    2. Between nodes, all-gather among the workers at place k: the counts of chunk k, as bit planes.
-    3. The majority of all counts; then inside the node, all-gather of the voted chunks.
+    1. Inside a node, all-to-all: the rank at place k receives chunk k of everyone there, and counts its votes.
+    2. Between nodes, all-gather among the ranks at place k: the counts of chunk k, as bit planes.
+    3. Each rank votes on all counts; then inside the node, all-gather of the voted chunks.
     """
     nodes, local = mesh.shape
     inside, between = mesh.get_group("place"), mesh.get_group("node")
     # a chunk is whole 64-bit words, so that in it a tie at element j still finds the parity of j
     chunk = packed_bytes(8 * len(packed), chunks=local) // local
     sent = torch.nn.functional.pad(packed, (0, local * chunk - len(packed))).view(local, chunk)
-    ballots = torch.empty_like(sent)
-    dist.all_to_all_single(ballots, sent, group=inside)
-    planes = gathered(count_votes(ballots), between)
+    received = torch.empty_like(sent)
+    dist.all_to_all_single(received, sent, group=inside)
+    planes = gathered(count_votes(received), between)
     voted = majority_of_counts(planes, voters=nodes * local, parity=parity)
     return gathered(voted, inside).view(-1)[: len(packed)]
 

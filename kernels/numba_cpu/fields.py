@@ -1,127 +1,330 @@
-"""p-bit codes to words and back: 64 bytes of one code each, on vectors whose lanes are the codes of a packed byte."""
+"""spread_codes, majority_of_fields, add_codes and ternary_of_fields: 64 bits of fields at a time.
+
+Codes are moved into wider fields in halvings: the upper half of a word's codes to where it belongs, then the upper
+half of each half, and so on; bits of wide fields are moved together the other way round. For arithmetic, every other
+field is masked out, so that its bits take the carry of its neighbour. Words of fields are added as whole numbers, since
+no field ever carries into the next.
+"""
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
-from llvmlite import ir
-from numba import types
-from numba.extending import intrinsic
-from numba.np.arrayobj import make_array
+import numpy as np
+import torch
+from torch import Tensor
 
-from lioncub.kernels.numba_cpu.compiling import device_function
+from lioncub.kernels.numba_cpu.compiling import block_function, device_function, kernel
+from lioncub.kernels.numba_cpu.launch import MIN_SLICE, run_slices, slices
+from lioncub.kernels.numba_cpu.memory import WIDE_CODES, WORDS, array_at
+from lioncub.kernels.numba_cpu.planes import BLOCK, add_tally
+from lioncub.kernels.numba_cpu.vectors import count_ones, pack_codes, unpack_codes
 
-_BYTE = ir.IntType(8)
+CHUNKS = {1: np.dtype(np.uint8), 2: np.dtype(np.uint16), 4: np.dtype(np.uint32), 8: WORDS}
+_ALL = 2**64 - 1
+# fields of 2 bits, the narrowest that are moved, take 5 halvings
+_STEPS = 5
+# fields whose signs are looked at together
+_GROUP = 64
+_Words = tuple[np.uint64, ...]
+
+
+def spread_codes(packed: Tensor, bits: int, field_bits: int, out: Tensor) -> None:
+    """out[B*field_bits//bits] = each code of packed[B] in a field of field_bits bits, more than ``bits``."""
+    if field_bits == 16 * bits:
+        # less than a byte of codes makes a word of such fields, so they go through narrower ones
+        narrow = torch.empty(2 * packed.numel(), dtype=torch.uint8, device="cpu")
+        spread_codes(packed, bits, 2 * bits, narrow)
+        packed, bits = narrow, 2 * bits
+    chunk = CHUNKS[8 * bits // field_bits]
+    parts = slices(out.numel() // 8, 1, MIN_SLICE // 64)
+    run_slices(_spread_kernel, parts, packed.data_ptr(), chunk, *_spreading(bits, field_bits), out.data_ptr())
+
+
+def majority_of_fields(
+    fields: Tensor, field_bits: int, voters: int, parity: int, out: Tensor, counts: Tensor | None
+) -> None:
+    """out[B] = majority bit of 8*B fields, each the number of ones of ``voters``; counts as in majority_vote."""
+    chunk_bytes = max(8 // field_bits, 1)
+    chunks, tail = divmod(out.numel(), chunk_bytes)
+    if chunks:
+        _vote(fields, chunks, field_bits, voters, parity, out, counts, 0)
+    if tail:
+        # pad fields are unanimous but not counted
+        padded = torch.zeros(chunk_bytes * field_bits, dtype=torch.uint8, device="cpu")
+        padded[: tail * field_bits] = fields[chunks * chunk_bytes * field_bits :]
+        voted = torch.empty(chunk_bytes, dtype=torch.uint8, device="cpu")
+        _vote(padded, 1, field_bits, voters, parity, voted, counts, 8 * (chunk_bytes - tail))
+        out[chunks * chunk_bytes :] = voted[:tail]
+
+
+def add_codes(packed: Tensor, bits: int, field_bits: int, out: Tensor) -> None:
+    """out[B*field_bits//bits] = the sum over rows of each code of packed[G, B], in a field of field_bits bits."""
+    if field_bits == 16 * bits:
+        # less than a byte of codes makes a word of such fields, so they go through narrower ones
+        narrow = torch.empty(len(packed), 2 * packed.shape[1], dtype=torch.uint8, device="cpu")
+        for row, wider in zip(packed, narrow, strict=True):
+            spread_codes(row, bits, 2 * bits, wider)
+        packed, bits = narrow, 2 * bits
+    rows = (packed.data_ptr(), packed.stride(0), len(packed), CHUNKS[8 * bits // field_bits])
+    parts = slices(out.numel() // 8, 1, MIN_SLICE // 64)
+    run_slices(_add_kernel, parts, *rows, *_spreading(bits, field_bits), out.data_ptr())
+
+
+def ternary_of_fields(
+    fields: Tensor, field_bits: int, step: int, offset: int, largest: int, out: Tensor, counts: Tensor | None
+) -> None:
+    """out[n/4] = 1 + sign(step*field - offset) in 2 bits; counts[2] += (signs of 0, fields of 0 or ``largest``)."""
+    groups, rest = divmod(4 * out.numel(), _GROUP)
+    rule = (field_bits, step, offset, largest)
+    counted = []
+    if groups:
+        parts = slices(groups, 1, MIN_SLICE // _GROUP)
+        counted = run_slices(_ternary_kernel, parts, fields.data_ptr(), *rule, out.data_ptr(), _GROUP)
+    if rest:
+        padded, codes = (
+            torch.zeros(8 * field_bits, dtype=torch.uint8, device="cpu"),
+            torch.empty(16, dtype=torch.uint8, device="cpu"),
+        )
+        padded[: rest * field_bits // 8] = fields[groups * 8 * field_bits :]
+        counted += run_slices(_ternary_kernel, [(0, 1)], padded.data_ptr(), *rule, codes.data_ptr(), rest)
+        out[16 * groups :] = codes[: rest // 4]
+    add_tally(counts, counted, 0)
+
+
+def _vote(
+    fields: Tensor,
+    chunks: int,
+    field_bits: int,
+    voters: int,
+    parity: int,
+    out: Tensor,
+    counts: Tensor | None,
+    pads: int,
+) -> None:
+    words_per_chunk = max(field_bits // 8, 1)
+    chunk = CHUNKS[max(8 // field_bits, 1)]
+    rule = _thresholds(field_bits, voters, parity)
+    parts = slices(chunks, 1, MIN_SLICE // 64)
+    counted = run_slices(
+        _majority_kernel,
+        parts,
+        fields.data_ptr(),
+        words_per_chunk,
+        rule,
+        *_folding(field_bits),
+        out.data_ptr(),
+        chunk,
+        counts is not None,
+        *_alike(field_bits, voters),
+    )
+    add_tally(counts, counted, pads)
+
+
+@functools.cache
+def _spreading(bits: int, field_bits: int) -> tuple[_Words, _Words]:
+    """Shifts and masks that move the 64/field_bits codes at the bottom of a word into fields."""
+    codes, steps = 64 // field_bits, []
+    while codes > 1:
+        codes //= 2
+        steps.append((codes * (field_bits - bits), _repeat(codes * bits, codes * field_bits)))
+    return _words(steps)
+
+
+@functools.cache
+def _folding(field_bits: int) -> tuple[_Words, _Words]:
+    """Shifts and masks that move the lowest bits of a word's fields together at the bottom."""
+    codes, steps = 1, []
+    while codes * field_bits < 64 and field_bits > 1:
+        steps.append((codes * (field_bits - 1), _repeat(2 * codes, 2 * codes * field_bits)))
+        codes *= 2
+    return _words(steps)
+
+
+@functools.cache
+def _thresholds(field_bits: int, voters: int, parity: int) -> _Words:
+    """Field width, every other field, its lowest bit, and what makes even and odd fields carry where they win."""
+    half, even_number = voters // 2, voters % 2 == 0
+    # a tied field wins where its parity bit is 1, which is where it wins with half the votes
+    least = [half + 1 - (even_number and (field + parity) % 2) for field in (0, 1)]
+    ones = _repeat(1, 2 * field_bits)
+    carrying = [(2**field_bits - count) * ones for count in least]
+    return tuple(map(np.uint64, (field_bits, _repeat(field_bits, 2 * field_bits), ones, *carrying)))
+
+
+@functools.cache
+def _alike(field_bits: int, voters: int) -> tuple[bool, _Words]:
+    """Whether ties exist, and words whose every other field is half of, none of and all of the voters."""
+    ones = _repeat(1, 2 * field_bits)
+    return voters % 2 == 0, tuple(np.uint64(number * ones) for number in (voters // 2, 0, voters))
+
+
+def _repeat(width: int, period: int) -> int:
+    """A word of ``width`` ones in every ``period`` bits, from the lowest up."""
+    return sum((2**width - 1) << place for place in range(0, 64, period))
+
+
+def _words(steps: list[tuple[int, int]]) -> tuple[_Words, _Words]:
+    # a shift by 0 under a full mask changes nothing, and a fixed number of steps is compiled without a loop
+    padded = steps + [(0, _ALL)] * (_STEPS - len(steps))
+    return tuple(np.uint64(shift) for shift, _ in padded), tuple(np.uint64(mask) for _, mask in padded)
+
+
+@kernel
+def _spread_kernel(
+    first: int, last: int, packed_ptr: int, chunk: Any, shifts: _Words, masks: _Words, out_ptr: int
+) -> None:
+    _spread_words(array_at(packed_ptr, first, last - first, chunk), shifts, masks, out_ptr + 8 * first, last - first)
+
+
+@kernel
+def _majority_kernel(
+    first: int,
+    last: int,
+    fields_ptr: int,
+    words_per_chunk: int,
+    rule: _Words,
+    shifts: _Words,
+    masks: _Words,
+    out_ptr: int,
+    chunk: Any,
+    counting: bool,
+    can_tie: bool,
+    numbers: _Words,
+) -> tuple[int, int]:
+    ties, unanimous = 0, 0
+    for start in range(first, last, BLOCK):
+        n = min(BLOCK, last - start)
+        words = array_at(fields_ptr, start * words_per_chunk, n * words_per_chunk, WORDS)
+        out = array_at(out_ptr, start, n, chunk)
+        if words_per_chunk == 1:
+            for j in range(n):
+                out[j] = _fold(_winners(words[j], rule), shifts, masks)
+        else:
+            for j in range(n):
+                low = _fold(_winners(words[2 * j], rule), shifts, masks)
+                out[j] = low | _fold(_winners(words[2 * j + 1], rule), shifts, masks) << np.uint64(4)
+        if counting:
+            unanimous += _count_fields(words, n * words_per_chunk, rule, numbers[1], numbers[2])
+            if can_tie:
+                ties += _count_fields(words, n * words_per_chunk, rule, numbers[0], numbers[0])
+    return ties, unanimous
 
 
 @device_function
-def pack_codes(codes: Any, bits: int, out: Any) -> None:
-    """out[words] = the fields of codes, uint8[64], which are overwritten; bits is 1, 2, 4 or 8."""
-    if bits == 4:
-        _fold(codes, 4)
-    elif bits == 2:
-        _fold(codes, 2)
-    elif bits == 1:
-        _fold(codes, 1)
-    for i in range(out.size):
-        out[i] = _word(codes, i)
+def _spread_words(chunks: Any, shifts: _Words, masks: _Words, out_ptr: int, n: int) -> None:
+    """out[n] = words of fields from chunks[n] of codes."""
+    out = array_at(out_ptr, 0, n, WORDS)
+    for j in range(n):
+        out[j] = _spread_word(np.uint64(chunks[j]), shifts, masks)
 
 
 @device_function
-def unpack_codes(words: Any, bits: int, codes: Any) -> None:
-    """codes, uint8[64], from the fields of words; of fewer than 64 codes the others are left without meaning."""
-    if words.size == bits and bits < 8:
-        _unfold_by(words, bits, codes)
-        return
-    for i in range(words.size):
-        _set_word(codes, i, words[i])
-    _unfold_by(codes, bits, codes)
+def _spread_word(word: np.uint64, shifts: _Words, masks: _Words) -> np.uint64:
+    """The codes at the bottom of a word, in fields; as `spreading` says."""
+    word = (word | (word << shifts[0])) & masks[0]
+    word = (word | (word << shifts[1])) & masks[1]
+    word = (word | (word << shifts[2])) & masks[2]
+    word = (word | (word << shifts[3])) & masks[3]
+    return (word | (word << shifts[4])) & masks[4]
 
 
 @device_function
-def _unfold_by(source: Any, bits: int, codes: Any) -> None:
-    if bits == 4:
-        _unfold(source, 4, codes)
-    elif bits == 2:
-        _unfold(source, 2, codes)
-    elif bits == 1:
-        _unfold(source, 1, codes)
+def _fold(word: np.uint64, shifts: _Words, masks: _Words) -> np.uint64:
+    """The lowest bits of the fields, moved together; their other bits are zero."""
+    word = (word | (word >> shifts[0])) & masks[0]
+    word = (word | (word >> shifts[1])) & masks[1]
+    word = (word | (word >> shifts[2])) & masks[2]
+    word = (word | (word >> shifts[3])) & masks[3]
+    return (word | (word >> shifts[4])) & masks[4]
 
 
-@intrinsic
-def _word(typingctx: Any, codes: Any, i: Any) -> Any:
-    """Bytes 8*i to 8*i + 7; a view of words would cost more than all that is done with them."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.load(_word_at(context, builder, signature, args), align=1)
-
-    return types.uint64(codes, types.intp), codegen
-
-
-@intrinsic
-def _set_word(typingctx: Any, codes: Any, i: Any, word: Any) -> Any:
-    """Bytes 8*i to 8*i + 7 = those of ``word``."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        builder.store(args[2], _word_at(context, builder, signature, args), align=1)
-        return context.get_dummy_value()
-
-    return types.void(codes, types.intp, types.uint64), codegen
+@device_function
+def _winners(word: np.uint64, rule: _Words) -> np.uint64:
+    """A 1 in the lowest bit of each field that wins the vote."""
+    width, every_other, lowest, even, odd = rule
+    # a field and its number carry into the next field, which is masked out; for odd ones that is their own place
+    even_wins = (((word & every_other) + even) >> width) & lowest
+    return even_wins | ((((word >> width) & every_other) + odd) & (lowest << width))
 
 
-@intrinsic(prefer_literal=True)
-def _fold(typingctx: Any, codes: Any, bits: Any) -> Any:
-    """The low ``bits`` of each of 64 bytes, moved together at the front; their other bits are 0."""
-    if not isinstance(bits, types.IntegerLiteral):
-        return None
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        base = _data(context, builder, signature.args[0], args[0])
-        wide, narrow, gaps = _lanes(bits.literal_value)
-        apart = builder.load(builder.bitcast(base, wide.as_pointer()), align=1)
-        fields = apart
-        for gap in gaps:
-            fields = builder.or_(fields, builder.lshr(apart, gap))
-        builder.store(builder.trunc(fields, narrow), builder.bitcast(base, narrow.as_pointer()), align=1)
-        return context.get_dummy_value()
-
-    return types.void(codes, bits), codegen
+@block_function
+def _count_fields(words: Any, n: int, rule: _Words, one: np.uint64, other: np.uint64) -> int:
+    """Number of fields that are as in word ``one`` or as in ``other``."""
+    width, every_other, lowest, _, _ = rule
+    upper = lowest << width
+    found = 0
+    for j in range(n):
+        even, odd = words[j] & every_other, (words[j] >> width) & every_other
+        # what differs from a number in any bit carries
+        even_differs = ((even ^ one) + every_other) & ((even ^ other) + every_other)
+        odd_differs = ((odd ^ one) + every_other) & ((odd ^ other) + every_other)
+        found += count_ones((~even_differs & upper) | ((~odd_differs & upper) >> width))
+    return found
 
 
-@intrinsic(prefer_literal=True)
-def _unfold(typingctx: Any, source: Any, bits: Any, codes: Any) -> Any:
-    """64 bytes from as many fields of ``bits`` at the front of ``source``, which may be ``codes``."""
-    if not isinstance(bits, types.IntegerLiteral):
-        return None
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        origin = _data(context, builder, signature.args[0], args[0])
-        target = _data(context, builder, signature.args[2], args[2])
-        wide, narrow, gaps = _lanes(bits.literal_value)
-        together = builder.zext(builder.load(builder.bitcast(origin, narrow.as_pointer()), align=1), wide)
-        fields = together
-        for gap in gaps:
-            fields = builder.or_(fields, builder.shl(together, gap))
-        low = int.from_bytes(bytes([2**bits.literal_value - 1]) * (8 // bits.literal_value))
-        apart = builder.and_(fields, ir.Constant(wide, [low] * wide.count))
-        builder.store(apart, builder.bitcast(target, wide.as_pointer()), align=1)
-        return context.get_dummy_value()
-
-    return types.void(source, bits, codes), codegen
-
-
-def _lanes(bits: int) -> tuple[ir.VectorType, ir.VectorType, list[ir.Constant]]:
-    """Vectors of packed bytes, wide with a byte for each code and narrow; by how much codes but the first one move."""
-    codes = 8 // bits
-    wide = ir.VectorType(ir.IntType(8 * codes), 64 // codes)
-    gaps = [ir.Constant(wide, [(8 - bits) * i] * wide.count) for i in range(1, codes)]
-    return wide, ir.VectorType(_BYTE, wide.count), gaps
+@kernel
+def _add_kernel(
+    first: int,
+    last: int,
+    packed_ptr: int,
+    stride: int,
+    n_rows: int,
+    chunk: Any,
+    shifts: tuple[np.uint64, ...],
+    masks: tuple[np.uint64, ...],
+    out_ptr: int,
+) -> None:
+    for start in range(first, last, BLOCK):
+        n = min(BLOCK, last - start)
+        out = array_at(out_ptr, start, n, WORDS)
+        out[:] = 0
+        for row in range(n_rows):
+            chunks = array_at(packed_ptr + row * stride, start, n, chunk)
+            for j in range(n):
+                out[j] += _spread_word(np.uint64(chunks[j]), shifts, masks)
 
 
-def _data(context: Any, builder: Any, kind: Any, array: Any) -> Any:
-    return make_array(kind)(context, builder, array).data
+@kernel
+def _ternary_kernel(
+    first: int,
+    last: int,
+    fields_ptr: int,
+    field_bits: int,
+    step: int,
+    offset: int,
+    largest: int,
+    out_ptr: int,
+    counted: int,
+) -> tuple[int, int]:
+    codes, signs = np.empty(_GROUP, np.uint8), np.empty(_GROUP, np.uint8)
+    factor, less, most = np.int32(step), np.int32(offset), np.int32(largest)
+    ties, unanimous = 0, 0
+    for group in range(first, last):
+        if field_bits == 16:
+            wide = array_at(fields_ptr, group * _GROUP, _GROUP, WIDE_CODES)
+            found = _signs_of(wide, factor, less, most, signs, counted)
+        else:
+            unpack_codes(array_at(fields_ptr, group * field_bits, field_bits, WORDS), field_bits, codes)
+            found = _signs_of(codes, factor, less, most, signs, counted)
+        ties += found[0]
+        unanimous += found[1]
+        pack_codes(signs, 2, array_at(out_ptr, 2 * group, 2, WORDS))
+    return ties, unanimous
 
 
-def _word_at(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-    base = _data(context, builder, signature.args[0], args[0])
-    return builder.gep(builder.bitcast(base, ir.IntType(64).as_pointer()), [args[1]])
+@device_function
+def _signs_of(
+    fields: Any, step: np.int32, offset: np.int32, largest: np.int32, signs: Any, counted: int
+) -> tuple[int, int]:
+    """signs[64] = 1 + sign of each field's sum; (sums of 0, least and largest sums) among the first ``counted``."""
+    ties, unanimous = np.int32(0), np.int32(0)
+    for j in range(_GROUP):
+        total = np.int32(np.int32(np.int32(fields[j]) * step) - offset)
+        signs[j] = np.uint8(1) + np.uint8(total > 0) - np.uint8(total < 0)
+    for j in range(counted):
+        field = np.int32(fields[j])
+        ties += np.int32(np.int32(np.int32(field * step) - offset) == 0)
+        unanimous += np.int32((field == 0) | (field == largest))
+    return int(ties), int(unanimous)

@@ -1,4 +1,4 @@
-"""The Lion kernels in Numba, word by word of 64 elements: what is loaded, computed and stored."""
+"""lion_apply_ and lion_step_, word by word of 64 elements: what is loaded, computed and stored."""
 
 from __future__ import annotations
 
@@ -8,67 +8,44 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from lioncub.kernels.numba_cpu.arithmetic import mix, signed_step, voted
-from lioncub.kernels.numba_cpu.bits import any_nonfinite, pack_word, unpack_word
+from lioncub.kernels.lists import tensor_list
+from lioncub.kernels.numba_cpu.arithmetic import (
+    decayed,
+    ema,
+    is_rounded,
+    narrow,
+    narrow_stochastic,
+    random_words,
+    signed_step,
+    widen,
+)
 from lioncub.kernels.numba_cpu.compiling import device_function, kernel
-from lioncub.kernels.numba_cpu.floats import is_finite, narrow, widen
-from lioncub.kernels.numba_cpu.lists import addresses, element_addresses, launch, nth_word, share
-from lioncub.kernels.numba_cpu.memory import STATUS, WORDS, array_at, prefetch_word
-from lioncub.kernels.numba_cpu.momentum import advance
-from lioncub.kernels.numba_cpu.rounding import move_stochastic, step_stochastic
-from lioncub.kernels.numba_cpu.signs import parity_word
-from lioncub.kernels.rounding import Streams
+from lioncub.kernels.numba_cpu.launch import launch, nth_word, param_ids, share, stream_words
+from lioncub.kernels.numba_cpu.memory import CODES, FLOATS, RANDOM_WORDS, WIDE_CODES, WORDS, array_at, scratch
+from lioncub.kernels.numba_cpu.vectors import unpack_codes, unpack_word
+from lioncub.kernels.rounding import PARAM_WORKER, Streams
 from lioncub.kernels.scalars import Mix
 
-
-def lion_encode(
-    exp_avg: Sequence[Tensor],
-    grad: Sequence[Tensor],
-    beta1: Mix,
-    parity: int,
-    out: Sequence[Tensor],
-    status: Tensor | None,
-) -> None:
-    """out[i] = packed sign codes of tensor i's update; status[i] = 1 where an element of it is not finite."""
-    others = (addresses(out), element_addresses(status, len(grad)))
-    launch(_encode_kernel, (exp_avg, grad), others, *beta1, parity)
+_StreamWords = tuple[int, int, int, int] | None
 
 
-def lion_encode_(
-    exp_avg: Sequence[Tensor],
-    grad: Sequence[Tensor],
-    beta1: Mix,
-    beta2: Mix,
-    parity: int,
-    out: Sequence[Tensor],
-    status: Tensor | None,
-) -> None:
-    """lion_encode, and exp_avg advances; an element whose update is not finite keeps its momentum."""
-    others = (addresses(out), element_addresses(status, len(grad)))
-    launch(_encode_advance_kernel, (exp_avg, grad), others, *beta1, *beta2, parity)
-
-
-def apply_votes_(
+def lion_apply_(
     param: Sequence[Tensor],
     packed: Sequence[Tensor],
-    lr: float,
+    bits: int,
+    step: int,
+    offset: int,
+    rate: float,
     decay: float,
     grad: Sequence[Tensor] | None,
     exp_avg: Sequence[Tensor] | None,
     beta2: Mix | None,
     rounding: Streams | None = None,
 ) -> None:
-    """param = param*decay - lr*(+1/-1); where given, exp_avg = beta2*exp_avg + (1-beta2)*grad."""
-    if rounding is not None:
-        # a vote is a code of one bit, 2*code - 1
-        move_stochastic(param, packed, (1, 2, 1), lr, decay, rounding)
-        advance(grad, exp_avg, beta2, rounding)
-        return
-    others = (addresses(packed),)
-    if grad is None or exp_avg is None or beta2 is None:
-        launch(_apply_kernel, (param,), others, lr, decay)
-    else:
-        launch(_apply_advance_kernel, (param, grad, exp_avg), others, lr, decay, *beta2)
+    """param = param*decay - (step*code - offset)*rate; where given, exp_avg = beta2*exp_avg + (1-beta2)*grad."""
+    others = (tensor_list(packed).addresses, param_ids(rounding, len(param)))
+    momentum = (0.0, 0.0) if beta2 is None else tuple(beta2)
+    launch(_apply_kernel, (param, grad, exp_avg), others, bits, step, offset, rate, decay, momentum, *_words(rounding))
 
 
 def lion_step_(
@@ -82,172 +59,112 @@ def lion_step_(
     rounding: Streams | None = None,
 ) -> None:
     """The whole Lion step of one worker; the sign of zero and of NaN is 0."""
-    if rounding is not None:
-        step_stochastic(param, grad, exp_avg, lr, decay, beta1, beta2, rounding)
-        return
-    launch(_step_kernel, (param, grad, exp_avg), (), lr, decay, *beta1, *beta2)
+    lists, others = (param, grad, exp_avg), (param_ids(rounding, len(param)),)
+    launch(_step_kernel, lists, others, lr, decay, tuple(beta1), tuple(beta2), *_words(rounding))
+
+
+def _words(rounding: Streams | None) -> tuple[_StreamWords, _StreamWords]:
+    """The streams of parameters and of momentum; None where these are rounded to nearest, which is compiled apart."""
+    return stream_words(rounding, PARAM_WORKER), stream_words(rounding, None if rounding is None else rounding.worker)
 
 
 @device_function
-def mix_into(update: Any, m: Any, g: Any, count: int, kept: np.float32, new: np.float32) -> None:
-    """update[:count] = Lion's update of ``count`` elements."""
-    for j in range(count):
-        update[j] = mix(kept, new, widen(m[j]), widen(g[j]))
+def _draw(stream: _StreamWords, param_id: int, start: int, words: Any, dtype: Any) -> None:
+    """words[64] = the random words to round elements of ``dtype`` by, where any are needed."""
+    if stream is not None and is_rounded(dtype):
+        random_words(stream, param_id, start, words)
 
 
 @device_function
-def raise_status(status_ptr: int) -> None:
-    """Set the int32 at an address, where there is one, to 1; threads may do so at the same time."""
-    if status_ptr != 0:
-        array_at(status_ptr, 0, 1, STATUS)[0] = 1
-
-
-@kernel
-def _encode_kernel(
-    first: int, last: int, table: Any, m_dtype: Any, g_dtype: Any, kept: float, new: float, parity: int
-) -> None:
-    b1, b1c = np.float32(kept), np.float32(new)
-    undecided = parity_word(parity)
-    update = np.empty(64, np.float32)
-    offset = 0
-    for row in range(table.shape[0]):
-        size, m_ptr, g_ptr = table[row, 0], table[row, 1], table[row, 2]
-        out_ptr, status_ptr = table[row, 3], table[row, 4]
-        begin, end = share(size, offset, first, last)
-        offset += size
-        nonfinite = np.uint8(0)
-        for word in range((end - begin + 63) >> 6):
-            start = nth_word(word, begin, end)
-            count = min(64, end - start)
-            # the next word of this place in memory
-            prefetch_word(m_ptr, start + 64, m_dtype)
-            prefetch_word(g_ptr, start + 64, g_dtype)
-            m = array_at(m_ptr, start, count, m_dtype)
-            g = array_at(g_ptr, start, count, g_dtype)
-            out = array_at(out_ptr, start >> 6, 1, WORDS)
-            if count == 64:
-                mix_into(update, m, g, 64, b1, b1c)
-            else:
-                # a pad code is 0, the code of any negative number
-                update[:] = -1.0
-                mix_into(update, m, g, count, b1, b1c)
-            out[0] = pack_word(update, 0, undecided)
-            nonfinite |= any_nonfinite(update, 0)
-        if nonfinite:
-            raise_status(status_ptr)
-
-
-@kernel
-def _encode_advance_kernel(
-    first: int,
-    last: int,
-    table: Any,
-    m_dtype: Any,
-    g_dtype: Any,
-    kept1: float,
-    new1: float,
-    kept2: float,
-    new2: float,
-    parity: int,
-) -> None:
-    b1, b1c, b2, b2c = np.float32(kept1), np.float32(new1), np.float32(kept2), np.float32(new2)
-    undecided = parity_word(parity)
-    update = np.empty(64, np.float32)
-    offset = 0
-    for row in range(table.shape[0]):
-        size, m_ptr, g_ptr = table[row, 0], table[row, 1], table[row, 2]
-        out_ptr, status_ptr = table[row, 3], table[row, 4]
-        begin, end = share(size, offset, first, last)
-        offset += size
-        nonfinite = np.uint8(0)
-        for word in range((end - begin + 63) >> 6):
-            start = nth_word(word, begin, end)
-            count = min(64, end - start)
-            prefetch_word(m_ptr, start + 64, m_dtype)
-            prefetch_word(g_ptr, start + 64, g_dtype)
-            m = array_at(m_ptr, start, count, m_dtype)
-            g = array_at(g_ptr, start, count, g_dtype)
-            out = array_at(out_ptr, start >> 6, 1, WORDS)
-            if count == 64:
-                _mix_and_advance(update, m, g, 64, b1, b1c, b2, b2c, m_dtype)
-            else:
-                update[:] = -1.0
-                _mix_and_advance(update, m, g, count, b1, b1c, b2, b2c, m_dtype)
-            out[0] = pack_word(update, 0, undecided)
-            nonfinite |= any_nonfinite(update, 0)
-        if nonfinite:
-            raise_status(status_ptr)
+def _stored(value: np.float32, dtype: Any, stream: _StreamWords, word: np.uint32) -> Any:
+    """A float32 rounded to ``dtype``: to nearest, or by a word of a stream."""
+    return narrow(value, dtype) if stream is None else narrow_stochastic(value, dtype, word)
 
 
 @device_function
-def _mix_and_advance(
-    update: Any,
-    m: Any,
-    g: Any,
+def _move_of(code: int, step: np.int32, offset: np.int32, unit: np.float32) -> np.float32:
+    """(step*code - offset) * unit; the whole number is exact in fp32."""
+    total = np.int32(np.int32(np.int32(code) * step) - offset)
+    return np.float32(np.float32(total) * unit)
+
+
+@device_function
+def _moves_of(codes: Any, step: np.int32, offset: np.int32, unit: np.float32, moves: Any) -> None:
+    for j in range(64):
+        moves[j] = _move_of(codes[j], step, offset, unit)
+
+
+@device_function
+def _move_word(
+    x_ptr: int,
+    start: int,
     count: int,
-    b1: np.float32,
-    b1c: np.float32,
-    b2: np.float32,
-    b2c: np.float32,
-    m_dtype: Any,
+    moves: Any,
+    kept: np.float32,
+    x_dtype: Any,
+    stream: _StreamWords,
+    param_id: int,
+    words: Any,
 ) -> None:
+    """x = x*kept - moves for ``count`` elements from ``start`` on."""
+    _draw(stream, param_id, start, words, x_dtype)
+    x = array_at(x_ptr, start, count, x_dtype)
     for j in range(count):
-        state, incoming = widen(m[j]), widen(g[j])
-        c = mix(b1, b1c, state, incoming)
-        update[j] = c
-        m[j] = narrow(mix(b2, b2c, state, incoming) if is_finite(c) else state, m_dtype)
+        x[j] = _stored(decayed(widen(x[j]), moves[j], kept), x_dtype, stream, words[j])
 
 
 @kernel
-def _apply_kernel(first: int, last: int, table: Any, x_dtype: Any, lr: float, decay: float) -> None:
-    rate, kept = np.float32(lr), np.float32(decay)
-    step = np.empty(64, np.float32)
-    offset = 0
-    for row in range(table.shape[0]):
-        size, x_ptr, packed_ptr = table[row, 0], table[row, 1], table[row, 2]
-        begin, end = share(size, offset, first, last)
-        offset += size
-        for word in range((end - begin + 63) >> 6):
-            start = nth_word(word, begin, end)
-            count = min(64, end - start)
-            x = array_at(x_ptr, start, count, x_dtype)
-            unpack_word(array_at(packed_ptr, start >> 6, 1, WORDS)[0], rate, -rate, step, 0)
-            for j in range(count):
-                x[j] = narrow(voted(widen(x[j]), step[j], kept), x_dtype)
-
-
-@kernel
-def _apply_advance_kernel(
+def _apply_kernel(
     first: int,
     last: int,
     table: Any,
     x_dtype: Any,
     g_dtype: Any,
     m_dtype: Any,
-    lr: float,
+    bits: int,
+    step: int,
+    offset: int,
+    rate: float,
     decay: float,
-    kept2: float,
-    new2: float,
+    beta2: tuple[float, float],
+    param_stream: _StreamWords,
+    momentum_stream: _StreamWords,
 ) -> None:
-    rate, kept, b2, b2c = np.float32(lr), np.float32(decay), np.float32(kept2), np.float32(new2)
-    step = np.empty(64, np.float32)
-    offset = 0
+    unit, kept = np.float32(rate), np.float32(decay)
+    factor, less = np.int32(step), np.int32(offset)
+    b2, b2c = np.float32(beta2[0]), np.float32(beta2[1])
+    codes, moves, words = scratch(64, CODES), scratch(64, FLOATS), scratch(64, RANDOM_WORDS)
+    before = 0
     for row in range(table.shape[0]):
-        size, x_ptr, g_ptr = table[row, 0], table[row, 1], table[row, 2]
-        m_ptr, packed_ptr = table[row, 3], table[row, 4]
-        begin, end = share(size, offset, first, last)
-        offset += size
-        for word in range((end - begin + 63) >> 6):
-            start = nth_word(word, begin, end)
-            count = min(64, end - start)
-            x = array_at(x_ptr, start, count, x_dtype)
-            g = array_at(g_ptr, start, count, g_dtype)
-            m = array_at(m_ptr, start, count, m_dtype)
-            unpack_word(array_at(packed_ptr, start >> 6, 1, WORDS)[0], rate, -rate, step, 0)
-            for j in range(count):
-                x[j] = narrow(voted(widen(x[j]), step[j], kept), x_dtype)
-            for j in range(count):
-                m[j] = narrow(mix(b2, b2c, widen(m[j]), widen(g[j])), m_dtype)
+        size, x_ptr, g_ptr, m_ptr = table[row, 0], table[row, 1], table[row, 2], table[row, 3]
+        packed_ptr, param_id = table[row, 4], table[row, 5]
+        begin, end = share(size, before, first, last)
+        before += size
+        if bits == 1:
+            # apart from the others, so that its loop is compiled without their branches
+            up, down = _move_of(1, factor, less, unit), _move_of(0, factor, less, unit)
+            for word in range((end - begin + 63) >> 6):
+                start = nth_word(word, begin, end)
+                unpack_word(array_at(packed_ptr, start >> 6, 1, WORDS)[0], up, down, moves, 0)
+                _move_word(x_ptr, start, min(64, end - start), moves, kept, x_dtype, param_stream, param_id, words)
+        else:
+            for word in range((end - begin + 63) >> 6):
+                start = nth_word(word, begin, end)
+                if bits == 16:
+                    _moves_of(array_at(packed_ptr, start, 64, WIDE_CODES), factor, less, unit, moves)
+                else:
+                    unpack_codes(array_at(packed_ptr, (start >> 6) * bits, bits, WORDS), bits, codes)
+                    _moves_of(codes, factor, less, unit, moves)
+                _move_word(x_ptr, start, min(64, end - start), moves, kept, x_dtype, param_stream, param_id, words)
+        # a pass of its own: one core follows few streams of memory better than many
+        if m_dtype is not None:
+            for word in range((end - begin + 63) >> 6):
+                start = nth_word(word, begin, end)
+                count = min(64, end - start)
+                _draw(momentum_stream, param_id, start, words, m_dtype)
+                g, m = array_at(g_ptr, start, count, g_dtype), array_at(m_ptr, start, count, m_dtype)
+                for j in range(count):
+                    m[j] = _stored(ema(b2, b2c, widen(m[j]), widen(g[j])), m_dtype, momentum_stream, words[j])
 
 
 @kernel
@@ -260,26 +177,38 @@ def _step_kernel(
     m_dtype: Any,
     lr: float,
     decay: float,
-    kept1: float,
-    new1: float,
-    kept2: float,
-    new2: float,
+    beta1: tuple[float, float],
+    beta2: tuple[float, float],
+    param_stream: _StreamWords,
+    momentum_stream: _StreamWords,
 ) -> None:
     rate, kept = np.float32(lr), np.float32(decay)
-    b1, b1c, b2, b2c = np.float32(kept1), np.float32(new1), np.float32(kept2), np.float32(new2)
-    offset = 0
+    b1, b1c, b2, b2c = np.float32(beta1[0]), np.float32(beta1[1]), np.float32(beta2[0]), np.float32(beta2[1])
+    words, moved = scratch(64, RANDOM_WORDS), scratch(64, FLOATS)
+    before = 0
     for row in range(table.shape[0]):
-        size, x_ptr, g_ptr, m_ptr = table[row, 0], table[row, 1], table[row, 2], table[row, 3]
-        begin, end = share(size, offset, first, last)
-        offset += size
+        size, x_ptr, g_ptr, m_ptr, param_id = table[row, 0], table[row, 1], table[row, 2], table[row, 3], table[row, 4]
+        begin, end = share(size, before, first, last)
+        before += size
         for word in range((end - begin + 63) >> 6):
             start = nth_word(word, begin, end)
             count = min(64, end - start)
             x = array_at(x_ptr, start, count, x_dtype)
             g = array_at(g_ptr, start, count, g_dtype)
             m = array_at(m_ptr, start, count, m_dtype)
-            for j in range(count):
-                state, incoming = widen(m[j]), widen(g[j])
-                step = signed_step(mix(b1, b1c, state, incoming), rate)
-                x[j] = narrow(voted(widen(x[j]), step, kept), x_dtype)
-                m[j] = narrow(mix(b2, b2c, state, incoming), m_dtype)
+            if param_stream is None:
+                for j in range(count):
+                    state, incoming = widen(m[j]), widen(g[j])
+                    step = signed_step(ema(b1, b1c, state, incoming), rate)
+                    x[j] = narrow(decayed(widen(x[j]), step, kept), x_dtype)
+                    m[j] = narrow(ema(b2, b2c, state, incoming), m_dtype)
+            else:
+                _draw(param_stream, param_id, start, words, x_dtype)
+                for j in range(count):
+                    state, incoming = widen(m[j]), widen(g[j])
+                    step = signed_step(ema(b1, b1c, state, incoming), rate)
+                    x[j] = narrow_stochastic(decayed(widen(x[j]), step, kept), x_dtype, words[j])
+                    moved[j] = ema(b2, b2c, state, incoming)
+                _draw(momentum_stream, param_id, start, words, m_dtype)
+                for j in range(count):
+                    m[j] = _stored(moved[j], m_dtype, momentum_stream, words[j])

@@ -20,7 +20,7 @@ STORAGE = {
     torch.float16: np.dtype(np.int16),
 }
 WORDS = np.dtype(np.uint64)
-STATUS = np.dtype(np.int32)
+NONFINITE = np.dtype(np.int32)
 FLOATS, RANDOM_WORDS, CODES = np.dtype(np.float32), np.dtype(np.uint32), np.dtype(np.uint8)
 # codes of 16 bits
 WIDE_CODES = np.dtype(np.uint16)

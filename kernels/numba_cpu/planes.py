@@ -1,6 +1,6 @@
-"""Bit planes in Numba: counted from rows of bits, added, and compared with half the voters, 64 codes at a time.
+"""Bit planes: counted from rows of bits, added, and compared with half the voters, 64 codes at a time.
 
-Plane k holds bit k of the number of ones of every code. Planes stand in blocks of words in the L1 cache: plane k of a
+Plane k holds bit k of the number of ones of every code. Planes are in blocks of words in the L1 cache: plane k of a
 block is ROW bytes behind plane k - 1. Eight rows at a time are counted in registers, with full adders (Harley and
 Seal's counter; Warren, Hacker's Delight, 5-1). A comparison goes bit by bit, from the highest down.
 """
@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lioncub.kernels.numba_cpu.bits import count_ones
 from lioncub.kernels.numba_cpu.compiling import block_function, device_function
+from lioncub.kernels.numba_cpu.launch import MIN_SLICE, slices
 from lioncub.kernels.numba_cpu.memory import WORDS, array_at
-from lioncub.kernels.numba_cpu.threads import MIN_SLICE, slices
+from lioncub.kernels.numba_cpu.vectors import count_ones
 
 # words per block: 512 bytes of each row, so that rows a power of two apart do not evict one another
 BLOCK = 64

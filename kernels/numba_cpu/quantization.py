@@ -1,4 +1,4 @@
-"""quantize, lion_quantize and dequantize in Numba, in words of 64 elements."""
+"""quantize, lion_quantize and dequantize, in words of 64 elements."""
 
 from __future__ import annotations
 
@@ -9,38 +9,40 @@ import numpy as np
 from torch import Tensor
 
 from lioncub.kernels.layout import largest_level
-from lioncub.kernels.numba_cpu.bits import any_nonfinite
+from lioncub.kernels.lists import tensor_list
+from lioncub.kernels.numba_cpu.arithmetic import is_rounded, narrow, random_words
 from lioncub.kernels.numba_cpu.compiling import device_function, kernel
-from lioncub.kernels.numba_cpu.fields import pack_codes, unpack_codes
-from lioncub.kernels.numba_cpu.floats import is_rounded, narrow
-from lioncub.kernels.numba_cpu.levels import even_codes, levels_times, random_codes
-from lioncub.kernels.numba_cpu.lion import mix_into, raise_status
-from lioncub.kernels.numba_cpu.lists import addresses, element_addresses, launch, nth_word, share
-from lioncub.kernels.numba_cpu.memory import (
-    CODES,
-    FLOATS,
-    RANDOM_WORDS,
-    STORAGE,
-    WORDS,
-    array_at,
-    prefetch_word,
-    scratch,
+from lioncub.kernels.numba_cpu.launch import (
+    element_addresses,
+    launch,
+    nth_word,
+    param_ids,
+    run_slices,
+    share,
+    slices,
+    stream_words,
 )
-from lioncub.kernels.numba_cpu.philox import random_words
-from lioncub.kernels.numba_cpu.signs import widen_into, word_in_float32
-from lioncub.kernels.numba_cpu.threads import run_slices, slices
-from lioncub.kernels.random_bits import Stream
+from lioncub.kernels.numba_cpu.memory import CODES, FLOATS, RANDOM_WORDS, STORAGE, WORDS, array_at, scratch
+from lioncub.kernels.numba_cpu.signs import load_values, prefetch_values, raise_nonfinite
+from lioncub.kernels.numba_cpu.vectors import (
+    any_nonfinite,
+    even_codes,
+    levels_times,
+    pack_codes,
+    random_codes,
+    unpack_codes,
+)
+from lioncub.kernels.rounding import Streams
 from lioncub.kernels.scalars import Mix
 
-_UINT32 = 0xFFFFFFFF
-_RandomArguments = tuple[int, int, int, int, int]
+_StreamWords = tuple[int, int, int, int] | None
 
 
-def quantize(x: Tensor, scale: Tensor, gain: float, block: int, bits: int, stream: Stream | None, out: Tensor) -> None:
-    """out = packed codes q + K of x[n], q = gain*K*x/scale rounded to even or, with a stream, stochastically."""
-    source = (x.data_ptr(), STORAGE[x.dtype])
-    fields = (scale.data_ptr(), _shift(block), gain * largest_level(bits), bits)
-    run_slices(_quantize_kernel, slices(x.numel()), *source, *fields, *_random(stream), out.data_ptr())
+def quantize(
+    x: Tensor, scale: Tensor, gain: float, block: int, bits: int, streams: Streams | None, out: Tensor
+) -> None:
+    """out = packed codes q + K of x[n], q = gain*K*x/scale rounded to even or, with streams, stochastically."""
+    _quantize([x], None, Mix(0.0, 0.0), [scale], gain, block, bits, streams, [out], None)
 
 
 def lion_quantize(
@@ -51,17 +53,12 @@ def lion_quantize(
     gain: float,
     block: int,
     bits: int,
-    streams: Sequence[Stream] | None,
+    streams: Streams | None,
     out: Sequence[Tensor],
-    status: Tensor | None,
+    nonfinite: Tensor | None,
 ) -> None:
-    """quantize of each update; status[i] = 1 where an element of update i is not finite."""
-    if not grad:
-        return
-    fields = (_shift(block), gain * largest_level(bits), bits)
-    numbers = [0] * len(grad) if streams is None else [stream.tensor & _UINT32 for stream in streams]
-    others = (addresses(scale), addresses(out), element_addresses(status, len(grad)), numbers)
-    launch(_lion_quantize_kernel, (exp_avg, grad), others, *beta1, *fields, *_random(streams[0] if streams else None))
+    """quantize of each update; nonfinite[i] = 1 where an element of update i is not finite."""
+    _quantize(exp_avg, grad, beta1, scale, gain, block, bits, streams, out, nonfinite)
 
 
 def dequantize(packed: Tensor, scale: Tensor, gain: float, block: int, bits: int, out: Tensor) -> None:
@@ -76,11 +73,23 @@ def _shift(block: int) -> int:
     return block.bit_length() - 1 if block else 63
 
 
-def _random(stream: Stream | None) -> tuple[bool, _RandomArguments]:
-    """Whether to round stochastically, and what `random_words` takes."""
-    if stream is None:
-        return False, (0, 0, 0, 0, 0)
-    return True, (*stream.key, stream.worker & _UINT32, stream.step & _UINT32, stream.tensor & _UINT32)
+def _quantize(
+    x: Sequence[Tensor],
+    grad: Sequence[Tensor] | None,
+    beta1: Mix,
+    scale: Sequence[Tensor],
+    gain: float,
+    block: int,
+    bits: int,
+    streams: Streams | None,
+    out: Sequence[Tensor],
+    nonfinite: Tensor | None,
+) -> None:
+    flags, ids = element_addresses(nonfinite, len(x)), param_ids(streams, len(x))
+    others = (tensor_list(scale).addresses, tensor_list(out).addresses, flags, ids)
+    stream = stream_words(streams, None if streams is None else streams.worker)
+    fields = (_shift(block), gain * largest_level(bits), bits)
+    launch(_quantize_kernel, (x, grad), others, tuple(beta1), *fields, stream)
 
 
 @device_function
@@ -93,76 +102,41 @@ def _factor(scale: np.float32, gain_level: np.float32) -> np.float32:
 def _quantize_kernel(
     first: int,
     last: int,
-    x_ptr: int,
-    x_dtype: Any,
-    scale_ptr: int,
-    shift: int,
-    gain_level: float,
-    bits: int,
-    stochastic: bool,
-    stream: _RandomArguments,
-    out_ptr: int,
-) -> None:
-    values, words, codes = scratch(64, FLOATS), scratch(64, RANDOM_WORDS), scratch(64, CODES)
-    for word in range((last - first + 63) >> 6):
-        start = nth_word(word, first, last)
-        count = min(64, last - start)
-        prefetch_word(x_ptr, start + 64, x_dtype)
-        x = array_at(x_ptr, start, count, x_dtype)
-        if stochastic:
-            random_words(stream, start, words)
-        if count == 64 and shift >= 6:
-            factor = _factor(array_at(scale_ptr, start >> shift, 1, FLOATS)[0], np.float32(gain_level))
-            source = word_in_float32(x, values)
-            _quantize_word(source, factor, count, bits, stochastic, words, codes, out_ptr, start)
-        else:
-            widen_into(values, x, count)
-            factor = _scale_word(values, scale_ptr, shift, start, count, np.float32(gain_level))
-            _quantize_word(values, factor, count, bits, stochastic, words, codes, out_ptr, start)
-
-
-@kernel
-def _lion_quantize_kernel(
-    first: int,
-    last: int,
     table: Any,
-    m_dtype: Any,
+    x_dtype: Any,
     g_dtype: Any,
-    kept: float,
-    new: float,
+    beta1: tuple[float, float],
     shift: int,
     gain_level: float,
     bits: int,
-    stochastic: bool,
-    stream: _RandomArguments,
+    stream: _StreamWords,
 ) -> None:
     values, words, codes = scratch(64, FLOATS), scratch(64, RANDOM_WORDS), scratch(64, CODES)
-    b1, b1c = np.float32(kept), np.float32(new)
-    offset = 0
+    gain = np.float32(gain_level)
+    before = 0
     for row in range(table.shape[0]):
-        size, m_ptr, g_ptr, scale_ptr = table[row, 0], table[row, 1], table[row, 2], table[row, 3]
-        out_ptr, status_ptr, number = table[row, 4], table[row, 5], table[row, 6]
-        begin, end = share(size, offset, first, last)
-        offset += size
+        size, x_ptr, g_ptr, scale_ptr = table[row, 0], table[row, 1], table[row, 2], table[row, 3]
+        out_ptr, flag_ptr, param_id = table[row, 4], table[row, 5], table[row, 6]
+        begin, end = share(size, before, first, last)
+        before += size
         nonfinite = np.uint8(0)
         for word in range((end - begin + 63) >> 6):
             start = nth_word(word, begin, end)
             count = min(64, end - start)
-            prefetch_word(m_ptr, start + 64, m_dtype)
-            prefetch_word(g_ptr, start + 64, g_dtype)
-            m, g = array_at(m_ptr, start, count, m_dtype), array_at(g_ptr, start, count, g_dtype)
+            prefetch_values(x_ptr, g_ptr, start + 64, x_dtype, g_dtype)
+            if stream is not None:
+                random_words(stream, param_id, start, words)
             if count == 64:
-                mix_into(values, m, g, 64, b1, b1c)
+                load_values(values, x_ptr, g_ptr, start, 64, beta1, x_dtype, g_dtype)
             else:
                 values[:] = 0.0
-                mix_into(values, m, g, count, b1, b1c)
-            nonfinite |= any_nonfinite(values, 0)
-            factor = _scale_word(values, scale_ptr, shift, start, count, np.float32(gain_level))
-            if stochastic:
-                random_words((stream[0], stream[1], stream[2], stream[3], number), start, words)
-            _quantize_word(values, factor, count, bits, stochastic, words, codes, out_ptr, start)
+                load_values(values, x_ptr, g_ptr, start, count, beta1, x_dtype, g_dtype)
+            if g_dtype is not None:
+                nonfinite |= any_nonfinite(values, 0)
+            factor = _scale_word(values, scale_ptr, shift, start, count, gain)
+            _quantize_word(values, factor, count, bits, stream, words, codes, out_ptr, start)
         if nonfinite:
-            raise_status(status_ptr)
+            raise_nonfinite(flag_ptr)
 
 
 @kernel
@@ -214,7 +188,7 @@ def _quantize_word(
     factor: np.float32,
     count: int,
     bits: int,
-    stochastic: bool,
+    stream: _StreamWords,
     words: Any,
     codes: Any,
     out_ptr: int,
@@ -223,7 +197,7 @@ def _quantize_word(
     """Write the fields of elements start to start + count, and zeros up to the end of the last word."""
     largest = np.int32((1 << (bits - 1)) - 1)
     # a tail is computed to its full 64 elements and then cleared
-    if stochastic:
+    if stream is not None:
         random_codes(values, factor, largest, codes, words)
     else:
         even_codes(values, factor, largest, codes)

@@ -1,27 +1,27 @@
-"""block_scale and lion_block_scale in Numba: sums in float64, in an order that the number of threads does not change.
+"""block_scale and lion_block_scale: sums in float64, in an order that the number of threads does not change.
 
-A block is summed in pieces of at most 65536 elements, a piece in 64 lanes; pieces are shared out to the threads and
-added up in order at the end.
+A block is summed in pieces of at most 65536 elements, a piece in 64 lanes; the pieces of all tensors are shared out to
+the threads, and added up in order at the end.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
+from lioncub.kernels.lists import tensor_list
 from lioncub.kernels.numba_cpu.compiling import device_function, kernel
-from lioncub.kernels.numba_cpu.lion import mix_into
-from lioncub.kernels.numba_cpu.memory import STORAGE, array_at
-from lioncub.kernels.numba_cpu.signs import widen_into
-from lioncub.kernels.numba_cpu.threads import MIN_SLICE, run_slices, slices
+from lioncub.kernels.numba_cpu.launch import MIN_SLICE, run_slices, slices, tables
+from lioncub.kernels.numba_cpu.memory import FLOATS, array_at, scratch
+from lioncub.kernels.numba_cpu.signs import load_values
 from lioncub.kernels.scalars import Mix
 
 _PIECE = 65536
-_SUMS, _SCALES = np.dtype(np.float64), np.dtype(np.float32)
+_SUMS = np.dtype(np.float64)
 _NORMS = {"linf": 0, "l1": 1, "l2": 2}
 _LINF = 0
 _L2 = 2
@@ -29,82 +29,75 @@ _L2 = 2
 
 def block_scale(x: Tensor, norm: str, block: int, scale: Tensor) -> None:
     """scale[blocks] = norm of each block of |x|: mean ("l1"), root mean square ("l2") or maximum ("linf")."""
-    _scale(_pieces_kernel, (x.data_ptr(), STORAGE[x.dtype]), x.numel(), norm, block, scale)
+    _scale([x], None, Mix(0.0, 0.0), norm, block, [scale])
 
 
 def lion_block_scale(
     exp_avg: Sequence[Tensor], grad: Sequence[Tensor], beta1: Mix, norm: str, block: int, scale: Sequence[Tensor]
 ) -> None:
-    """block_scale of each update."""
-    for m, g, s in zip(exp_avg, grad, scale, strict=True):
-        source = (m.data_ptr(), STORAGE[m.dtype], g.data_ptr(), STORAGE[g.dtype], *beta1)
-        _scale(_lion_pieces_kernel, source, g.numel(), norm, block, s)
+    """block_scale of each update; scales of empty tensors are not written."""
+    _scale(exp_avg, grad, beta1, norm, block, scale)
 
 
-def _scale(kernel: Callable[..., Any], source: tuple[Any, ...], n: int, norm: str, block: int, scale: Tensor) -> None:
-    if not n:
-        return
+def _scale(
+    x: Sequence[Tensor], grad: Sequence[Tensor] | None, beta1: Mix, norm: str, block: int, scale: Sequence[Tensor]
+) -> None:
     size = min(block or _PIECE, _PIECE)
-    sums = torch.empty(-(-n // size), dtype=torch.float64, device="cpu")
-    parts = slices(sums.numel(), 1, -(-MIN_SLICE // size))
-    run_slices(kernel, parts, *source, n, size, _NORMS[norm], sums.data_ptr())
-    _finish_kernel(sums.data_ptr(), n, size, block or n, _NORMS[norm], scale.data_ptr(), scale.numel())
+    counts = [-(-n // size) for n in tensor_list(x).sizes]
+    sums = np.empty(sum(counts), _SUMS)
+    firsts = [0, *itertools.accumulate(counts)][:-1]
+    how = (size, block, _NORMS[norm], sums)
+    for rows, dtypes in tables((x, grad), (tensor_list(scale).addresses, firsts)):
+        pieces = int(((rows[:, 0] + (size - 1)) // size).sum())
+        run_slices(_pieces_kernel, slices(pieces, 1, -(-MIN_SLICE // size)), rows, *dtypes, tuple(beta1), *how)
+        _finish_kernel(rows, *how)
 
 
 @kernel
 def _pieces_kernel(
-    first: int, last: int, x_ptr: int, x_dtype: Any, n: int, size: int, norm: int, sums_ptr: int
-) -> None:
-    values, lanes = np.empty(64, np.float32), np.empty(64, np.float64)
-    for piece in range(first, last):
-        lanes[:] = 0.0
-        end = min((piece + 1) * size, n)
-        for start in range(piece * size, end, 64):
-            count = min(64, end - start)
-            widen_into(values, array_at(x_ptr, start, count, x_dtype), count)
-            _accumulate(lanes, values, count, norm)
-        array_at(sums_ptr, piece, 1, _SUMS)[0] = _total(lanes, norm)
-
-
-@kernel
-def _lion_pieces_kernel(
     first: int,
     last: int,
-    m_ptr: int,
-    m_dtype: Any,
-    g_ptr: int,
+    table: Any,
+    x_dtype: Any,
     g_dtype: Any,
-    kept: float,
-    new: float,
-    n: int,
+    beta1: tuple[float, float],
     size: int,
+    block: int,
     norm: int,
-    sums_ptr: int,
+    sums: Any,
 ) -> None:
-    values, lanes = np.empty(64, np.float32), np.empty(64, np.float64)
-    for piece in range(first, last):
-        lanes[:] = 0.0
-        end = min((piece + 1) * size, n)
-        for start in range(piece * size, end, 64):
-            count = min(64, end - start)
-            m, g = array_at(m_ptr, start, count, m_dtype), array_at(g_ptr, start, count, g_dtype)
-            mix_into(values, m, g, count, np.float32(kept), np.float32(new))
-            _accumulate(lanes, values, count, norm)
-        array_at(sums_ptr, piece, 1, _SUMS)[0] = _total(lanes, norm)
+    values, lanes = scratch(64, FLOATS), scratch(64, _SUMS)
+    before = 0
+    for row in range(table.shape[0]):
+        n, x_ptr, g_ptr, first_piece = table[row, 0], table[row, 1], table[row, 2], table[row, 4]
+        pieces = (n + size - 1) // size
+        begin, end = max(first - before, 0), min(last - before, pieces)
+        before += pieces
+        for piece in range(begin, end):
+            lanes[:] = 0.0
+            piece_end = min((piece + 1) * size, n)
+            for start in range(piece * size, piece_end, 64):
+                count = min(64, piece_end - start)
+                load_values(values, x_ptr, g_ptr, start, count, beta1, x_dtype, g_dtype)
+                _accumulate(lanes, values, count, norm)
+            sums[first_piece + piece] = _total(lanes, norm)
 
 
 @kernel
-def _finish_kernel(sums_ptr: int, n: int, size: int, block: int, norm: int, scale_ptr: int, blocks: int) -> None:
-    per_block = max(block // size, 1) if blocks > 1 else (n + size - 1) // size
-    for i in range(blocks):
-        pieces = min(per_block, (n + size - 1) // size - i * per_block)
-        total = _total(array_at(sums_ptr, i * per_block, pieces, _SUMS), norm)
-        mean = total / min(block, n - i * block)
-        result = array_at(scale_ptr, i, 1, _SCALES)
-        if norm == _LINF:
-            result[0] = total
-        else:
-            result[0] = np.sqrt(mean) if norm == _L2 else mean
+def _finish_kernel(table: Any, size: int, block: int, norm: int, sums: Any) -> None:
+    for row in range(table.shape[0]):
+        n, scale_ptr, first_piece = table[row, 0], table[row, 3], table[row, 4]
+        pieces = (n + size - 1) // size
+        per_block = max(block // size, 1) if block else pieces
+        for i in range((pieces + per_block - 1) // per_block if n else 0):
+            begin = i * per_block
+            total = _total(sums[first_piece + begin : first_piece + min(begin + per_block, pieces)], norm)
+            result = array_at(scale_ptr, i, 1, FLOATS)
+            if norm == _LINF:
+                result[0] = total
+            else:
+                mean = total / min(block or n, n - begin * size)
+                result[0] = np.sqrt(mean) if norm == _L2 else mean
 
 
 @device_function

@@ -1,4 +1,4 @@
-"""majority_vote in Numba: votes counted in bit planes, which are compared with half the voters, block by block."""
+"""majority_vote, count_votes and majority_of_counts: counts in bit planes in the L1 cache, block by block."""
 
 from __future__ import annotations
 
@@ -6,18 +6,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lioncub.kernels.numba_cpu.compiling import kernel
+from lioncub.kernels.layout import counter_planes
+from lioncub.kernels.numba_cpu.compiling import device_function, kernel
+from lioncub.kernels.numba_cpu.launch import run_slices
+from lioncub.kernels.numba_cpu.memory import WORDS, array_at
 from lioncub.kernels.numba_cpu.planes import (
     BLOCK,
     ROW,
+    add_planes,
     add_tally,
+    add_two,
     block_slices,
     count_unanimous,
     count_voters,
     decide,
+    fill,
 )
 from lioncub.kernels.numba_cpu.signs import parity_word
-from lioncub.kernels.numba_cpu.threads import run_slices
 
 
 def majority_vote(packed: Tensor, parity: int, out: Tensor, counts: Tensor | None) -> None:
@@ -34,9 +39,49 @@ def majority_vote(packed: Tensor, parity: int, out: Tensor, counts: Tensor | Non
         out[8 * words :] = voted[:tail]
 
 
+def count_votes(packed: Tensor, out: Tensor) -> None:
+    """out[P, B] = bit planes of the number of ones in each code of packed[N, B]."""
+    words, tail = divmod(out.shape[1], 8)
+    if words:
+        _count(packed, words, out)
+    if tail:
+        padded = torch.zeros(packed.shape[0], 8, dtype=torch.uint8, device="cpu")
+        padded[:, :tail] = packed[:, 8 * words :]
+        planes = torch.empty(out.shape[0], 8, dtype=torch.uint8, device="cpu")
+        _count(padded, 1, planes)
+        out[:, 8 * words :] = planes[:, :tail]
+
+
+def majority_of_counts(planes: Tensor, voters: int, parity: int, out: Tensor, counts: Tensor | None) -> None:
+    """out[B] = majority bit of the counts in planes[G, P, B], summed over G; counts as in majority_vote."""
+    words, tail = divmod(out.numel(), 8)
+    if words:
+        _sum(planes, words, voters, parity, out, counts, 0)
+    if tail:
+        # pad codes are unanimous but not counted
+        padded = torch.zeros(*planes.shape[:2], 8, dtype=torch.uint8, device="cpu")
+        padded[..., :tail] = planes[..., 8 * words :]
+        voted = torch.empty(8, dtype=torch.uint8, device="cpu")
+        _sum(padded, 1, voters, parity, voted, counts, 64 - 8 * tail)
+        out[8 * words :] = voted[:tail]
+
+
 def _vote(packed: Tensor, words: int, parity: int, out: Tensor, counts: Tensor | None, pads: int) -> None:
     source = (packed.data_ptr(), packed.stride(0), packed.shape[0])
     counted = run_slices(_vote_kernel, block_slices(words), *source, out.data_ptr(), parity, counts is not None)
+    add_tally(counts, counted, pads)
+
+
+def _count(packed: Tensor, words: int, out: Tensor) -> None:
+    source, target = (packed.data_ptr(), packed.stride(0), packed.shape[0]), (out.data_ptr(), out.stride(0))
+    run_slices(_count_kernel, block_slices(words), *source, *target)
+
+
+def _sum(planes: Tensor, words: int, voters: int, parity: int, out: Tensor, counts: Tensor | None, pads: int) -> None:
+    groups, group_planes = planes.shape[:2]
+    levels = counter_planes(groups * (2**group_planes - 1))
+    source = (planes.data_ptr(), *planes.stride()[:2], groups, group_planes, levels, voters)
+    counted = run_slices(_sum_kernel, block_slices(words), *source, out.data_ptr(), parity, counts is not None)
     add_tally(counts, counted, pads)
 
 
@@ -61,3 +106,88 @@ def _vote_kernel(
         if counting:
             unanimous += count_unanimous(planes, workers, levels, n, spare)
     return ties, unanimous
+
+
+@kernel
+def _count_kernel(
+    first: int, last: int, packed_ptr: int, stride: int, workers: int, out_ptr: int, out_stride: int
+) -> None:
+    levels = 0
+    while workers >> levels:
+        levels += 1
+    memory = np.zeros((max(levels, 4) + 4 + 3) * BLOCK, np.uint64)
+    planes = memory.ctypes.data
+    group = planes + max(levels, 4) * ROW
+    spare = group + 4 * ROW
+    for start in range(first, last, BLOCK):
+        n = min(BLOCK, last - start)
+        count_voters(packed_ptr + 8 * start, stride, workers, levels, n, planes, group, spare)
+        for level in range(levels):
+            _copy(planes + level * ROW, out_ptr + level * out_stride + 8 * start, n)
+
+
+@kernel
+def _sum_kernel(
+    first: int,
+    last: int,
+    planes_ptr: int,
+    group_stride: int,
+    plane_stride: int,
+    groups: int,
+    group_planes: int,
+    levels: int,
+    voters: int,
+    out_ptr: int,
+    parity: int,
+    counting: bool,
+) -> tuple[int, int]:
+    memory = np.zeros((max(levels, 5) + 5 + 3) * BLOCK, np.uint64)
+    planes = memory.ctypes.data
+    pair = planes + max(levels, 5) * ROW
+    spare = pair + 5 * ROW
+    undecided = parity_word(parity)
+    ties, unanimous = 0, 0
+    for start in range(first, last, BLOCK):
+        n = min(BLOCK, last - start)
+        source = planes_ptr + 8 * start
+        _add_groups(source, group_stride, plane_stride, groups, group_planes, levels, n, planes, pair, spare)
+        ties += decide(planes, voters, levels, n, undecided, out_ptr + 8 * start, spare, counting)
+        if counting:
+            unanimous += count_unanimous(planes, voters, levels, n, spare)
+    return ties, unanimous
+
+
+@device_function
+def _add_groups(
+    source: int,
+    group_stride: int,
+    plane_stride: int,
+    groups: int,
+    group_planes: int,
+    levels: int,
+    n: int,
+    planes: int,
+    pair: int,
+    spare: int,
+) -> None:
+    """Planes = sum of the counts of all groups, two groups at a time where they have few planes."""
+    zeros = spare + 2 * ROW
+    few = group_planes <= 4
+    fill(zeros, np.uint64(0), n)
+    for level in range(5 if few else 0, levels):
+        fill(planes + level * ROW, np.uint64(0), n)
+    for group in range(0, groups, 2 if few else 1):
+        one = source + group * group_stride
+        if few:
+            other, other_stride = (one + group_stride, plane_stride) if group + 1 < groups else (zeros, 0)
+            add_two(one, plane_stride, other, other_stride, group_planes, n, zeros, pair if group else planes)
+        if group or not few:
+            others, stride, n_others = (pair, ROW, 5) if few else (one, plane_stride, group_planes)
+            add_planes(planes, levels, others, stride, n_others, n, zeros, spare)
+
+
+@device_function
+def _copy(source_ptr: int, target_ptr: int, n: int) -> None:
+    source, target = array_at(source_ptr, 0, n, WORDS), array_at(target_ptr, 0, n, WORDS)
+    for j in range(n):
+        target[j] = source[j]

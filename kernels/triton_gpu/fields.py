@@ -1,8 +1,9 @@
-"""spread_codes and majority_of_fields: 32 bits of fields at a time, four words per thread.
+"""Fields of sums: 32 bits of fields at a time, four words per thread.
 
 Codes are moved into wider fields in halvings: the upper half of a word's codes to where it belongs, then the upper
 half of each half, and so on; bits of wide fields are moved together the other way round. For arithmetic, every other
-field is masked out, so that its bits take the carry of its neighbour.
+field is masked out, so that its bits take the carry of its neighbour. Words of fields are added as whole numbers, since
+no field ever carries into the next.
 """
 
 from __future__ import annotations
@@ -11,9 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lioncub.kernels.triton_gpu.launch import ROW_THREADS, launching_on, options, tiles
-from lioncub.kernels.triton_gpu.planes import WORDS_PER_TILE, count_bits, in_words
-from lioncub.kernels.triton_gpu.rows import parity_of
+from lioncub.kernels.triton_gpu.launch import BLOCK_SIZE, ROW_THREADS, launching_on, options, tiles
+from lioncub.kernels.triton_gpu.rows import element_offsets, load_codes, parity_of, store_codes, tile_rows
+from lioncub.kernels.triton_gpu.vote import WORDS_PER_TILE, count_bits, in_words
 
 # rows of four words or integers, one row per thread
 _ROWS_PER_TILE = ROW_THREADS
@@ -27,12 +28,7 @@ def _spread_codes_kernel(
     words = load_fours(packed_ptr, rows, n_bytes, 32 * BITS // FIELD_BITS)
     offsets = four_offsets(rows)
     words = spread_word(words, BITS, FIELD_BITS)
-    if out_ptr.dtype.element_ty == tl.int32:
-        tl.store(out_ptr + offsets, words, mask=offsets < n_words)
-    else:
-        places = tl.arange(0, 4)[None, None, :]
-        offsets = offsets[:, :, None] * 4 + places
-        tl.store(out_ptr + offsets, (words[:, :, None] >> (places * 8)).to(tl.uint8), mask=offsets < n_words)
+    store_words(out_ptr, offsets, words, n_words)
 
 
 @triton.jit(do_not_specialize=["parity", "n_workers"])
@@ -63,6 +59,56 @@ def _vote_fields_kernel(
         tl.atomic_add(counts_ptr + 1, tl.sum(tl.sum(count_bits(unanimous), 1)).to(tl.int64) - pads)
 
 
+@triton.jit(do_not_specialize=["n_rows"])
+def _add_codes_kernel(
+    packed_ptr,
+    out_ptr,
+    row_stride,
+    n_rows,
+    n_packed,
+    n_words,
+    BITS: tl.constexpr,
+    FIELD_BITS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+):
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
+    offsets = four_offsets(rows)
+    total = tl.zeros((BLOCK_SIZE, 4), tl.int32)
+    for _ in range(n_rows):
+        if BITS == FIELD_BITS:
+            total += load_words(packed_ptr, offsets, n_packed)
+        else:
+            total += spread_word(load_fours(packed_ptr, rows, n_packed, 32 * BITS // FIELD_BITS), BITS, FIELD_BITS)
+        packed_ptr += row_stride
+    store_words(out_ptr, offsets, total, n_words)
+
+
+@triton.jit(do_not_specialize=["step", "offset", "largest"])
+def _sign_fields_kernel(
+    fields_ptr,
+    out_ptr,
+    counts_ptr,
+    step,
+    offset,
+    largest,
+    n_elements,
+    FIELD_BITS: tl.constexpr,
+    HAS_COUNTS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+):
+    rows = tile_rows(BLOCK_SIZE)
+    fields = load_codes(fields_ptr, rows, n_elements, FIELD_BITS)
+    total = fields * step - offset
+    store_codes(out_ptr, rows, n_elements, 1 + (total > 0).to(tl.int32) - (total < 0).to(tl.int32), 2)
+    if HAS_COUNTS:
+        # fields past the end are zero, but not counted
+        valid = element_offsets(rows) < n_elements
+        tied = (total == 0) & valid
+        unanimous = ((fields == 0) | (fields == largest)) & valid
+        tl.atomic_add(counts_ptr, tl.sum(tl.sum(tied.to(tl.int32), 1)).to(tl.int64))
+        tl.atomic_add(counts_ptr + 1, tl.sum(tl.sum(unanimous.to(tl.int32), 1)).to(tl.int64))
+
+
 @triton.jit
 def four_offsets(rows):
     """int64[rows, 4] numbers of the rows' words."""
@@ -84,6 +130,17 @@ def load_fours(packed_ptr, rows, n_bytes, BITS: tl.constexpr):
         parts = packed[:, :, None] >> (tl.arange(0, 8 // BITS) * BITS)[None, None, :]
         fields = tl.reshape(parts & (2**BITS - 1), (rows.shape[0], 4))
     return fields
+
+
+@triton.jit
+def store_words(out_ptr, offsets, words, n_words):
+    """Store int32 words in an int32 or a uint8 tensor of ``n_words`` elements."""
+    if out_ptr.dtype.element_ty == tl.int32:
+        tl.store(out_ptr + offsets, words, mask=offsets < n_words)
+    else:
+        places = tl.arange(0, 4)[None, None, :]
+        offsets = offsets[:, :, None] * 4 + places
+        tl.store(out_ptr + offsets, (words[:, :, None] >> (places * 8)).to(tl.uint8), mask=offsets < n_words)
 
 
 @triton.jit
@@ -170,7 +227,7 @@ def spread_codes(packed: Tensor, bits: int, field_bits: int, out: Tensor) -> Non
     """See `lioncub.kernels.reference.spread_codes`; field_bits is more than bits."""
     (out,) = in_words(out)
     grid = tiles(packed.numel() * field_bits // bits, 4 * WORDS_PER_TILE)
-    with launching_on(out):
+    with launching_on(out.device):
         _spread_codes_kernel[grid](
             packed, out, packed.numel(), out.numel(), bits, field_bits, _ROWS_PER_TILE, **options(out.device)
         )
@@ -182,7 +239,7 @@ def majority_of_fields(
     """See `lioncub.kernels.reference.majority_of_fields`."""
     grid = tiles(fields.numel(), 4 * WORDS_PER_TILE)
     (fields,) = in_words(fields)
-    with launching_on(out):
+    with launching_on(out.device):
         _vote_fields_kernel[grid](
             fields,
             out,
@@ -194,5 +251,47 @@ def majority_of_fields(
             field_bits,
             counts is not None,
             _ROWS_PER_TILE,
+            **options(out.device),
+        )
+
+
+def add_codes(packed: Tensor, bits: int, field_bits: int, out: Tensor) -> None:
+    """See `lioncub.kernels.reference.add_codes`; whole words where addresses allow, else bytes."""
+    grid = tiles(out.numel(), 4 * WORDS_PER_TILE)
+    (out,) = in_words(out)
+    if bits == field_bits:
+        (packed,) = in_words(packed)
+    with launching_on(out.device):
+        _add_codes_kernel[grid](
+            packed,
+            out,
+            packed.stride(0),
+            packed.shape[0],
+            packed.shape[1],
+            out.numel(),
+            bits,
+            field_bits,
+            _ROWS_PER_TILE,
+            **options(out.device),
+        )
+
+
+def ternary_of_fields(
+    fields: Tensor, field_bits: int, step: int, offset: int, largest: int, out: Tensor, counts: Tensor | None
+) -> None:
+    """See `lioncub.kernels.reference.ternary_of_fields`."""
+    n = 4 * out.numel()
+    with launching_on(out.device):
+        _sign_fields_kernel[tiles(n)](
+            fields,
+            out,
+            out if counts is None else counts,
+            step,
+            offset,
+            largest,
+            n,
+            field_bits,
+            counts is not None,
+            BLOCK_SIZE,
             **options(out.device),
         )

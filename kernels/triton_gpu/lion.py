@@ -1,4 +1,4 @@
-"""The Lion kernels: encode the update, apply a vote, or take the whole step; one launch for all tensors of a list."""
+"""lion_apply_ and lion_step_: one launch for all tensors of a list."""
 
 from __future__ import annotations
 
@@ -8,77 +8,114 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lioncub.kernels.rounding import Streams
+from lioncub.kernels.lists import tensor_list
+from lioncub.kernels.rounding import PARAM_WORKER, Streams
 from lioncub.kernels.scalars import Mix, Number
-from lioncub.kernels.triton_gpu.launch import BLOCK_SIZE, FLAGS, elementwise_threads, launching_on, options, tiles
-from lioncub.kernels.triton_gpu.lion_lists import _apply_all_votes_kernel, _encode_updates_kernel, _step_all_kernel
-from lioncub.kernels.triton_gpu.lion_tiles import apply_votes_tile, encode_tile, step_tile
-from lioncub.kernels.triton_gpu.random_rows import ROUNDING_ARGUMENTS, numbers_of, rounding_arguments, stream_number
-from lioncub.kernels.triton_gpu.rows import tile_rows
-from lioncub.kernels.triton_gpu.tables import is_shut, only_one, pointer_or, table_of
+from lioncub.kernels.triton_gpu.arithmetic import mix
+from lioncub.kernels.triton_gpu.launch import (
+    FLAGS,
+    STREAM_ARGUMENTS,
+    elementwise_threads,
+    form_of,
+    is_inactive,
+    kind_at,
+    pointer_at,
+    stream_of,
+    stream_words,
+    table_of,
+    tile_of,
+)
+from lioncub.kernels.triton_gpu.rows import (
+    element_offsets,
+    load_codes,
+    load_elements,
+    rows_from,
+    store_rounded,
+    value_of,
+)
 
-UNUSED = Mix(0.0, 0.0)
+# how a kernel rounds: everything to nearest, parameters stochastically, or momentum too
+NEAREST, PARAM, PARAM_AND_MOMENTUM = 0, 1, 2
+_NEAREST, _MOMENTUM_TOO = tl.constexpr(NEAREST), tl.constexpr(PARAM_AND_MOMENTUM)
+_PARAM_STREAM = tl.constexpr(PARAM_WORKER)
+_UNUSED = Mix(0.0, 0.0)
 
 
-@triton.jit(do_not_specialize=["parity"], do_not_specialize_on_alignment=FLAGS)
-def _encode_update_kernel(
-    exp_avg_ptr,
-    grad_ptr,
-    out_ptr,
-    status_ptr,
-    beta1,
-    beta1_new,
-    beta2,
-    beta2_new,
-    parity,
-    n_elements,
-    ADVANCE: tl.constexpr,
-    HAS_STATUS: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-):
-    numbers = (beta1, beta1_new, beta2, beta2_new, parity)
-    rows = tile_rows(BLOCK_SIZE)
-    encode_tile(exp_avg_ptr, grad_ptr, out_ptr, status_ptr, numbers, rows, n_elements, ADVANCE, HAS_STATUS)
-
-
-@triton.jit(do_not_specialize=[*ROUNDING_ARGUMENTS, "tensor"], do_not_specialize_on_alignment=FLAGS)
-def _apply_votes_kernel(
-    param_ptr,
-    packed_ptr,
-    grad_ptr,
-    exp_avg_ptr,
-    gate_ptr,
-    lr,
+@triton.jit(do_not_specialize=["step", "offset", *STREAM_ARGUMENTS], do_not_specialize_on_alignment=FLAGS)
+def _apply_codes_kernel(
+    rows_ptr,
+    owners_ptr,
+    active_ptr,
+    step,
+    offset,
+    rate,
     decay,
     beta2,
     beta2_new,
     seed_low,
     seed_high,
-    rounding_step,
-    momentum_worker,
-    tensor,
-    n_elements,
+    stream_step,
+    worker,
+    KINDS: tl.constexpr,
+    HAS_FLAGS: tl.constexpr,
+    BITS: tl.constexpr,
     ADVANCE: tl.constexpr,
-    HAS_GATE: tl.constexpr,
     ROUNDING: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
 ):
-    if is_shut(gate_ptr, HAS_GATE):
+    tensor, row_ptr, start, n_elements = tile_of(rows_ptr, owners_ptr, 4, BLOCK_SIZE)
+    if is_inactive(active_ptr + tensor, HAS_FLAGS):
         return
-    numbers = (lr, decay, beta2, beta2_new)
-    streams = ((seed_low, seed_high, rounding_step, tensor), momentum_worker)
-    rows = tile_rows(BLOCK_SIZE)
-    apply_votes_tile(
-        param_ptr, packed_ptr, grad_ptr, exp_avg_ptr, numbers, streams, rows, n_elements, ADVANCE, ROUNDING
-    )
+    kind, is_wide = form_of(row_ptr, start, n_elements, 4, BLOCK_SIZE)
+    numbers = (step, offset, rate, decay, beta2, beta2_new)
+    streams, rows = (stream_of(row_ptr, seed_low, seed_high, stream_step, 4), worker), rows_from(start, BLOCK_SIZE)
+    for k in tl.static_range(len(KINDS)):
+        if kind == k:
+            if is_wide:
+                _apply_tile(row_ptr, numbers, streams, rows, None, kind_at(KINDS, k), BITS, ADVANCE, ROUNDING)
+            else:
+                _apply_tile(row_ptr, numbers, streams, rows, n_elements, kind_at(KINDS, k), BITS, ADVANCE, ROUNDING)
 
 
-@triton.jit(do_not_specialize=[*ROUNDING_ARGUMENTS, "tensor"], do_not_specialize_on_alignment=FLAGS)
+@triton.jit
+def _apply_tile(
+    row_ptr,
+    numbers,
+    streams,
+    rows,
+    n_elements,
+    KIND: tl.constexpr,
+    BITS: tl.constexpr,
+    ADVANCE: tl.constexpr,
+    ROUNDING: tl.constexpr,
+):
+    """Decay, and move by the codes' values; with ADVANCE the momentum moves on.
+
+    ``streams`` are (seed_low, seed_high, step, param_id) and the worker of momentum; ``n_elements`` is None where all
+    of the tile exists.
+    """
+    step, offset, rate, decay, beta2, beta2_new = numbers
+    stream, worker = streams
+    param_ptr = pointer_at(row_ptr, 0, KIND, n_elements)
+    codes = load_codes(pointer_at(row_ptr, 1, KIND, n_elements), rows, n_elements, BITS)
+    move = (codes * step - offset).to(tl.float32) * value_of(rate)
+    offsets = element_offsets(rows)
+    x = load_elements(param_ptr, offsets, n_elements)
+    if ADVANCE:
+        exp_avg_ptr = pointer_at(row_ptr, 3, KIND, n_elements)
+        m = load_elements(exp_avg_ptr, offsets, n_elements)
+        g = load_elements(pointer_at(row_ptr, 2, KIND, n_elements), offsets, n_elements)
+        moved = mix(value_of(beta2), value_of(beta2_new), m, g)
+        store_rounded(exp_avg_ptr, offsets, n_elements, moved, rows, stream, worker, ROUNDING == _MOMENTUM_TOO)
+    moved = x * value_of(decay) - move
+    store_rounded(param_ptr, offsets, n_elements, moved, rows, stream, _PARAM_STREAM, ROUNDING != _NEAREST)
+
+
+@triton.jit(do_not_specialize=STREAM_ARGUMENTS, do_not_specialize_on_alignment=FLAGS)
 def _step_lion_kernel(
-    param_ptr,
-    grad_ptr,
-    exp_avg_ptr,
-    gate_ptr,
+    rows_ptr,
+    owners_ptr,
+    active_ptr,
     lr,
     decay,
     beta1,
@@ -87,76 +124,79 @@ def _step_lion_kernel(
     beta2_new,
     seed_low,
     seed_high,
-    rounding_step,
-    momentum_worker,
-    tensor,
-    n_elements,
-    HAS_GATE: tl.constexpr,
+    stream_step,
+    worker,
+    KINDS: tl.constexpr,
+    HAS_FLAGS: tl.constexpr,
     ROUNDING: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
 ):
-    if is_shut(gate_ptr, HAS_GATE):
+    tensor, row_ptr, start, n_elements = tile_of(rows_ptr, owners_ptr, 3, BLOCK_SIZE)
+    if is_inactive(active_ptr + tensor, HAS_FLAGS):
         return
+    kind, is_wide = form_of(row_ptr, start, n_elements, 3, BLOCK_SIZE)
     numbers = (lr, decay, beta1, beta1_new, beta2, beta2_new)
-    streams = ((seed_low, seed_high, rounding_step, tensor), momentum_worker)
-    start = tl.program_id(0).to(tl.int64) * BLOCK_SIZE
-    step_tile(param_ptr, grad_ptr, exp_avg_ptr, numbers, streams, start, n_elements, ROUNDING, BLOCK_SIZE)
+    streams = (stream_of(row_ptr, seed_low, seed_high, stream_step, 3), worker)
+    for k in tl.static_range(len(KINDS)):
+        if kind == k:
+            if is_wide:
+                _step_tile(row_ptr, numbers, streams, start, None, kind_at(KINDS, k), ROUNDING, BLOCK_SIZE)
+            else:
+                _step_tile(row_ptr, numbers, streams, start, n_elements, kind_at(KINDS, k), ROUNDING, BLOCK_SIZE)
 
 
-def lion_encode(
-    exp_avg: Sequence[Tensor],
-    grad: Sequence[Tensor],
-    beta1: Mix,
-    parity: int | Tensor,
-    out: Sequence[Tensor],
-    status: Tensor | None,
-) -> None:
-    """See `lioncub.kernels.reference.lion_encode`."""
-    _encode(exp_avg, grad, beta1, None, parity, out, status)
+@triton.jit
+def _step_tile(
+    row_ptr,
+    numbers,
+    streams,
+    start,
+    n_elements,
+    KIND: tl.constexpr,
+    ROUNDING: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+):
+    """The whole Lion step of the tile that begins at element ``start``; ``streams`` as in `_apply_tile`."""
+    lr, decay, beta1, beta1_new, beta2, beta2_new = numbers
+    stream, worker = streams
+    param_ptr, exp_avg_ptr = pointer_at(row_ptr, 0, KIND, n_elements), pointer_at(row_ptr, 2, KIND, n_elements)
+    offsets = start + tl.arange(0, BLOCK_SIZE)
+    rows = rows_from(start, BLOCK_SIZE)
+    x = load_elements(param_ptr, offsets, n_elements)
+    g = load_elements(pointer_at(row_ptr, 1, KIND, n_elements), offsets, n_elements)
+    m = load_elements(exp_avg_ptr, offsets, n_elements)
+    update = mix(value_of(beta1), value_of(beta1_new), m, g)
+    rate = value_of(lr)
+    step = tl.where(update > 0, rate, tl.where(update < 0, -rate, 0.0))
+    moved = x * value_of(decay) - step
+    store_rounded(param_ptr, offsets, n_elements, moved, rows, stream, _PARAM_STREAM, ROUNDING != _NEAREST)
+    moved = mix(value_of(beta2), value_of(beta2_new), m, g)
+    store_rounded(exp_avg_ptr, offsets, n_elements, moved, rows, stream, worker, ROUNDING == _MOMENTUM_TOO)
 
 
-def lion_encode_(
-    exp_avg: Sequence[Tensor],
-    grad: Sequence[Tensor],
-    beta1: Mix,
-    beta2: Mix,
-    parity: int | Tensor,
-    out: Sequence[Tensor],
-    status: Tensor | None,
-) -> None:
-    """See `lioncub.kernels.reference.lion_encode_`."""
-    _encode(exp_avg, grad, beta1, beta2, parity, out, status)
-
-
-def apply_votes_(
+def lion_apply_(
     param: Sequence[Tensor],
     packed: Sequence[Tensor],
-    lr: Number,
+    bits: int,
+    step: int,
+    offset: int,
+    rate: Number,
     decay: Number,
     grad: Sequence[Tensor] | None,
     exp_avg: Sequence[Tensor] | None,
     beta2: Mix | None,
-    gate: Tensor | None = None,
+    active: Tensor | None = None,
     rounding: Streams | None = None,
 ) -> None:
-    """See `lioncub.kernels.reference.apply_votes_`; a parameter stays as it is where int32[n] ``gate`` is zero."""
-    advance = grad is not None and exp_avg is not None and beta2 is not None
+    """See `lioncub.kernels.reference.lion_apply_`; a parameter stays as it is where int32[n] ``active`` is zero."""
+    x = tensor_list(param)
     # never read unless the momentum advances
-    g, m = (param, param) if grad is None or exp_avg is None else (grad, exp_avg)
-    how, kind = rounding_arguments(rounding)
-    numbers, flags = (lr, decay, *(beta2 or UNUSED), *how), (advance, gate is not None, kind)
-    i = only_one(param)
-    with launching_on(param[0]):
-        threads = options(param[0].device, elementwise_threads(*param, *g, *m))
-        if i is not None:
-            n, gate, tensor = param[i].numel(), None if gate is None else gate[i : i + 1], stream_number(rounding, i)
-            tensors = (param[i], packed[i], g[i], m[i], pointer_or(gate, packed[i]))
-            _apply_votes_kernel[tiles(n)](*tensors, *numbers, tensor, n, *flags, BLOCK_SIZE, **threads)
-        elif table := table_of(param, packed, g, m, numbers=numbers_of(rounding)):
-            rows, owners, kinds = table
-            _apply_all_votes_kernel[table.grid](
-                rows, owners, pointer_or(gate, owners), *numbers, kinds, *flags, BLOCK_SIZE, **threads
-            )
+    g, m = (x if tensors is None else tensor_list(tensors) for tensors in (grad, exp_avg))
+    if table := table_of(x, packed, g, m, streams=rounding):
+        numbers = (step, offset, rate, decay, *(beta2 or _UNUSED), *stream_words(rounding))
+        threads = elementwise_threads(*x.dtypes, *g.dtypes, *m.dtypes)
+        flags = (bits, beta2 is not None, _rounding_of(rounding))
+        table.launch(_apply_codes_kernel, active, numbers, *flags, threads=threads)
 
 
 def lion_step_(
@@ -167,46 +207,18 @@ def lion_step_(
     decay: Number,
     beta1: Mix,
     beta2: Mix,
-    gate: Tensor | None = None,
+    active: Tensor | None = None,
     rounding: Streams | None = None,
 ) -> None:
-    """See `lioncub.kernels.reference.lion_step_`; a parameter stays as it is where int32[n] ``gate`` is zero."""
-    how, kind = rounding_arguments(rounding)
-    numbers, flags = (lr, decay, *beta1, *beta2, *how), (gate is not None, kind)
-    i = only_one(param)
-    with launching_on(param[0]):
-        threads = options(param[0].device, elementwise_threads(*param, *grad, *exp_avg))
-        if i is not None:
-            n, gate, tensor = param[i].numel(), None if gate is None else gate[i : i + 1], stream_number(rounding, i)
-            tensors = (param[i], grad[i], exp_avg[i], pointer_or(gate, param[i]))
-            _step_lion_kernel[tiles(n)](*tensors, *numbers, tensor, n, *flags, BLOCK_SIZE, **threads)
-        elif table := table_of(param, grad, exp_avg, numbers=numbers_of(rounding)):
-            rows, owners, kinds = table
-            _step_all_kernel[table.grid](
-                rows, owners, pointer_or(gate, owners), *numbers, kinds, *flags, BLOCK_SIZE, **threads
-            )
+    """See `lioncub.kernels.reference.lion_step_`; a parameter stays as it is where int32[n] ``active`` is zero."""
+    lists = [tensor_list(tensors) for tensors in (param, grad, exp_avg)]
+    if table := table_of(*lists, streams=rounding):
+        numbers = (lr, decay, *beta1, *beta2, *stream_words(rounding))
+        threads = elementwise_threads(*[dtype for tensors in lists for dtype in tensors.dtypes])
+        table.launch(_step_lion_kernel, active, numbers, _rounding_of(rounding), threads=threads)
 
 
-def _encode(
-    exp_avg: Sequence[Tensor],
-    grad: Sequence[Tensor],
-    beta1: Mix,
-    beta2: Mix | None,
-    parity: int | Tensor,
-    out: Sequence[Tensor],
-    status: Tensor | None,
-) -> None:
-    numbers, flags = (*beta1, *(beta2 or UNUSED), parity), (beta2 is not None, status is not None)
-    i = only_one(grad)
-    with launching_on(grad[0]):
-        threads = options(grad[0].device)
-        if i is not None:
-            n, status = grad[i].numel(), None if status is None else status[i : i + 1]
-            _encode_update_kernel[tiles(n)](
-                exp_avg[i], grad[i], out[i], pointer_or(status, out[i]), *numbers, n, *flags, BLOCK_SIZE, **threads
-            )
-        elif table := table_of(exp_avg, grad, out):
-            rows, owners, kinds = table
-            _encode_updates_kernel[table.grid](
-                rows, owners, pointer_or(status, owners), *numbers, kinds, *flags, BLOCK_SIZE, **threads
-            )
+def _rounding_of(rounding: Streams | None) -> int:
+    if rounding is None:
+        return NEAREST
+    return PARAM if rounding.worker is None else PARAM_AND_MOMENTUM

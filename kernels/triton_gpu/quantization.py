@@ -1,4 +1,4 @@
-"""quantize, lion_quantize and dequantize: levels -K..K in p-bit fields."""
+"""quantize, lion_quantize and dequantize: levels -K..K in p-bit fields; one launch for all tensors of a list."""
 
 from __future__ import annotations
 
@@ -9,11 +9,26 @@ import triton.language as tl
 from torch import Tensor
 
 from lioncub.kernels.layout import largest_level
-from lioncub.kernels.random_bits import Stream
+from lioncub.kernels.rounding import Streams
 from lioncub.kernels.scalars import Mix, round_to_float32
 from lioncub.kernels.triton_gpu.arithmetic import mix, round_half_even, round_stochastic
-from lioncub.kernels.triton_gpu.launch import BLOCK_SIZE, FLAGS, elementwise_threads, launching_on, options, tiles
-from lioncub.kernels.triton_gpu.random_rows import random_rows, signed_words
+from lioncub.kernels.triton_gpu.launch import (
+    BLOCK_SIZE,
+    FLAGS,
+    ROW_THREADS,
+    STREAM_ARGUMENTS,
+    elementwise_threads,
+    form_of,
+    kind_at,
+    launching_on,
+    options,
+    pointer_at,
+    stream_of,
+    stream_words,
+    table_of,
+    tile_of,
+    tiles,
+)
 from lioncub.kernels.triton_gpu.rows import (
     ROW,
     element_offsets,
@@ -21,201 +36,109 @@ from lioncub.kernels.triton_gpu.rows import (
     load,
     load_codes,
     load_rows,
+    random_rows,
     rows_from,
     store_codes,
     store_elements,
     tile_rows,
     value_of,
 )
-from lioncub.kernels.triton_gpu.tables import (
-    form_of,
-    kind_at,
-    only_one,
-    pointer_at,
-    pointer_or,
-    stream_of,
-    table_of,
-    tile_of,
-)
-
-_UNUSED = Mix(0.0, 0.0)
-_NO_STREAM = Stream(0, 0, 0, 0)
-# in what `_words_of` gives
-_TENSOR = 3
-_STREAM_ARGUMENTS = ["seed_low", "seed_high", "step", "tensor", "worker"]
 
 
-@triton.jit(do_not_specialize=_STREAM_ARGUMENTS, do_not_specialize_on_alignment=FLAGS)
+@triton.jit(do_not_specialize=STREAM_ARGUMENTS, do_not_specialize_on_alignment=FLAGS)
 def _quantize_values_kernel(
-    x_ptr,
-    grad_ptr,
-    scale_ptr,
-    out_ptr,
-    status_ptr,
+    rows_ptr,
+    owners_ptr,
+    nonfinite_ptr,
     beta1,
     beta1_new,
     gain_level,
     seed_low,
     seed_high,
-    step,
-    tensor,
+    stream_step,
     worker,
-    n_elements,
+    KINDS: tl.constexpr,
+    HAS_FLAGS: tl.constexpr,
     IS_UPDATE: tl.constexpr,
-    HAS_STATUS: tl.constexpr,
     STOCHASTIC: tl.constexpr,
     BITS: tl.constexpr,
     SCALE_BLOCK: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
 ):
-    quantize_tile(
-        x_ptr,
-        grad_ptr,
-        scale_ptr,
-        out_ptr,
-        status_ptr,
-        (beta1, beta1_new, gain_level),
-        ((seed_low, seed_high, step, tensor), worker),
-        tile_rows(BLOCK_SIZE),
-        n_elements,
-        IS_UPDATE,
-        HAS_STATUS,
-        STOCHASTIC,
-        BITS,
-        SCALE_BLOCK,
-    )
+    tensor, row_ptr, start, n_elements = tile_of(rows_ptr, owners_ptr, 4, BLOCK_SIZE)
+    kind, is_wide = form_of(row_ptr, start, n_elements, 4, BLOCK_SIZE)
+    pointers = (row_ptr, nonfinite_ptr + tensor)
+    numbers = (beta1, beta1_new, gain_level)
+    stream = (stream_of(row_ptr, seed_low, seed_high, stream_step, 4), worker)
+    rows = rows_from(start, BLOCK_SIZE)
+    for k in tl.static_range(len(KINDS)):
+        if kind == k:
+            if is_wide:
+                _quantize_tile(
+                    pointers,
+                    numbers,
+                    stream,
+                    rows,
+                    None,
+                    kind_at(KINDS, k),
+                    HAS_FLAGS,
+                    IS_UPDATE,
+                    STOCHASTIC,
+                    BITS,
+                    SCALE_BLOCK,
+                )
+            else:
+                _quantize_tile(
+                    pointers,
+                    numbers,
+                    stream,
+                    rows,
+                    n_elements,
+                    kind_at(KINDS, k),
+                    HAS_FLAGS,
+                    IS_UPDATE,
+                    STOCHASTIC,
+                    BITS,
+                    SCALE_BLOCK,
+                )
 
 
 @triton.jit
-def quantize_tile(
-    x_ptr,
-    grad_ptr,
-    scale_ptr,
-    out_ptr,
-    status_ptr,
+def _quantize_tile(
+    pointers,
     numbers,
     stream,
     rows,
     n_elements,
+    KIND: tl.constexpr,
+    HAS_FLAGS: tl.constexpr,
     IS_UPDATE: tl.constexpr,
-    HAS_STATUS: tl.constexpr,
     STOCHASTIC: tl.constexpr,
     BITS: tl.constexpr,
     SCALE_BLOCK: tl.constexpr,
 ):
     """Store the codes of ``rows``, all of which exist where ``n_elements`` is None.
 
-    ``stream`` is ((seed_low, seed_high, step, tensor), worker).
+    ``stream`` is ((seed_low, seed_high, step, param_id), worker).
     """
+    row_ptr, nonfinite_ptr = pointers
     beta1, beta1_new, gain_level = numbers
-    x = load_rows(x_ptr, rows, n_elements)
+    x = load_rows(pointer_at(row_ptr, 0, KIND, n_elements), rows, n_elements)
     if IS_UPDATE:
-        x = mix(value_of(beta1), value_of(beta1_new), x, load_rows(grad_ptr, rows, n_elements))
-    if HAS_STATUS:
-        flag_rows(status_ptr, x)
-    scale = load_scales(scale_ptr, rows, n_elements, SCALE_BLOCK)
+        g = load_rows(pointer_at(row_ptr, 1, KIND, n_elements), rows, n_elements)
+        x = mix(value_of(beta1), value_of(beta1_new), x, g)
+    if HAS_FLAGS:
+        flag_rows(nonfinite_ptr, x)
+    scale = load_scales(pointer_at(row_ptr, 2, KIND, n_elements), rows, n_elements, SCALE_BLOCK)
     factor = tl.where(scale == 0, 0.0, tl.math.div_rn(gain_level + tl.zeros_like(scale), scale))
     ratio = clip_ratio(x * factor, BITS)
     if STOCHASTIC:
         words, worker = stream
-        seed_low, seed_high, step, tensor = words
-        level = round_stochastic(ratio, random_rows(rows, seed_low, seed_high, step, tensor, worker))
+        level = round_stochastic(ratio, random_rows(rows, words, worker))
     else:
         level = round_half_even(ratio)
     largest: tl.constexpr = 2 ** (BITS - 1) - 1
-    store_codes(out_ptr, rows, n_elements, level + largest, BITS)
-
-
-@triton.jit(do_not_specialize=_STREAM_ARGUMENTS, do_not_specialize_on_alignment=FLAGS)
-def _quantize_updates_kernel(
-    rows_ptr,
-    owners_ptr,
-    status_ptr,
-    beta1,
-    beta1_new,
-    gain_level,
-    seed_low,
-    seed_high,
-    step,
-    tensor,
-    worker,
-    KINDS: tl.constexpr,
-    HAS_STATUS: tl.constexpr,
-    STOCHASTIC: tl.constexpr,
-    BITS: tl.constexpr,
-    SCALE_BLOCK: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-):
-    # ``tensor`` is that of one stream; a row has the number of its own
-    place, row_ptr, start, n_elements = tile_of(rows_ptr, owners_ptr, 4, BLOCK_SIZE)
-    kind, is_wide = form_of(row_ptr, start, n_elements, 4, BLOCK_SIZE)
-    numbers = (beta1, beta1_new, gain_level)
-    stream = (stream_of(row_ptr, seed_low, seed_high, step, 4), worker)
-    for k in tl.static_range(len(KINDS)):
-        if kind == k:
-            if is_wide:
-                _quantize_row(
-                    row_ptr,
-                    status_ptr + place,
-                    numbers,
-                    stream,
-                    start,
-                    None,
-                    kind_at(KINDS, k),
-                    HAS_STATUS,
-                    STOCHASTIC,
-                    BITS,
-                    SCALE_BLOCK,
-                    BLOCK_SIZE,
-                )
-            else:
-                _quantize_row(
-                    row_ptr,
-                    status_ptr + place,
-                    numbers,
-                    stream,
-                    start,
-                    n_elements,
-                    kind_at(KINDS, k),
-                    HAS_STATUS,
-                    STOCHASTIC,
-                    BITS,
-                    SCALE_BLOCK,
-                    BLOCK_SIZE,
-                )
-
-
-@triton.jit
-def _quantize_row(
-    row_ptr,
-    status_ptr,
-    numbers,
-    stream,
-    start,
-    n_elements,
-    KIND: tl.constexpr,
-    HAS_STATUS: tl.constexpr,
-    STOCHASTIC: tl.constexpr,
-    BITS: tl.constexpr,
-    SCALE_BLOCK: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-):
-    quantize_tile(
-        pointer_at(row_ptr, 0, KIND, n_elements),
-        pointer_at(row_ptr, 1, KIND, n_elements),
-        pointer_at(row_ptr, 2, KIND, n_elements),
-        pointer_at(row_ptr, 3, KIND, n_elements),
-        status_ptr,
-        numbers,
-        stream,
-        rows_from(start, BLOCK_SIZE),
-        n_elements,
-        True,
-        HAS_STATUS,
-        STOCHASTIC,
-        BITS,
-        SCALE_BLOCK,
-    )
+    store_codes(pointer_at(row_ptr, 3, KIND, n_elements), rows, n_elements, level + largest, BITS)
 
 
 @triton.jit
@@ -256,9 +179,11 @@ def clip_ratio(ratio, BITS: tl.constexpr):
     return tl.minimum(tl.maximum(ratio, -largest), largest)
 
 
-def quantize(x: Tensor, scale: Tensor, gain: float, block: int, bits: int, stream: Stream | None, out: Tensor) -> None:
+def quantize(
+    x: Tensor, scale: Tensor, gain: float, block: int, bits: int, streams: Streams | None, out: Tensor
+) -> None:
     """See `lioncub.kernels.reference.quantize`."""
-    _quantize(x, None, _UNUSED, scale, gain, block, bits, stream, out, None)
+    _quantize([x], None, Mix(0.0, 0.0), [scale], gain, block, bits, streams, [out], None)
 
 
 def lion_quantize(
@@ -269,82 +194,36 @@ def lion_quantize(
     gain: float,
     block: int,
     bits: int,
-    streams: Sequence[Stream] | None,
+    streams: Streams | None,
     out: Sequence[Tensor],
-    status: Tensor | None,
+    nonfinite: Tensor | None,
 ) -> None:
     """See `lioncub.kernels.reference.lion_quantize`."""
-    i = only_one(grad)
-    if i is not None:
-        status = None if status is None else status[i : i + 1]
-        stream = None if streams is None else streams[i]
-        _quantize(exp_avg[i], grad[i], beta1, scale[i], gain, block, bits, stream, out[i], status)
-        return
-    words = [signed_words(*_words_of(stream)) for stream in streams or ()]
-    numbers = [word[_TENSOR] for word in words] or None
-    with launching_on(grad[0]):
-        if table := table_of(exp_avg, grad, scale, out, numbers=numbers):
-            rows, owners, kinds = table
-            _quantize_updates_kernel[table.grid](
-                rows,
-                owners,
-                pointer_or(status, owners),
-                *beta1,
-                round_to_float32(gain * largest_level(bits)),
-                *(words[0] if words else _words_of(_NO_STREAM)),
-                kinds,
-                status is not None,
-                bool(words),
-                bits,
-                block,
-                BLOCK_SIZE,
-                **options(grad[0].device),
-            )
+    _quantize(exp_avg, grad, beta1, scale, gain, block, bits, streams, out, nonfinite)
 
 
 def dequantize(packed: Tensor, scale: Tensor, gain: float, block: int, bits: int, out: Tensor) -> None:
     """See `lioncub.kernels.reference.dequantize`."""
     n = out.numel()
     gain_level = round_to_float32(gain * largest_level(bits))
-    with launching_on(out):
-        _dequantize_codes_kernel[tiles(n)](
-            packed, scale, out, gain_level, n, bits, block, BLOCK_SIZE, **options(out.device, elementwise_threads(out))
-        )
+    with launching_on(out.device):
+        threads = options(out.device, elementwise_threads(out.dtype))
+        _dequantize_codes_kernel[tiles(n)](packed, scale, out, gain_level, n, bits, block, BLOCK_SIZE, **threads)
 
 
 def _quantize(
-    x: Tensor,
-    grad: Tensor | None,
+    x: Sequence[Tensor],
+    grad: Sequence[Tensor] | None,
     beta1: Mix,
-    scale: Tensor,
+    scale: Sequence[Tensor],
     gain: float,
     block: int,
     bits: int,
-    stream: Stream | None,
-    out: Tensor,
-    status: Tensor | None,
+    streams: Streams | None,
+    out: Sequence[Tensor],
+    nonfinite: Tensor | None,
 ) -> None:
-    n = x.numel()
-    with launching_on(x):
-        _quantize_values_kernel[tiles(n)](
-            x,
-            x if grad is None else grad,
-            scale,
-            out,
-            out if status is None else status,
-            *beta1,
-            round_to_float32(gain * largest_level(bits)),
-            *signed_words(*_words_of(stream or _NO_STREAM)),
-            n,
-            grad is not None,
-            status is not None,
-            stream is not None,
-            bits,
-            block,
-            BLOCK_SIZE,
-            **options(x.device),
-        )
-
-
-def _words_of(stream: Stream) -> tuple[int, ...]:
-    return (*stream.key, stream.step, stream.tensor, stream.worker)
+    if table := table_of(x, x if grad is None else grad, scale, out, streams=streams):
+        numbers = (*beta1, round_to_float32(gain * largest_level(bits)), *stream_words(streams))
+        flags = (grad is not None, streams is not None, bits, block)
+        table.launch(_quantize_values_kernel, nonfinite, numbers, *flags, threads=ROW_THREADS)

@@ -7,7 +7,7 @@ shuffles or shared memory, while it loads and stores 128 bits at a time.
 import triton
 import triton.language as tl
 
-from lioncub.kernels.triton_gpu.arithmetic import INTERPRETED, narrow, widen
+from lioncub.kernels.triton_gpu.arithmetic import INTERPRETED, narrow, narrow_stochastic, widen
 
 ROW = tl.constexpr(8)
 _INTERPRETED = tl.constexpr(INTERPRETED)
@@ -15,7 +15,7 @@ _INTERPRETED = tl.constexpr(INTERPRETED)
 
 @triton.jit
 def value_of(scalar):
-    """A run-time number that the host gave, or that stands on the device."""
+    """A run-time number that the host gave, or that is on the device."""
     if _INTERPRETED:
         # numbers in tuples come as Python's; only compiled code makes tensors of them
         value = tl.load(scalar) if hasattr(scalar, "dtype") and scalar.dtype.is_ptr() else scalar
@@ -56,7 +56,7 @@ def parity_of(count):
 
 @triton.jit
 def load(pointers, offsets, n_elements):
-    """What stands at offsets below ``n_elements``, else 0; None for ``n_elements`` says that all are."""
+    """What is at offsets below ``n_elements``, else 0; None for ``n_elements`` says that all are."""
     return tl.load(pointers) if n_elements is None else tl.load(pointers, mask=offsets < n_elements, other=0)
 
 
@@ -112,7 +112,12 @@ def load_codes(packed_ptr, rows, n_elements, BITS: tl.constexpr):
     """int32[rows, 8] codes of BITS bits, 0 past the end; all bytes up to the last element's exist, pads included."""
     # a row's bytes all exist if its first code does
     packed = load(packed_ptr + _byte_offsets(rows, BITS), rows[:, None] * ROW, n_elements).to(tl.int32)
-    return tl.reshape((packed[:, :, None] >> _shifts(BITS)) & (2**BITS - 1), (rows.shape[0], ROW))
+    if BITS == 16:
+        # bytes do not overlap, so their sum is their union
+        codes = tl.sum(tl.reshape(packed, (rows.shape[0], ROW, 2)) << (tl.arange(0, 2) * 8)[None, None, :], 2)
+    else:
+        codes = tl.reshape((packed[:, :, None] >> _shifts(BITS)) & (2**BITS - 1), (rows.shape[0], ROW))
+    return codes
 
 
 @triton.jit
@@ -148,11 +153,43 @@ def store_signs(packed_ptr, rows, n_elements, value, parity):
 
 
 @triton.jit
-def flag_rows(status_ptr, value):
-    """Set the status to 1 where any of fp32[rows, 8] is Inf or NaN; rows store by themselves: nothing is exchanged."""
+def flag_rows(nonfinite_ptr, value):
+    """Set the flag to 1 where any of fp32[rows, 8] is Inf or NaN; rows store by themselves: nothing is exchanged."""
     # 0 for what is finite, else NaN, which no sum loses
     total = tl.sum(value * 0.0, 1)
-    tl.store(status_ptr + tl.zeros_like(total).to(tl.int32), 1, mask=total != 0)
+    tl.store(nonfinite_ptr + tl.zeros_like(total).to(tl.int32), 1, mask=total != 0)
+
+
+@triton.jit
+def random_rows(rows, stream, worker):
+    """uint32[rows, 8] words of a stream (rule 8): a row takes two Philox blocks of four words.
+
+    ``stream`` is (seed_low, seed_high, step, param_id).
+    """
+    seed_low, seed_high, step, param_id = stream
+    blocks = (rows[:, None] * 2 + tl.arange(0, 2)[None, :]).to(tl.uint32)
+    zero = tl.zeros_like(blocks)
+    w0, w1, w2, w3 = tl.random.philox_impl(
+        blocks,
+        zero + value_of(step).to(tl.uint32),
+        zero + param_id.to(tl.uint32),
+        zero + tl.cast(worker, tl.uint32),
+        zero + seed_low.to(tl.uint32),
+        zero + seed_high.to(tl.uint32),
+    )
+    words = tl.join(tl.join(w0, w2), tl.join(w1, w3))
+    return tl.reshape(words, (rows.shape[0], ROW))
+
+
+@triton.jit
+def store_rounded(x_ptr, offsets, n_elements, value, rows, stream, worker, STOCHASTIC: tl.constexpr):
+    """`store_elements` of ``rows``; with STOCHASTIC bf16 and fp16 take either neighbour."""
+    if STOCHASTIC and (x_ptr.dtype.element_ty != tl.float32):
+        words = random_rows(rows, stream, worker)
+        rounded = narrow_stochastic(value, x_ptr.dtype.element_ty, tl.reshape(words, value.shape))
+        store(x_ptr + offsets, rounded, offsets, n_elements)
+    else:
+        store_elements(x_ptr, offsets, n_elements, value)
 
 
 @triton.jit

@@ -1,7 +1,7 @@
 """block_scale and lion_block_scale: norms of blocks, deterministic, summed in fp64 as the reference does.
 
-A block of at most one tile is finished by the tile that holds it. A longer one leaves a partial norm per chunk of
-tiles, and a second kernel combines them in order.
+A block of at most one tile is finished by the tile that holds it. A longer one leaves a partial norm per tile, and a
+second kernel combines them in order.
 """
 
 from __future__ import annotations
@@ -13,90 +13,37 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lioncub.kernels.lists import tensor_list
 from lioncub.kernels.scalars import Mix
 from lioncub.kernels.triton_gpu.arithmetic import mix
-from lioncub.kernels.triton_gpu.launch import BLOCK_SIZE, ROW_THREADS, launching_on, options, tiles
+from lioncub.kernels.triton_gpu.launch import (
+    BLOCK_SIZE,
+    ROW_THREADS,
+    form_of,
+    kind_at,
+    launching_on,
+    options,
+    pointer_at,
+    row_at,
+    table_of,
+    tile_of,
+)
 from lioncub.kernels.triton_gpu.rows import load_elements, value_of
-from lioncub.kernels.triton_gpu.tables import form_of, kind_at, only_one, pointer_at, row_at, table_of, tile_of
 
+# partial norms that are combined at a time
 _TILE = 8 * ROW_THREADS
-_TILES_PER_CHUNK = 16
 
 
 @triton.jit
 def _scale_blocks_kernel(
-    x_ptr,
-    grad_ptr,
-    scale_ptr,
-    beta1,
-    beta1_new,
-    n_elements,
-    NORM: tl.constexpr,
-    IS_UPDATE: tl.constexpr,
-    SCALE_BLOCK: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-):
-    blocks = tl.program_id(0).to(tl.int64) * (BLOCK_SIZE // SCALE_BLOCK) + tl.arange(0, BLOCK_SIZE // SCALE_BLOCK)
-    offsets = blocks[:, None] * SCALE_BLOCK + tl.arange(0, SCALE_BLOCK)[None, :]
-    x = load_values(x_ptr, grad_ptr, beta1, beta1_new, offsets, n_elements, IS_UPDATE)
-    norm = reduce_terms(terms_of(x, NORM), 1, NORM)
-    filled = tl.minimum(n_elements - blocks * SCALE_BLOCK, SCALE_BLOCK)
-    tl.store(scale_ptr + blocks, finish_norm(norm, filled, NORM), mask=blocks * SCALE_BLOCK < n_elements)
-
-
-@triton.jit(do_not_specialize=["n_tiles"])
-def _reduce_chunks_kernel(
-    x_ptr,
-    grad_ptr,
-    partial_ptr,
-    beta1,
-    beta1_new,
-    n_elements,
-    n_tiles,
-    NORM: tl.constexpr,
-    IS_UPDATE: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-):
-    chunk = tl.program_id(0).to(tl.int64)
-    total = no_terms(BLOCK_SIZE, NORM)
-    # a number that the compiler knew would be unrolled to as many registers
-    for tile in tl.range(0, n_tiles, loop_unroll_factor=2):
-        offsets = (chunk * n_tiles + tile) * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
-        x = load_values(x_ptr, grad_ptr, beta1, beta1_new, offsets, n_elements, IS_UPDATE)
-        total = combine(total, terms_of(x, NORM), NORM)
-    tl.store(partial_ptr + chunk, reduce_terms(total, 0, NORM))
-
-
-@triton.jit
-def _combine_chunks_kernel(
-    partial_ptr,
-    scale_ptr,
-    n_elements,
-    n_chunks,
-    chunks_per_scale,
-    elements_per_scale,
-    NORM: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-):
-    block = tl.program_id(0).to(tl.int64)
-    first = block * chunks_per_scale
-    last = tl.minimum(first + chunks_per_scale, n_chunks)
-    total = no_terms(BLOCK_SIZE, NORM)
-    for start in range(first, last, BLOCK_SIZE):
-        chunks = start + tl.arange(0, BLOCK_SIZE)
-        total = combine(total, tl.load(partial_ptr + chunks, mask=chunks < last, other=0), NORM)
-    filled = tl.minimum(n_elements - block * elements_per_scale, elements_per_scale)
-    tl.store(scale_ptr + block, finish_norm(reduce_terms(total, 0, NORM), filled, NORM))
-
-
-@triton.jit
-def _scale_updates_kernel(
     rows_ptr,
     owners_ptr,
     partial_ptr,
     beta1,
     beta1_new,
     KINDS: tl.constexpr,
+    HAS_PARTIAL: tl.constexpr,
+    IS_UPDATE: tl.constexpr,
     NORM: tl.constexpr,
     SCALE_BLOCK: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
@@ -107,36 +54,57 @@ def _scale_updates_kernel(
     for k in tl.static_range(len(KINDS)):
         if kind == k:
             if is_wide:
-                _scale_row(row_ptr, partial_ptr, numbers, start, None, kind_at(KINDS, k), NORM, SCALE_BLOCK, BLOCK_SIZE)
+                _scale_tile(
+                    row_ptr,
+                    partial_ptr,
+                    numbers,
+                    start,
+                    None,
+                    kind_at(KINDS, k),
+                    IS_UPDATE,
+                    NORM,
+                    SCALE_BLOCK,
+                    BLOCK_SIZE,
+                )
             else:
-                _scale_row(
-                    row_ptr, partial_ptr, numbers, start, n_elements, kind_at(KINDS, k), NORM, SCALE_BLOCK, BLOCK_SIZE
+                _scale_tile(
+                    row_ptr,
+                    partial_ptr,
+                    numbers,
+                    start,
+                    n_elements,
+                    kind_at(KINDS, k),
+                    IS_UPDATE,
+                    NORM,
+                    SCALE_BLOCK,
+                    BLOCK_SIZE,
                 )
 
 
 @triton.jit
-def _scale_row(
+def _scale_tile(
     row_ptr,
     partial_ptr,
     numbers,
     start,
     n_elements,
     KIND: tl.constexpr,
+    IS_UPDATE: tl.constexpr,
     NORM: tl.constexpr,
     SCALE_BLOCK: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
 ):
     """The scales of the tile's blocks; where blocks are larger, or there is one, what the tile adds to its block."""
     beta1, beta1_new = numbers
-    exp_avg_ptr, grad_ptr = pointer_at(row_ptr, 0, KIND, n_elements), pointer_at(row_ptr, 1, KIND, n_elements)
+    x_ptr, grad_ptr = pointer_at(row_ptr, 0, KIND, n_elements), pointer_at(row_ptr, 1, KIND, n_elements)
     if SCALE_BLOCK == 0:
         offsets = start + tl.arange(0, BLOCK_SIZE)
-        x = load_values(exp_avg_ptr, grad_ptr, beta1, beta1_new, offsets, n_elements, True)
+        x = load_values(x_ptr, grad_ptr, beta1, beta1_new, offsets, n_elements, IS_UPDATE)
         tl.store(partial_ptr + tl.program_id(0), reduce_terms(terms_of(x, NORM), 0, NORM))
     else:
         blocks = start // SCALE_BLOCK + tl.arange(0, BLOCK_SIZE // SCALE_BLOCK)
         offsets = blocks[:, None] * SCALE_BLOCK + tl.arange(0, SCALE_BLOCK)[None, :]
-        x = load_values(exp_avg_ptr, grad_ptr, beta1, beta1_new, offsets, n_elements, True)
+        x = load_values(x_ptr, grad_ptr, beta1, beta1_new, offsets, n_elements, IS_UPDATE)
         norm = reduce_terms(terms_of(x, NORM), 1, NORM)
         scale_ptr = pointer_at(row_ptr, 2, KIND, n_elements)
         if n_elements is None:
@@ -224,49 +192,33 @@ def finish_norm(norm, filled, NORM: tl.constexpr):
 
 def block_scale(x: Tensor, norm: str, block: int, scale: Tensor) -> None:
     """See `lioncub.kernels.reference.block_scale`."""
-    _scale(x, None, Mix(0.0, 0.0), norm, block, scale)
+    _scale([x], None, Mix(0.0, 0.0), norm, block, [scale])
 
 
 def lion_block_scale(
     exp_avg: Sequence[Tensor], grad: Sequence[Tensor], beta1: Mix, norm: str, block: int, scale: Sequence[Tensor]
 ) -> None:
     """See `lioncub.kernels.reference.lion_block_scale`."""
-    i = only_one(grad)
-    if i is not None:
-        _scale(exp_avg[i], grad[i], beta1, norm, block, scale[i])
+    _scale(exp_avg, grad, beta1, norm, block, scale)
+
+
+def _scale(
+    x: Sequence[Tensor], grad: Sequence[Tensor] | None, beta1: Mix, norm: str, block: int, scale: Sequence[Tensor]
+) -> None:
+    table = table_of(x, x if grad is None else grad, scale)
+    if table is None:
         return
-    launch = options(grad[0].device)
-    with launching_on(grad[0]):
-        table = table_of(exp_avg, grad, scale)
-        if table is None:
-            return
-        rows, owners, kinds = table
-        within = 0 < block <= BLOCK_SIZE
+    rows, owners, _ = table
+    within = 0 < block <= BLOCK_SIZE
+    partial = None
+    if not within:
         terms = torch.int32 if norm == "linf" else torch.float64
-        partial = owners if within else torch.empty(owners.numel(), dtype=terms, device=owners.device)
-        _scale_updates_kernel[table.grid](
-            rows, owners, partial, *beta1, kinds, norm, block if within else 0, BLOCK_SIZE, **launch
-        )
-        if not within:
-            most = max(s.numel() for s in scale)
-            _combine_tiles_kernel[(len(grad) * most,)](rows, partial, block, most, norm, _TILE, BLOCK_SIZE, **launch)
-
-
-def _scale(x: Tensor, grad: Tensor | None, beta1: Mix, norm: str, block: int, scale: Tensor) -> None:
-    n = x.numel()
-    is_update = grad is not None
-    grad = x if grad is None else grad
-    launch = options(x.device)
-    with launching_on(x):
-        if block and block <= _TILE:
-            _scale_blocks_kernel[tiles(n, _TILE)](x, grad, scale, *beta1, n, norm, is_update, block, _TILE, **launch)
-            return
-        chunk_tiles = min(block // _TILE or _TILES_PER_CHUNK, _TILES_PER_CHUNK)
-        chunk = chunk_tiles * _TILE
-        n_chunks = triton.cdiv(n, chunk)
-        partial = torch.empty(n_chunks, dtype=torch.int32 if norm == "linf" else torch.float64, device=x.device)
-        _reduce_chunks_kernel[(n_chunks,)](x, grad, partial, *beta1, n, chunk_tiles, norm, is_update, _TILE, **launch)
-        per_scale = block // chunk or n_chunks
-        _combine_chunks_kernel[(scale.numel(),)](
-            partial, scale, n, n_chunks, per_scale, block or n, norm, _TILE, **launch
-        )
+        partial = torch.empty(owners.numel(), dtype=terms, device=owners.device)
+    flags = (grad is not None, norm, block if within else 0)
+    table.launch(_scale_blocks_kernel, partial, beta1, *flags, threads=ROW_THREADS)
+    if partial is not None:
+        most = max(tensor_list(scale).sizes)
+        with launching_on(rows.device):
+            _combine_tiles_kernel[(len(rows) * most,)](
+                rows, partial, block, most, norm, _TILE, BLOCK_SIZE, **options(rows.device)
+            )

@@ -29,7 +29,7 @@ BYTES_PER_ELEMENT = {
     "lion_encode": 8.125,
     "lion_encode_": 12.125,
     "foreach_lion_encode": 8.125,
-    "lion_mix": 12,
+    "lion_ema": 12,
     "majority_vote:2_voters": 3 / 8,
     "majority_vote:8_voters": 9 / 8,
     "majority_vote:64_voters": 65 / 8,
@@ -41,12 +41,12 @@ BYTES_PER_ELEMENT = {
     "add_codes:1_bit": (8 * 1 + 4) / 8,
     "add_codes:2_bits": (4 * 2 + 8) / 8,
     "ternary_of_fields": (4 + 2) / 8,
-    "apply_votes_": 8.125,
-    "apply_votes_:momentum": 20.125,
-    "foreach_apply_votes_": 20.125,
-    "apply_codes_": 8 + 2 / 8,
-    "apply_codes_:momentum": 20 + 2 / 8,
-    "foreach_apply_codes_": 20 + 2 / 8,
+    "lion_apply_": 8.125,
+    "lion_apply_:momentum": 20.125,
+    "lion_apply_:2_bits": 8 + 2 / 8,
+    "lion_apply_:2_bits_momentum": 20 + 2 / 8,
+    "foreach_lion_apply_": 20.125,
+    "foreach_lion_apply_:2_bits": 20 + 2 / 8,
     "lion_step_": 20,
     "foreach_lion_step_": 20,
     "quantize:2_bits": 4 + 2 / 8,
@@ -75,7 +75,7 @@ def test_cases_have_names_of_their_own() -> None:
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_every_op_is_timed_on_every_implementation_dtype_and_size(case: Case) -> None:
-    impls = ["torch"] if case.op == "lion_mix" else ["cpu", "reference", "triton"]
+    impls = ["torch"] if case.op == "lion_ema" else ["cpu", "reference", "triton"]
     for impl in ("torch", "cpu", "reference", "triton"):
         found = {(cell.dtype, cell.size) for cell in cells(impl) if cell.case is case}
         assert found == ({(d, s) for d in case.dtypes for s in SIZES} if impl in impls else set())

@@ -20,9 +20,10 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 import pytest
 import torch
 from gloo_workers import results_of
+from optimizers import LionCub
 from torch import Tensor, nn
 
-from lioncub import BySize, LionCub, MomentumSync, Quantized, SignMean, SignVote, TernaryVote
+from lioncub import BySize, MomentumSync, Quantized, SignMean, SignVote, TernaryVote
 from lioncub.simulate import Workers
 
 GOLDEN = Path(__file__).parent / "golden.json"
@@ -39,7 +40,7 @@ COMPRESSIONS: dict[str, Options] = {
     "4 bits linf, blocks": {"compression": Quantized(bits=4, norm="linf", block=64)},
     "2 bits l2, stochastic": {"compression": Quantized(bits=2, norm="l2", stochastic=True, seed=3)},
     "8 bits, shared": {"compression": Quantized(bits=8, norm="linf", share_scales_every=2)},
-    "ternary but for small": {"compression": BySize(large=TernaryVote(), most=64)},
+    "ternary but for small": {"compression": BySize(large=TernaryVote(), max_numel=64)},
 }
 SYNCHRONIZED: dict[str, Options] = {
     "fixed": {"momentum_sync": MomentumSync(every=3)},

@@ -7,11 +7,11 @@ import math
 from pathlib import Path
 
 import pytest
-from profiles import profile_of, straight
+from profiles import profile_of
 
 from lioncub.cli import bandwidth, main, parameters
 from lioncub.collectives.cost import EFFICIENCY, Link
-from lioncub.collectives.topology import Topology
+from lioncub.collectives.groups import Topology
 from lioncub.plan import BASELINE, Cluster, Row, amount, forecast, milliseconds, notes, over_worlds
 
 FLAGS = [
@@ -69,13 +69,13 @@ def test_a_flat_cluster_by_hand() -> None:
     wire = {
         "fp32 all-reduce": (2 * 3 * 3_200_000 // 4, "sum"),
         "bf16 all-reduce": (2 * 3 * 1_600_000 // 4, "sum"),
-        "all_gather": (3 * (48 + 100_000), "ring"),
+        "all_gather": (3 * 100_000, "ring"),
     }
     for name, (sent, pattern) in wire.items():
         assert rows[name].seconds == pytest.approx(sent / 1.25e6 / EFFICIENCY[pattern]), name
         assert rows[name].node_bytes == sent, name
     # chunks of 25,000 bytes are padded to 16
-    there, back = 3 * (48 + 25_008), 3 * (32 + 25_008)
+    there, back = 3 * 25_008, 3 * (16 + 25_008)
     votes = there / 1.25e6 / EFFICIENCY["exchange"] + back / 1.25e6 / EFFICIENCY["ring"]
     row, slow = rows["reduce_scatter"], rows[BASELINE]
     assert row.seconds == pytest.approx(votes)
@@ -122,18 +122,12 @@ def test_worlds_of_2_to_4096() -> None:
     assert [n for n, _ in six][:6] == [2, 4, 6, 12, 30, 60]
 
 
-def test_a_profile_of_such_a_group_is_read_point_by_point() -> None:
+def test_the_links_of_a_profile_predict_as_the_profile_does() -> None:
     shape = Topology.even(2, 4)
-    profile = profile_of(shape, straight)
-    inter, intra = profile.links()
-    assert inter is not None
-    assert intra is not None
-    same = Cluster(8_000_000, 2, 4, inter, intra, profile=profile, origin="of a profile")
+    profile = profile_of(shape)
+    same = Cluster(8_000_000, 2, 4, profile.inter, profile.intra, origin="of a profile")
     assert same.costs.seconds("hierarchical", 1 << 20) == profile.costs(shape, "gloo").seconds("hierarchical", 1 << 20)
-    assert notes(same)[1].startswith("Based on measured on 2 nodes of 4 workers")
-    other = Cluster(8_000_000, 4, 4, inter, intra, profile=profile, origin="of a profile")
-    assert other.costs == other.links
-    assert other.costs.source.startswith("links of a profile: ")
+    assert notes(same)[1].startswith("Based on links of a profile: ")
 
 
 @pytest.mark.parametrize(
@@ -176,12 +170,12 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_command_with_a_profile(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "profile.json"
-    path.write_text(profile_of(Topology.even(2, 4), straight).to_json())
+    path.write_text(profile_of(Topology.even(2, 4)).to_json())
     base = ["plan", "--params", "25M", "--gpus-per-node", "4", "--profile", str(path)]
     assert main([*base, "--nodes", "2"]) == 0
-    assert "Based on measured on 2 nodes of 4 workers over gloo" in capsys.readouterr().out
+    assert "Based on links fitted to a profile of 2 nodes of 4 workers over gloo" in capsys.readouterr().out
     assert main([*base, "--nodes", "16"]) == 0
-    assert "Based on links implied by a profile of 2 nodes of 4 workers over gloo" in capsys.readouterr().out
+    assert "Based on links fitted to a profile of 2 nodes of 4 workers over gloo" in capsys.readouterr().out
     assert main([*base, "--nodes", "2", "--inter", "1gbit", "--intra", "10gbit", "--latency-us", "7"]) == 0
     assert "Based on links as given: 1 Gb/s, 7 us per message" in capsys.readouterr().out
 

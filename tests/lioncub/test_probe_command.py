@@ -12,8 +12,8 @@ import pytest
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from lioncub.cli import main, torchrun_workers
+from lioncub.collectives import Profile
 from lioncub.collectives.cost import candidates
-from lioncub.collectives.profile import Profile
 from lioncub.probe import ProbeConfig, _cause
 
 PATIENCE = 120.0

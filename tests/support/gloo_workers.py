@@ -92,6 +92,28 @@ def results_of(worker: Callable[..., Any], world_size: int, *arguments: Any, tim
     return answers
 
 
+def together(world_size: int, *workers: Callable[..., Any], timeout: float = 240.0) -> dict[str, list[Any]]:
+    """`results_of` several functions of one file, one after the other on the same processes, by their names."""
+    names = [worker.__name__ for worker in workers]
+    answers = results_of(_each, world_size, inspect.getfile(workers[0]), names, timeout=timeout)
+    return {name: [answer[i] for answer in answers] for i, name in enumerate(names)}
+
+
+def _each(rank: int, world_size: int, path: str, names: list[str]) -> list[Any]:
+    module = _load(path)
+    return [getattr(module, name)(rank, world_size) for name in names]
+
+
+def _load(path: str) -> Any:
+    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
 def _answer(pipe: multiprocessing.connection.Connection, process: Any, deadline: float) -> Any:
     if not pipe.poll(max(deadline - time.monotonic(), 0)):
         process.kill()
@@ -119,12 +141,7 @@ def _run(
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     warnings.simplefilter("error")
     torch.set_num_threads(1)
-    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
+    module = _load(path)
     try:
         dist.init_process_group(
             "gloo",

@@ -6,10 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from optimizers import LionCub
 from samples import DTYPES, assert_same_bits, sample
 from torch import Tensor, nn
 
-from lioncub import LionCub, kernels
+from lioncub import kernels
 from lioncub.kernels.layout import packed_bytes
 
 Op = Callable[[int, torch.dtype, torch.device, str], list[Tensor]]
@@ -28,7 +29,7 @@ def _floats(n: int, dtype: torch.dtype, device: torch.device, *, finite: bool = 
 def _encode(n: int, dtype: torch.dtype, device: torch.device, impl: str) -> list[Tensor]:
     m, g, _ = _floats(n, dtype, device)
     status = torch.zeros(1, dtype=torch.int32, device=device)
-    return [kernels.lion_encode(m, g, beta1=0.9, parity=3, status=status, impl=impl), status]
+    return [kernels.lion_encode(m, g, beta1=0.9, parity=3, nonfinite=status, impl=impl), status]
 
 
 def _encode_advancing(n: int, dtype: torch.dtype, device: torch.device, impl: str) -> list[Tensor]:
@@ -39,7 +40,7 @@ def _encode_advancing(n: int, dtype: torch.dtype, device: torch.device, impl: st
 def _apply(n: int, dtype: torch.dtype, device: torch.device, impl: str) -> list[Tensor]:
     x, g, m = _floats(n, dtype, device)
     options: dict[str, Any] = {"lr": 0.01, "weight_decay": 0.1, "beta2": 0.99, "impl": impl}
-    kernels.apply_votes_(x, _codes(n, device), grad=g, exp_avg=m, **options)
+    kernels.lion_apply_(x, _codes(n, device), grad=g, exp_avg=m, **options)
     return [x, m]
 
 
@@ -47,7 +48,7 @@ def _apply_codes(n: int, dtype: torch.dtype, device: torch.device, impl: str) ->
     x, g, m = _floats(n, dtype, device)
     options: dict[str, Any] = {"lr": 0.01, "weight_decay": 0.1, "beta2": 0.99, "impl": impl}
     form = {"bits": 4, "step": 2, "offset": 5, "divisor": 5}
-    kernels.apply_codes_(x, _codes(n, device, 4), grad=g, exp_avg=m, **form, **options)
+    kernels.lion_apply_(x, _codes(n, device, 4), grad=g, exp_avg=m, **form, **options)
     return [x, m]
 
 
@@ -63,7 +64,7 @@ def _list(n: int, dtype: torch.dtype, device: torch.device, impl: str) -> list[T
     x[0], m[0], g[0] = x[0][: n // 2], m[0][: n // 2], g[0][: n // 2]
     gate = torch.tensor([1, 1, 0], dtype=torch.int32, device=device)
     options: dict[str, Any] = {"lr": 0.01, "beta1": 0.9, "beta2": 0.99, "weight_decay": 0.1, "impl": impl}
-    kernels.foreach_lion_step_(x, g, m, gate=gate, **options)
+    kernels.foreach_lion_step_(x, g, m, active=gate, **options)
     return [*x, *m]
 
 
@@ -78,7 +79,7 @@ def _quantize(n: int, dtype: torch.dtype, device: torch.device, impl: str) -> li
             "seed": 1,
             "worker": 2,
             "step": 3,
-            "tensor": 4,
+            "param_id": 4,
         }
         codes, _ = kernels.quantize(x, bits=2, norm="l1", impl=impl, **options)
         found += [codes, kernels.dequantize(codes, scale, n, bits=2, norm="l1", impl=impl)]
@@ -136,7 +137,7 @@ def check_far_offsets(device: torch.device, n: int) -> None:
     tail = kernels.unpack_signs(codes[-packed_bytes(64) :], 64, impl="triton")[: n - (n - 1) // 64 * 64]
     assert tail[-3:].tolist() == [1.0] * 3
     assert tail[:-3].eq(-1.0).all()
-    kernels.apply_votes_(m, codes, lr=0.5, weight_decay=0.0, impl="triton")
+    kernels.lion_apply_(m, codes, lr=0.5, weight_decay=0.0, impl="triton")
     assert m[-3:].tolist() == [-0.5] * 3
     assert int((m == 0.5).sum(dtype=torch.int64)) == n - 3
 

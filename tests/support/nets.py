@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from optimizers import LionCub
 from torch import Tensor, nn
-
-from lioncub import LionCub
 
 
 class Net(nn.Module):

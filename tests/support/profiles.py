@@ -1,31 +1,34 @@
-"""Profiles of made-up groups."""
+"""Profiles of made-up groups, whose votes take exactly as long as the cost model says."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from lioncub.collectives import Costs, Link, Profile, Topology
+from lioncub.collectives.cost import candidates
+from lioncub.collectives.probe import MESSAGE_BYTES, Point
 
-from lioncub.collectives.cost import bytes_sent, candidates
-from lioncub.collectives.probing import MESSAGE_BYTES
-from lioncub.collectives.profile import Point, Profile, fit_line
-from lioncub.collectives.topology import Topology
+INTER, INTRA = Link(2e-3, 12.5e6), Link(1e-4, 1e9)
 
 
-def profile_of(shape: Topology, seconds: Callable[[str, str, int], float]) -> Profile:
-    """A profile whose votes take ``seconds(level, algorithm, bytes sent)``."""
-    levels = [("whole", shape)]
+def points_of(shape: Topology, inter: Link = INTER, intra: Link = INTRA) -> list[Point]:
+    """The votes that a probe would time on these links."""
+    levels = [("whole", Costs(shape, inter, intra))]
     if shape.is_two_level:
-        levels += [("intra", Topology.flat(shape.local_size)), ("inter", Topology.flat(shape.n_nodes))]
-    fits = []
-    for level, group in levels:
-        for name in candidates(group):
-            sent = [bytes_sent(name, n, group, 48) for n in MESSAGE_BYTES]
-            points = [Point(n, s, seconds(level, name, s)) for n, s in zip(MESSAGE_BYTES, sent, strict=True)]
-            fits.append(fit_line(level, name, points))
+        # all places of a node share its link
+        share = Link(inter.latency_s, inter.bytes_per_s / shape.local_size)
+        levels.append(("intra", Costs(Topology.even(1, shape.local_size), inter, intra)))
+        levels.append(("inter", Costs(Topology.flat(shape.n_nodes), share, intra)))
+    return [
+        Point(level, name, n_bytes, costs.seconds(name, n_bytes))
+        for level, costs in levels
+        for name in candidates(costs.topology)
+        for n_bytes in MESSAGE_BYTES
+    ]
+
+
+def profile_of(shape: Topology, inter: Link = INTER, intra: Link = INTRA) -> Profile:
+    """The profile of a group with these links."""
     hosts = tuple(f"host{i}" for i in range(shape.n_nodes))
     versions = {"lioncub": "1", "torch": "2", "python": "3"}
-    return Profile(shape.workers, hosts, shape.nodes, "gloo", "2026-01-01 00:00 UTC", versions, tuple(fits))
-
-
-def straight(level: str, algorithm: str, sent: int) -> float:
-    alpha, beta = {"inter": (2e-3, 1e-7), "intra": (1e-3, 1e-9)}.get(level, (3e-3, 1e-8))
-    return alpha * (1 + len(algorithm) % 3) + beta * sent
+    about = ("gloo", "2026-01-01 00:00 UTC", versions)
+    points = tuple(points_of(shape, inter, intra))
+    return Profile(shape.workers, hosts, shape.nodes, *about, inter, intra, 0.01, points)

@@ -1,0 +1,420 @@
+"""One step, written once: encode, exchange, control, decide, result, apply, report.
+
+Every variant is this sequence: overlap has a gradient hook call `StepEngine.send` early; simulated ranks have another
+process group; one rank alone leaves out the exchange and applies plain Lion; a captured or compiled step reads its
+report at the next step. Encoding reads only; parameters, momentum and scales change in `StepEngine.apply` alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from lioncub.arguments import Hyperparameters
+from lioncub.buckets import Bucket, BucketList
+from lioncub.collectives import Voter
+from lioncub.collectives.algorithms import Exchange, VoteResult
+from lioncub.collectives.transport import Transport
+from lioncub.compression import Quantized, TernaryVote
+from lioncub.config import Precision
+from lioncub.control import FAILED, Attempt, Control, Decision
+from lioncub.kernels import (
+    abstain_parity,
+    foreach_lion_apply_,
+    foreach_lion_encode,
+    foreach_lion_quantize,
+    foreach_lion_step_,
+    tie_parity,
+)
+from lioncub.kernels.scalars import Scalar
+from lioncub.membership import Membership
+from lioncub.overlap import Overlap
+from lioncub.payloads import Drift, MomentumAverages, SharedScales, own_scales
+from lioncub.precision import Masters, rounding_of
+
+R = TypeVar("R")
+# with the least normal number as scale, every other one is past the largest level
+_LEAST_NORMAL = 2.0**-126
+
+
+@dataclass(frozen=True)
+class StepContext:
+    """The inputs of a step beside gradients and momentum: its number, each group's rates, the factors of gradients.
+
+    ``step`` is a number, or a tensor on the device in a capturable step. ``nonfinite`` is int32[T], written as buckets
+    are encoded: 1 where a parameter's update is not finite.
+    """
+
+    step: int | Tensor
+    layout: int
+    rates: tuple[Hyperparameters, ...]
+    factors: tuple[Scalar, ...]
+    nonfinite: Tensor
+    impl: str
+
+    def is_like(self, other: StepContext) -> bool:
+        """Whether codes that were encoded in the other are those of this one."""
+        return (self.step, self.layout, self.rates) == (other.step, other.layout, other.rates)
+
+
+@dataclass(frozen=True)
+class EncodedBucket:
+    """One bucket of this rank: gradients, of their parameters' shape or 1-d in storage order, and who has one."""
+
+    grads: list[Tensor]
+    present: list[bool]
+
+
+@dataclass(frozen=True)
+class SentBucket:
+    """A bucket in progress; nothing was encoded where this rank had failed. One rank alone sends nothing."""
+
+    encoded: EncodedBucket | None
+    vote: Exchange[VoteResult] | None
+    average: Exchange[Tensor] | None
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """A step up to its application: this rank's part, the voted codes, the averages and what was decided."""
+
+    context: StepContext
+    sent: list[SentBucket]
+    votes: list[VoteResult]
+    averages: list[Tensor | None]
+    drift: Tensor | None
+    scales: tuple[list[Bucket], Tensor] | None
+    decision: Decision
+
+
+class StepEngine:
+    """Takes the steps of the buckets that all ranks are known to have, ``n_agreed``, on one set of ranks.
+
+    ``overlap`` is set where buckets are sent early. Bytes and seconds are those of the last step.
+    """
+
+    def __init__(
+        self,
+        buckets: BucketList,
+        members: Membership,
+        masters: Masters,
+        precision: Precision,
+        momentum: MomentumAverages,
+        drift: Drift,
+        scales: SharedScales,
+        *,
+        impl: str,
+        capturable: bool,
+    ) -> None:
+        self.buckets, self.members, self._masters, self._precision = buckets, members, masters, precision
+        self.momentum, self.drift, self.scales = momentum, drift, scales
+        self._impl, self._capturable = impl, capturable
+        self.overlap: Overlap | None = None
+        # by which the host knows what is due: the step that all ranks have agreed on
+        self.schedule = 0
+        self.seconds: list[float] = []
+        self.sync_seconds = self.exposed_seconds = 0.0
+        # int64[2] (ties, unanimous) of each bucket of the last step that was taken
+        self.counts: list[Tensor] = []
+        self._has_moved = False
+        self.agree()
+
+    def agree(self) -> None:
+        """All ranks are known to have all buckets as they are now: prepare what carries them."""
+        buckets, members = self.buckets.all, self.members
+        self.n_agreed = len(buckets)
+        names = [slot.name for bucket in buckets for slot in bucket.slots]
+        self.voters: list[Voter] = []
+        device, transport = buckets[0].device, None
+        if members.workers > 1:
+            self.voters = members.voters(buckets, functional=self._capturable)
+            transport = Transport(members.groups.group, device, functional=self._capturable)
+        self._transport = transport
+        groups = sorted({bucket.group_index for bucket in buckets})
+        self.control = Control(names, groups, transport, device, capturable=self._capturable, eager=True)
+        self._nonfinite_count = len(names)
+        self._device = device
+        self._least = [_least_scales(bucket) for bucket in buckets]
+        self.seconds = [0.0] * len(buckets)
+        if self._capturable:
+            self._totals = torch.zeros(2, dtype=torch.int64, device=device)
+
+    def context(
+        self, groups: Sequence[Mapping[str, Any]], step: int | Tensor, scale: Tensor | float | None
+    ) -> StepContext:
+        """Read the hyperparameters of a step; ``scale`` is that of a GradScaler."""
+        rates = tuple(Hyperparameters.of(dict(group), keep_tensors=self._capturable) for group in groups)
+        factors = tuple(_factor(now, scale) for now in rates)
+        nonfinite = torch.zeros(self._nonfinite_count, dtype=torch.int32, device=self._device)
+        return StepContext(step, self.momentum.agreed_layout(), rates, factors, nonfinite, self._impl)
+
+    def expect(self, first: int = 0) -> None:
+        """Post the receives of a step, of buckets from ``first`` on."""
+        for voter in self.voters[first:]:
+            voter.expect()
+        self.control.expect()
+
+    def exchange(
+        self,
+        context: StepContext | None,
+        attempt: Attempt,
+        early: Sequence[SentBucket],
+        flags: int,
+        overflow: Tensor | int | None,
+    ) -> Proposal | Decision:
+        """Stages 1 to 5: encode and send what is not sent, exchange everything, decide. A collective.
+
+        A rank that fails, as ``attempt`` keeps, sends what the others wait for, and gets only the decision.
+        """
+        # of none twice: those of a later step would take its messages, even if other voters carry it
+        self.expect(len(early))
+        sent = list(early)
+        for i in range(len(sent), self.n_agreed):
+            sent.append(self.send(i, context, attempt))
+        encoded = [one.encoded for one in sent]
+        drift, scales, due = None, None, self.scales.due(self.n_agreed, self.schedule) if self.voters else []
+        self.scales.bytes_sent = self.drift.bytes_sent = 0
+        if self.voters and self.drift.is_due(self.schedule):
+            samples = attempt.run(lambda: self.drift.samples(self.n_agreed, encoded, context))
+            drift = self._start(
+                self.drift.exchange(self.n_agreed, self._whole, self._eager),
+                self.drift.samples(self.n_agreed, [None], None) if samples is None else samples,
+            )
+        if due:
+            values = attempt.run(lambda: self.scales.values(due, encoded, context))
+            scales = self._start(
+                self.scales.exchange(due, self._whole, self._eager),
+                self.scales.values(due, encoded, None) if values is None else values,
+            )
+        everyone = self._exchange_control(context, attempt, encoded, flags, overflow, sent, [drift, scales])
+        decision = self.control.decide(everyone)
+        if attempt.failure is not None or context is None:
+            return decision
+        votes = [one.vote.result() for one in sent if one.vote is not None]
+        self.seconds = [0.0 if one.vote is None else one.vote.seconds for one in sent]
+        averages = [None if one.average is None else one.average.result() for one in sent]
+        self.sync_seconds = sum(one.average.seconds for one in sent if one.average is not None)
+        return Proposal(
+            context,
+            sent,
+            votes,
+            averages,
+            None if drift is None else drift.result(),
+            None if scales is None else (due, scales.result()),
+            decision,
+        )
+
+    def send(self, i: int, context: StepContext | None, attempt: Attempt) -> SentBucket:
+        """Stages 1 and 2 of one bucket: encode it and start its vote, and the average of its momentum."""
+        bucket = self.buckets.all[i]
+        encoded = None if context is None else attempt.run(lambda: self._encode(i, context))
+        if not self.voters:
+            return SentBucket(encoded, None, None)
+        if encoded is None:
+            bucket.packed.zero_()
+        if i == 0:
+            self.momentum.bytes_sent = 0
+        average, values = None, None
+        if self.momentum.segments(bucket, self.schedule):
+            average = self.momentum.exchange(bucket, i, self.schedule, self._whole, self._eager)
+            values = attempt.run(lambda: self.momentum.values(bucket, self.schedule, encoded, context))
+            if values is None:
+                values = self.momentum.values(bucket, self.schedule, None, None)
+        step: Any = self.schedule if context is None else context.step
+        vote = self.voters[i].prepare()
+        self._start(vote, (bucket.packed, tie_parity(step)))
+        if average is not None:
+            self._start(average, values)
+        return SentBucket(encoded, vote, average)
+
+    def apply(self, proposal: Proposal, n_active: int | None) -> None:
+        """Stage 6: move parameters and momentum by the votes, or alone by plain Lion, where the decision allows it.
+
+        ``n_active`` is the number of parameters that move, None where the host does not know.
+        """
+        decision, context = proposal.decision, proposal.context
+        all_move = n_active == self._nonfinite_count
+        for i, bucket in enumerate(self.buckets.all[: self.n_agreed]):
+            active = None if all_move else decision.active[bucket.span]
+            self._apply(i, bucket, proposal, active)
+            mean = proposal.averages[i]
+            if mean is not None:
+                self.momentum.write(bucket, self.schedule, mean, active)
+        if proposal.drift is not None:
+            self.drift.write(self.n_agreed, proposal.drift, None if all_move else decision.active)
+            self.momentum.invalidate()
+        if proposal.scales is not None:
+            moves = None if n_active is not None else (decision.words[0] == 0)
+            self.scales.write(*proposal.scales, context.step, moves)
+        for bucket in self.buckets.all[: self.n_agreed]:
+            self._masters.write_back(bucket.params)
+        counts = [vote.counts for vote in proposal.votes]
+        if self._capturable and counts:
+            self._totals.copy_(torch.stack(counts).sum(0))
+            counts = [self._totals]
+        self.counts, self._has_moved = counts, True
+
+    def costs(self) -> list[tuple[str, int, float]]:
+        """Return (algorithm, bytes sent, seconds) of each bucket's last exchange; none for those not yet agreed on."""
+        found = [
+            (voter.algorithm, voter.bytes_sent, spent) for voter, spent in zip(self.voters, self.seconds, strict=False)
+        ]
+        return found + [("none", 0, 0.0)] * (len(self.buckets.all) - len(found))
+
+    def ties_and_unanimous(self) -> tuple[int, int]:
+        """Return how many codes of the last step were tied, and unanimous; waits for the device."""
+        if not self._has_moved:
+            return 0, 0
+        buckets = self.buckets.all[: self.n_agreed]
+        if not self.counts:
+            return 0, sum(bucket.elements for bucket in buckets)
+        ties, unanimous = torch.stack([counts.cpu() for counts in self.counts]).sum(0).tolist()
+        # pad codes are 0 on every rank
+        pairs = zip(self.voters, buckets, strict=True)
+        return ties, unanimous - sum(voter.counted_codes - bucket.elements for voter, bucket in pairs)
+
+    @property
+    def _whole(self) -> Transport:
+        assert self._transport is not None
+        return self._transport
+
+    @property
+    def _eager(self) -> bool:
+        return self.overlap is not None
+
+    def _start(self, exchange: Exchange[R], message: Any) -> Exchange[R]:
+        if self.overlap is None:
+            exchange.start(message)
+        else:
+            self.overlap.comm.carry(exchange, message)
+        return exchange
+
+    def _exchange_control(
+        self,
+        context: StepContext | None,
+        attempt: Attempt,
+        encoded: Sequence[EncodedBucket | None],
+        flags: int,
+        overflow: Tensor | int | None,
+        sent: Sequence[SentBucket],
+        further: Sequence[Exchange[Tensor] | None],
+    ) -> Tensor:
+        """Stage 3: send the control message, and wait for everything that is in progress."""
+
+        def write() -> Tensor:
+            assert context is not None
+            present = [has for one in encoded if one is not None for has in one.present]
+            return self.control.message(
+                context.step,
+                context.rates,
+                flags=flags,
+                overflow=overflow,
+                nonfinite=context.nonfinite,
+                present=present,
+                layout=context.layout,
+                microseconds=self.members.tuner.microseconds,
+            )
+
+        message = None if context is None else attempt.run(write)
+        if message is None:
+            message = self.control.blank(FAILED, self.schedule if context is None else context.step)
+        if not self.voters:
+            return message.view(1, -1)
+        began = 0.0 if torch.compiler.is_compiling() else perf_counter()
+        control = self.control.prepare()
+        self._start(control, message)
+        exchanges: list[Exchange[Any]] = [one.vote for one in sent if one.vote is not None]
+        exchanges += [one.average for one in sent if one.average is not None]
+        exchanges += [one for one in further if one is not None]
+        if self.overlap is not None:
+            self.overlap.comm.wait()
+        # every rank starts the later phases in this order
+        moving = [*exchanges, control]
+        while moving:
+            moving = [exchange for exchange in moving if exchange.advance()]
+        if not torch.compiler.is_compiling():
+            self.exposed_seconds += perf_counter() - began
+        return control.result()
+
+    def _encode(self, i: int, context: StepContext) -> EncodedBucket:
+        """Stage 1: pack the codes of a bucket's updates. Reads momentum and gradients, changes neither."""
+        bucket = self.buckets.all[i]
+        bucket.check_unchanged()
+        grads, present = bucket.gradients()
+        compression = bucket.compression
+        rank, workers = self.members.rank, self.members.workers
+        step: Any = context.step
+        how: dict[str, Any] = {
+            "beta1": context.rates[bucket.group_index].beta1,
+            "grad_scale": context.factors[bucket.group_index],
+            "starts": bucket.starts,
+            "out": bucket.packed,
+            "nonfinite": context.nonfinite[bucket.span],
+            "impl": self._impl,
+        }
+        if compression.form.bits == 1:
+            foreach_lion_encode(bucket.exp_avg, grads, parity=abstain_parity(step, rank, workers), **how)
+            return EncodedBucket(grads, present)
+        if isinstance(compression, Quantized):
+            how |= {
+                "bits": compression.bits,
+                "norm": compression.norm,
+                "block": compression.block,
+                "stochastic": compression.stochastic,
+                "seed": compression.seed,
+                "worker": rank,
+                "step": step,
+                "scale": self.scales.of(bucket, lambda: own_scales(bucket, grads, context)),
+            }
+        else:
+            assert isinstance(compression, TernaryVote)
+            how |= {"bits": 2, "norm": "linf", "scale": self._least[i]}
+        foreach_lion_quantize(bucket.exp_avg, grads, param_ids=bucket.param_ids, **how)
+        return EncodedBucket(grads, present)
+
+    def _apply(self, i: int, bucket: Bucket, proposal: Proposal, active: Tensor | None) -> None:
+        context, encoded = proposal.context, proposal.sent[i].encoded
+        assert encoded is not None
+        now, form, workers = context.rates[bucket.group_index], bucket.compression.form, self.members.workers
+        params = bucket.params
+        if self._masters.in_use:
+            params = [self._masters.moved(slot.name, slot.param) for slot in bucket.slots]
+        how: dict[str, Any] = {
+            "grad": encoded.grads,
+            "exp_avg": bucket.exp_avg,
+            "lr": now.lr,
+            "weight_decay": now.weight_decay,
+            "beta2": now.beta2,
+            "grad_scale": context.factors[bucket.group_index],
+            "active": active,
+            "rounding": rounding_of(self._precision, context.step, self.members.rank),
+            "param_ids": bucket.param_ids,
+            "starts": bucket.starts,
+            "impl": self._impl,
+        }
+        if not proposal.votes:
+            foreach_lion_step_(params, beta1=now.beta1, **how)
+            return
+        step, offset, divisor = form.result_value(workers)
+        bits, packed = form.result_bits(workers), proposal.votes[i].packed
+        foreach_lion_apply_(params, packed, bits=bits, step=step, offset=offset, divisor=divisor, **how)
+
+
+def _least_scales(bucket: Bucket) -> list[Tensor]:
+    """Return fp32[1] of the least normal number for each parameter of a ternary bucket, to be read only."""
+    if not isinstance(bucket.compression, TernaryVote):
+        return []
+    return [torch.full((1,), _LEAST_NORMAL, dtype=torch.float32, device=bucket.device)] * len(bucket.slots)
+
+
+def _factor(rates: Hyperparameters, scale: Tensor | float | None) -> Scalar:
+    """Return what gradients are multiplied by: the inverse loss scale, negative where maximized."""
+    sign = -1.0 if rates.maximize else 1.0
+    if scale is None:
+        return sign
+    return sign / (scale.double().view(()) if isinstance(scale, Tensor) else scale)

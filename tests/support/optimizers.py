@@ -1,0 +1,36 @@
+"""The optimizers with all options as plain arguments, so that tests combine them in one dictionary."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+import lioncub
+from lioncub import Comm, Precision
+
+_COMM, _PRECISION = (tuple(field.name for field in fields(config)) for config in (Comm, Precision))
+
+
+def grouped(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Put the options of `Comm` and `Precision` into one each."""
+    found = {name: value for name, value in options.items() if name not in (*_COMM, *_PRECISION)}
+    for name, config, known in (("comm", Comm, _COMM), ("precision", Precision, _PRECISION)):
+        given = {option: options[option] for option in known if option in options}
+        if given:
+            found[name] = config(**given)
+    return found
+
+
+class LionCub(lioncub.LionCub):
+    """`lioncub.LionCub` with plain options."""
+
+    def __init__(self, params: Any, *args: Any, **options: Any) -> None:
+        super().__init__(params, *args, **grouped(options))
+
+
+class Lion(lioncub.Lion):
+    """`lioncub.Lion` with plain options."""
+
+    def __init__(self, params: Any, *args: Any, **options: Any) -> None:
+        super().__init__(params, *args, **grouped(options))
