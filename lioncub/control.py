@@ -2,7 +2,7 @@
 
 Votes carry no headers. Once per step each rank sends one message of 8-byte little-endian words: wire version, step,
 hash of the bucket layout and five hyperparameters (float64) per param group, which must be equal; then flags, overflow
-of a GradScaler, microseconds since the last step, 1 + the index of the first parameter that is not finite, and a bitmap
+of a GradScaler, microseconds of the last step, 1 + the index of the first parameter that is not finite, and a bitmap
 of those that have a gradient.
 """
 
@@ -67,7 +67,7 @@ class NonFiniteError(ArithmeticError):
 class Report:
     """The decision as the host reads it: a reason, the step, 1 + the index of a parameter, a rank, active parameters.
 
-    ``microseconds`` is the slowest rank's time since the last step.
+    ``microseconds`` is the slowest rank's time of the last step.
     """
 
     reason: int

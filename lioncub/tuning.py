@@ -3,28 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from time import perf_counter
 
 from lioncub.collectives import Costs
-from lioncub.collectives.cost import best_bucket_bytes, candidates, seconds_of_step
+from lioncub.collectives.cost import best_bucket_bytes, bytes_sent, candidates, seconds_of_step
 
-# steps of each plan; the first after a change pays for memory and is not counted
-TRIAL_STEPS = 4
+# steps of each plan: the first reports the time of the plan before, and the second that of a step which pays for memory
+TRIAL_STEPS, UNCOUNTED = 6, 2
 # plans that are predicted to take longer than so many times the best are not tried, nor more than so many
 WORST, MOST_PLANS = 2.0, 5
-# another plan than the model's must be better by so much
-MARGIN = 0.03
+# of plans that are slower than the fastest by no more than this, the one with the fewest bytes is kept
+MARGIN = 0.10
+# of a bucket, as in `best_bucket_bytes`
+LARGEST_BYTES = 16 * 2**20
 # shorter messages keep the model's choice
 LEAST_BYTES = 8192
 
 
 @dataclass(frozen=True)
 class Plan:
-    """An algorithm for messages of at least `LEAST_BYTES`, and the bytes of one bit per code of a bucket."""
+    """An algorithm for messages of at least `LEAST_BYTES`, and the bytes of one bit per code of a bucket.
+
+    ``bytes_sent`` is about what each rank sends per step.
+    """
 
     algorithm: str
     bucket_bytes: int
+    bytes_sent: int = 0
 
 
 def plans_of(
@@ -35,48 +41,53 @@ def plans_of(
     ``group_bytes`` are packed bytes of each set of parameters that may share buckets; ``algorithm`` and
     ``bucket_bytes`` are given, or "auto" and None.
     """
-    total = max(sum(group_bytes), 8)
+    total = max(-(-sum(group_bytes) // 8) * 8, 8)
     found: dict[Plan, float] = {}
     for name in candidates(costs.topology) if algorithm == "auto" else (algorithm,):
         best = bucket_bytes or best_bucket_bytes(group_bytes, name, costs, overlap=overlap)
         sizes = {best}
         if overlap and bucket_bytes is None:
-            sizes |= {min(2 * best, -(-total // 8) * 8), max(-(-best // 16) * 8, 8)}
+            sizes |= {min(2 * best, total), max(-(-best // 16) * 8, 8)}
         for size in sizes:
             seconds = seconds_of_step(group_bytes, size, name, costs) if overlap else costs.seconds(name, total)
-            found[Plan(name, size)] = seconds
+            found[Plan(name, size, bytes_sent(name, total, costs.topology))] = seconds
     ranked = sorted(found, key=lambda plan: (found[plan], plan.algorithm, plan.bucket_bytes))
-    return [plan for plan in ranked if found[plan] <= WORST * found[ranked[0]]][:MOST_PLANS]
+    chosen = [plan for plan in ranked if found[plan] <= WORST * found[ranked[0]]][:MOST_PLANS]
+    if overlap and bucket_bytes is None:
+        # the model does not know that busy processors delay each further bucket
+        whole = replace(chosen[0], bucket_bytes=max(chosen[0].bucket_bytes, min(total, LARGEST_BYTES)))
+        chosen = [chosen[0], *dict.fromkeys([whole, *chosen[1:]])]
+    return list(dict.fromkeys(chosen))
 
 
 class Tuner:
-    """Tries plans one after the other and keeps the one whose fastest step was the fastest.
+    """Tries plans one after the other and keeps the one with the fewest bytes of those whose steps were the fastest.
 
-    A step's time is the slowest rank's from the end of the step before, which every rank learns from the control
-    messages: so all ranks change plans in the same steps.
+    A step's time, from the end of the one before to its own, is in the control message of the next: every rank learns
+    the slowest rank's, so all change plans in the same steps.
     """
 
     def __init__(self, plans: Sequence[Plan]) -> None:
         self._plans, self._trial, self._count = list(plans), 0, 0
         self._best = [float("inf")] * len(plans)
         self._ended: float | None = None
+        # this rank's time of the last step, for its control message; 0 where unknown
+        self.microseconds = 0
         self.is_done = len(plans) < 2
 
-    @property
-    def microseconds(self) -> int:
-        """This rank's time since the end of the last step, for its control message; 0 where unknown."""
-        return 0 if self._ended is None else int(1e6 * (perf_counter() - self._ended))
-
     def step_ended(self) -> None:
-        """Start the clock of the next step."""
-        self._ended = perf_counter()
+        """Note the time of a step, and start the clock of the next."""
+        now = perf_counter()
+        if self._ended is not None:
+            self.microseconds = int(1e6 * (now - self._ended))
+        self._ended = now
 
     def note(self, slowest_microseconds: int) -> Plan | None:
         """Take the slowest rank's time of a step; returns the plan to go on with, where it changes."""
         if self.is_done:
             return None
         self._count += 1
-        if slowest_microseconds and self._count > 1:
+        if slowest_microseconds and self._count > UNCOUNTED:
             self._best[self._trial] = min(self._best[self._trial], slowest_microseconds)
         if self._count < TRIAL_STEPS:
             return None
@@ -84,6 +95,8 @@ class Tuner:
         self._trial += 1
         if self._trial == len(self._plans):
             self.is_done = True
-            fastest = min(range(len(self._plans)), key=lambda i: self._best[i])
-            self._trial = fastest if self._best[fastest] < (1 - MARGIN) * self._best[0] else 0
+            limit = (1 + MARGIN) * min(self._best)
+            fast = [i for i, best in enumerate(self._best) if best <= limit]
+            # of equal ones the model's first
+            self._trial = min(fast, key=lambda i: self._plans[i].bytes_sent)
         return self._plans[self._trial] if self._trial != before else None
