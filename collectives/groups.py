@@ -207,7 +207,11 @@ def subgroups(group: Group, partition: Sequence[Sequence[int]], device: torch.de
     if isinstance(group, SimulatedProcessGroup):
         return [group.subgroup(ranks) if me in ranks else None for ranks in partition]
     everyone = dist.get_process_group_ranks(group or dist.group.WORLD)
-    options: dict[str, Any] = {"timeout": _timeout_of(group), "backend": dist.get_backend_config(group)}
+    config = dist.get_backend_config(group)
+    names = {part.rpartition(":")[2] for part in config.split(",")}
+    # by its plain name where it is one: a group without a default backend warns when it ends, wherever that happens
+    backend = names.pop() if len(names) == 1 else config
+    options: dict[str, Any] = {"timeout": _timeout_of(group), "backend": backend}
     # where all processes are here, all of them make all groups
     local = len(everyone) != dist.get_world_size()
     if local:

@@ -105,6 +105,9 @@ def _each(rank: int, world_size: int, path: str, names: list[str]) -> list[Any]:
 
 
 def _load(path: str) -> Any:
+    if path == __file__:
+        # another copy would have other classes of answers
+        return sys.modules[__name__]
     spec = importlib.util.spec_from_file_location(Path(path).stem, path)
     assert spec is not None
     assert spec.loader is not None
