@@ -428,6 +428,8 @@ def build_and_end(rank: int, world_size: int, times: int) -> list[tuple[Any, Any
     # what is made once, and kept
     use(close=True)
     gc.collect()
+    # the backend closes descriptors a little later than it is told to
+    time.sleep(0.5)
     found = []
     for close in (True, False):
         before = _resources(params)
