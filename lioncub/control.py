@@ -112,10 +112,9 @@ class Control:
         device: torch.device,
         *,
         capturable: bool,
-        eager: bool,
     ) -> None:
         self._names, self._groups, self._capturable = names, groups, capturable
-        self._transport, self._device, self._eager = transport, device, eager
+        self._transport, self._device = transport, device
         self._n_tensors = len(names)
         self._agreed = len(_HEAD) + len(_RATES) * len(groups)
         self._bitmap = self._agreed + len(_TAIL)
@@ -138,7 +137,7 @@ class Control:
     def expect(self) -> None:
         """Post the receives of the next messages."""
         if self._expected is None and self._transport is not None:
-            self._expected = Exchange(_gather(self._transport, 8 * self._n_words, self._eager), 1)
+            self._expected = Exchange(_gather(self._transport, 8 * self._n_words), 1)
 
     def prepare(self) -> Exchange[Tensor]:
         """Return the exchange that is sent a message and gives everyone's, int64[N, W]."""
@@ -283,9 +282,9 @@ class Control:
         )
 
 
-def _gather(transport: Transport, n_bytes: int, eager: bool) -> Phases[Tensor]:
+def _gather(transport: Transport, n_bytes: int) -> Phases[Tensor]:
     """Gather everyone's message."""
-    channel = transport.channel(n_bytes, _TAG, eager=eager)
+    channel = transport.channel(n_bytes, _TAG, eager=True)
     message = yield None
     everyone = yield channel.send(message.view(torch.uint8))
     yield Done(everyone.view(torch.int64))

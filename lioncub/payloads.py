@@ -19,6 +19,7 @@ from lioncub.collectives.average import average_bytes, average_phases
 from lioncub.collectives.transport import PAYLOADS, Transport
 from lioncub.compression import Quantized
 from lioncub.kernels import lion_ema
+from lioncub.kernels.checks import storage_order_view
 from lioncub.kernels.quantization import foreach_lion_scale, scale_count
 from lioncub.momentum_sync import MomentumSync, Segment, chosen_ids, segments_of
 
@@ -258,7 +259,7 @@ def own_scales(bucket: Bucket, grads: list[Tensor], context: StepContext) -> Seq
     assert isinstance(compression, Quantized)
     return foreach_lion_scale(
         bucket.momenta,
-        [grad if grad.dim() == 1 else grad.as_strided((grad.numel(),), (1,)) for grad in grads],
+        [storage_order_view("grad", grad) for grad in grads],
         beta1=context.rates[bucket.group_index].beta1,
         norm=compression.norm,
         block=compression.block,
@@ -285,11 +286,9 @@ def _scale_counts(bucket: Bucket) -> list[int]:
 
 def _next_momentum(bucket: Bucket, encoded: EncodedBucket, index: int, part: slice, context: StepContext) -> Tensor:
     """Return fp32: this rank's momentum of a slot after the step."""
-    grad = encoded.grads[index]
-    flat = grad if grad.dim() == 1 else grad.as_strided((grad.numel(),), (1,))
     return lion_ema(
         bucket.momenta[index][part],
-        flat[part],
+        storage_order_view("grad", encoded.grads[index])[part],
         beta=context.rates[bucket.group_index].beta2,
         grad_scale=context.factors[bucket.group_index],
     )

@@ -117,7 +117,6 @@ class StepEngine:
         self.overlap: Overlap | None = None
         # by which the host knows what is due: the step that all ranks have agreed on
         self.schedule = 0
-        self.seconds: list[float] = []
         self.sync_seconds = self.exposed_seconds = 0.0
         # int64[2] (ties, unanimous) of each bucket of the last step that was taken
         self.counts: list[Tensor] = []
@@ -136,11 +135,11 @@ class StepEngine:
             transport = Transport(members.groups.group, device, functional=self._capturable)
         self._transport = transport
         groups = sorted({bucket.group_index for bucket in buckets})
-        self.control = Control(names, groups, transport, device, capturable=self._capturable, eager=True)
+        self.control = Control(names, groups, transport, device, capturable=self._capturable)
         self._nonfinite_count = len(names)
         self._device = device
         self._least = [_least_scales(bucket) for bucket in buckets]
-        self.seconds = [0.0] * len(buckets)
+        self.seconds: list[float] = [0.0] * len(buckets)
         if self._capturable:
             self._totals = torch.zeros(2, dtype=torch.int64, device=device)
 

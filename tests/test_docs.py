@@ -241,7 +241,7 @@ def test_the_first_example_of_byte_counts() -> None:
 def test_the_control_message_is_laid_out_as_documented() -> None:
     device = torch.device("cpu")
     names = [f"parameter {i}" for i in range(64)]
-    control = Control(names, [0], None, device, capturable=False, eager=False)
+    control = Control(names, [0], None, device, capturable=False)
     rates = [Hyperparameters(0.5, 0.25, 0.75, 2.0, True)]
     present = [True] + [False] * 62 + [True]
     nonfinite = torch.tensor([0, 1, 0] + [0] * 61, dtype=torch.int32)

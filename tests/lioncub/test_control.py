@@ -45,7 +45,7 @@ def _decided_by(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
 def control_of(n: int, ranks: int, *, capturable: bool = False) -> Control:
     names = [f"p{i}" for i in range(n)]
     transport: Any = SimpleNamespace(size=ranks)
-    return Control(names, GROUPS, transport, CPU, capturable=capturable, eager=True)
+    return Control(names, GROUPS, transport, CPU, capturable=capturable)
 
 
 def message_of(control: Control, n: int, **changes: Any) -> Tensor:
