@@ -47,7 +47,7 @@ class Hyperparameters:
                 raise ValueError(f"betas[{i}]: expected a number in [0, 1), got {beta}")
 
     @classmethod
-    def of(cls, group: dict[str, Any], *, keep_tensors: bool = False) -> Hyperparameters:
+    def of(cls, group: Mapping[str, Any], *, keep_tensors: bool = False) -> Hyperparameters:
         """Return those of a param group now. Raises ValueError or TypeError where one is impossible.
 
         Tensors on another device than the CPU are kept as they are, with ``keep_tensors`` all of them.

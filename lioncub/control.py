@@ -13,7 +13,7 @@ import operator
 import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -47,13 +47,13 @@ class Attempt:
     def __init__(self, failure: Exception | None = None) -> None:
         self.failure = failure
 
-    def run(self, part: Callable[[], T]) -> T | None:
+    def run(self, part: Callable[..., T], *arguments: Any) -> T | None:
         """Return what ``part`` returns, or None where it or an earlier one raised."""
         if torch.compiler.is_compiling():
-            return part()
+            return part(*arguments)
         if self.failure is None:
             try:
-                return part()
+                return part(*arguments)
             except Exception as error:
                 self.failure = error
         return None

@@ -22,7 +22,7 @@ from lioncub.collectives.algorithms import Exchange, VoteResult
 from lioncub.collectives.transport import Transport
 from lioncub.compression import Quantized, TernaryVote
 from lioncub.config import Precision
-from lioncub.control import FAILED, Attempt, Control, Decision
+from lioncub.control import COMMIT, FAILED, Attempt, Control, Decision
 from lioncub.kernels import (
     abstain_parity,
     foreach_lion_apply_,
@@ -34,7 +34,7 @@ from lioncub.kernels import (
 from lioncub.kernels.scalars import Scalar
 from lioncub.membership import Membership
 from lioncub.overlap import Overlap
-from lioncub.payloads import Drift, MomentumAverages, SharedScales, own_scales
+from lioncub.payloads import Drift, MomentumAverages, Payload, SharedScales, own_scales
 from lioncub.precision import Masters, rounding_of
 
 R = TypeVar("R")
@@ -75,20 +75,21 @@ class SentBucket:
     """A bucket in progress; nothing was encoded where this rank had failed. One rank alone sends nothing."""
 
     encoded: EncodedBucket | None
-    vote: Exchange[VoteResult] | None
-    average: Exchange[Tensor] | None
+    vote: Exchange[VoteResult] | None = None
+    payloads: tuple[tuple[Payload, Exchange[Tensor]], ...] = ()
+
+    @property
+    def exchanges(self) -> list[Exchange[Any]]:
+        """All that is in progress, the vote first."""
+        return [] if self.vote is None else [self.vote, *(exchange for _, exchange in self.payloads)]
 
 
 @dataclass(frozen=True)
 class Proposal:
-    """A step up to its application: this rank's part, the voted codes, the averages and what was decided."""
+    """A step up to its application: this rank's part with what was exchanged, and what was decided."""
 
     context: StepContext
     sent: list[SentBucket]
-    votes: list[VoteResult]
-    averages: list[Tensor | None]
-    drift: Tensor | None
-    scales: tuple[list[Bucket], Tensor] | None
     decision: Decision
 
 
@@ -112,7 +113,8 @@ class StepEngine:
         capturable: bool,
     ) -> None:
         self.buckets, self.members, self._masters, self._precision = buckets, members, masters, precision
-        self.momentum, self.drift, self.scales = momentum, drift, scales
+        self._momentum, self._scales = momentum, scales
+        self._payloads: tuple[Payload, ...] = (scales, momentum, drift)
         self._impl, self._capturable = impl, capturable
         self.overlap: Overlap | None = None
         # by which the host knows what is due: the step that all ranks have agreed on
@@ -129,28 +131,26 @@ class StepEngine:
         self.n_agreed = len(buckets)
         names = [slot.name for bucket in buckets for slot in bucket.slots]
         self.voters: list[Voter] = []
-        device, transport = buckets[0].device, None
+        self._device, self._transport = buckets[0].device, None
         if members.workers > 1:
             self.voters = members.voters(buckets, functional=self._capturable)
-            transport = Transport(members.groups.group, device, functional=self._capturable)
-        self._transport = transport
+            self._transport = Transport(members.groups.group, self._device, functional=self._capturable)
         groups = sorted({bucket.group_index for bucket in buckets})
-        self.control = Control(names, groups, transport, device, capturable=self._capturable)
-        self._nonfinite_count = len(names)
-        self._device = device
+        self.control = Control(names, groups, self._transport, self._device, capturable=self._capturable)
+        self._n_params = len(names)
         self._least = [_least_scales(bucket) for bucket in buckets]
         self.seconds: list[float] = [0.0] * len(buckets)
         if self._capturable:
-            self._totals = torch.zeros(2, dtype=torch.int64, device=device)
+            self._totals = torch.zeros(2, dtype=torch.int64, device=self._device)
 
     def context(
         self, groups: Sequence[Mapping[str, Any]], step: int | Tensor, scale: Tensor | float | None
     ) -> StepContext:
         """Read the hyperparameters of a step; ``scale`` is that of a GradScaler."""
-        rates = tuple(Hyperparameters.of(dict(group), keep_tensors=self._capturable) for group in groups)
+        rates = tuple(Hyperparameters.of(group, keep_tensors=self._capturable) for group in groups)
         factors = tuple(_factor(now, scale) for now in rates)
-        nonfinite = torch.zeros(self._nonfinite_count, dtype=torch.int32, device=self._device)
-        return StepContext(step, self.momentum.agreed_layout(), rates, factors, nonfinite, self._impl)
+        nonfinite = torch.zeros(self._n_params, dtype=torch.int32, device=self._device)
+        return StepContext(step, self._momentum.agreed_layout(), rates, factors, nonfinite, self._impl)
 
     def expect(self, first: int = 0) -> None:
         """Post the receives of a step, of buckets from ``first`` on."""
@@ -175,61 +175,46 @@ class StepEngine:
         sent = list(early)
         for i in range(len(sent), self.n_agreed):
             sent.append(self.send(i, context, attempt))
-        encoded = [one.encoded for one in sent]
-        drift, scales, due = None, None, self.scales.due(self.n_agreed, self.schedule) if self.voters else []
-        self.scales.bytes_sent = self.drift.bytes_sent = 0
-        if self.voters and self.drift.is_due(self.schedule):
-            samples = attempt.run(lambda: self.drift.samples(self.n_agreed, encoded, context))
-            drift = self._start(
-                self.drift.exchange(self.n_agreed, self._whole, self._eager),
-                self.drift.samples(self.n_agreed, [None], None) if samples is None else samples,
-            )
-        if due:
-            values = attempt.run(lambda: self.scales.values(due, encoded, context))
-            scales = self._start(
-                self.scales.exchange(due, self._whole, self._eager),
-                self.scales.values(due, encoded, None) if values is None else values,
-            )
-        everyone = self._exchange_control(context, attempt, encoded, flags, overflow, sent, [drift, scales])
+        message = None
+        if context is not None:
+            message = attempt.run(self._control_message, context, sent, flags, overflow)
+        if message is None:
+            message = self.control.blank(FAILED, self.schedule if context is None else context.step)
+        everyone = message.view(1, -1)
+        if self.voters:
+            everyone = self._exchange_control(message, [exchange for one in sent for exchange in one.exchanges])
+            self.seconds = [0.0 if one.vote is None else one.vote.seconds for one in sent]
+            self.sync_seconds = sum(exchange.seconds for one in sent for _, exchange in one.payloads)
         decision = self.control.decide(everyone)
         if attempt.failure is not None or context is None:
             return decision
-        votes = [one.vote.result() for one in sent if one.vote is not None]
-        self.seconds = [0.0 if one.vote is None else one.vote.seconds for one in sent]
-        averages = [None if one.average is None else one.average.result() for one in sent]
-        self.sync_seconds = sum(one.average.seconds for one in sent if one.average is not None)
-        return Proposal(
-            context,
-            sent,
-            votes,
-            averages,
-            None if drift is None else drift.result(),
-            None if scales is None else (due, scales.result()),
-            decision,
-        )
+        return Proposal(context, sent, decision)
 
     def send(self, i: int, context: StepContext | None, attempt: Attempt) -> SentBucket:
-        """Stages 1 and 2 of one bucket: encode it and start its vote, and the average of its momentum."""
-        bucket = self.buckets.all[i]
-        encoded = None if context is None else attempt.run(lambda: self._encode(i, context))
+        """Stages 1 and 2 of one bucket: encode it, and start its vote and the averages of what is due of it.
+
+        A rank that takes no step sends codes and values of zero.
+        """
+        bucket, step = self.buckets.all[i], self.schedule
+        encoded = None if context is None else attempt.run(self._encode, i, context)
         if not self.voters:
-            return SentBucket(encoded, None, None)
+            return SentBucket(encoded)
         if encoded is None:
             bucket.packed.zero_()
-        if i == 0:
-            self.momentum.bytes_sent = 0
-        average, values = None, None
-        if self.momentum.segments(bucket, self.schedule):
-            average = self.momentum.exchange(bucket, i, self.schedule, self._whole, self._eager)
-            values = attempt.run(lambda: self.momentum.values(bucket, self.schedule, encoded, context))
-            if values is None:
-                values = self.momentum.values(bucket, self.schedule, None, None)
-        step: Any = self.schedule if context is None else context.step
-        vote = self.voters[i].prepare()
-        self._start(vote, (bucket.packed, tie_parity(step)))
-        if average is not None:
-            self._start(average, values)
-        return SentBucket(encoded, vote, average)
+        now: Any = step if context is None else context.step
+        vote = self._start(self.voters[i].prepare(), (bucket.packed, tie_parity(now)))
+        payloads = []
+        for payload in self._payloads:
+            if i == 0:
+                payload.bytes_sent = 0
+            if payload.is_due(bucket, step):
+                assert self._transport is not None
+                exchange = payload.exchange(bucket, i, step, self._transport, self.overlap is not None)
+                values = None if encoded is None else attempt.run(payload.values, bucket, step, encoded, context)
+                if values is None:
+                    values = torch.zeros(payload.size(bucket, step), dtype=torch.float32, device=bucket.device)
+                payloads.append((payload, self._start(exchange, values)))
+        return SentBucket(encoded, vote, tuple(payloads))
 
     def apply(self, proposal: Proposal, n_active: int | None) -> None:
         """Stage 6: move parameters and momentum by the votes, or alone by plain Lion, where the decision allows it.
@@ -237,22 +222,19 @@ class StepEngine:
         ``n_active`` is the number of parameters that move, None where the host does not know.
         """
         decision, context = proposal.decision, proposal.context
-        all_move = n_active == self._nonfinite_count
-        for i, bucket in enumerate(self.buckets.all[: self.n_agreed]):
+        all_move = n_active == self._n_params
+        takes_step = None if n_active is not None else decision.words[0] == COMMIT
+        counts = []
+        for bucket, sent in zip(self.buckets.all, proposal.sent, strict=False):
             active = None if all_move else decision.active[bucket.span]
-            self._apply(i, bucket, proposal, active)
-            mean = proposal.averages[i]
-            if mean is not None:
-                self.momentum.write(bucket, self.schedule, mean, active)
-        if proposal.drift is not None:
-            self.drift.write(self.n_agreed, proposal.drift, None if all_move else decision.active)
-            self.momentum.invalidate()
-        if proposal.scales is not None:
-            moves = None if n_active is not None else (decision.words[0] == 0)
-            self.scales.write(*proposal.scales, context.step, moves)
-        for bucket in self.buckets.all[: self.n_agreed]:
+            assert sent.encoded is not None
+            voted = None if sent.vote is None else sent.vote.result()
+            self._apply(bucket, sent.encoded, context, active, None if voted is None else voted.packed)
+            if voted is not None:
+                counts.append(voted.counts)
+            for payload, exchange in sent.payloads:
+                payload.write(bucket, self.schedule, exchange.result(), active, takes_step, context.step)
             self._masters.write_back(bucket.params)
-        counts = [vote.counts for vote in proposal.votes]
         if self._capturable and counts:
             self._totals.copy_(torch.stack(counts).sum(0))
             counts = [self._totals]
@@ -277,15 +259,6 @@ class StepEngine:
         pairs = zip(self.voters, buckets, strict=True)
         return ties, unanimous - sum(voter.counted_codes - bucket.elements for voter, bucket in pairs)
 
-    @property
-    def _whole(self) -> Transport:
-        assert self._transport is not None
-        return self._transport
-
-    @property
-    def _eager(self) -> bool:
-        return self.overlap is not None
-
     def _start(self, exchange: Exchange[R], message: Any) -> Exchange[R]:
         if self.overlap is None:
             exchange.start(message)
@@ -293,50 +266,33 @@ class StepEngine:
             self.overlap.comm.carry(exchange, message)
         return exchange
 
-    def _exchange_control(
-        self,
-        context: StepContext | None,
-        attempt: Attempt,
-        encoded: Sequence[EncodedBucket | None],
-        flags: int,
-        overflow: Tensor | int | None,
-        sent: Sequence[SentBucket],
-        further: Sequence[Exchange[Tensor] | None],
+    def _control_message(
+        self, context: StepContext, sent: Sequence[SentBucket], flags: int, overflow: Tensor | int | None
     ) -> Tensor:
+        """Write this rank's control message."""
+        return self.control.message(
+            context.step,
+            context.rates,
+            flags=flags,
+            overflow=overflow,
+            nonfinite=context.nonfinite,
+            present=[has for one in sent if one.encoded is not None for has in one.encoded.present],
+            layout=context.layout,
+            microseconds=self.members.tuner.microseconds,
+        )
+
+    def _exchange_control(self, message: Tensor, exchanges: Sequence[Exchange[Any]]) -> Tensor:
         """Stage 3: send the control message, and wait for everything that is in progress."""
-
-        def write() -> Tensor:
-            assert context is not None
-            present = [has for one in encoded if one is not None for has in one.present]
-            return self.control.message(
-                context.step,
-                context.rates,
-                flags=flags,
-                overflow=overflow,
-                nonfinite=context.nonfinite,
-                present=present,
-                layout=context.layout,
-                microseconds=self.members.tuner.microseconds,
-            )
-
-        message = None if context is None else attempt.run(write)
-        if message is None:
-            message = self.control.blank(FAILED, self.schedule if context is None else context.step)
-        if not self.voters:
-            return message.view(1, -1)
-        began = 0.0 if torch.compiler.is_compiling() else perf_counter()
-        control = self.control.prepare()
-        self._start(control, message)
-        exchanges: list[Exchange[Any]] = [one.vote for one in sent if one.vote is not None]
-        exchanges += [one.average for one in sent if one.average is not None]
-        exchanges += [one for one in further if one is not None]
+        is_traced = torch.compiler.is_compiling()
+        began = 0.0 if is_traced else perf_counter()
+        control = self._start(self.control.prepare(), message)
         if self.overlap is not None:
             self.overlap.comm.wait()
         # every rank starts the later phases in this order
         moving = [*exchanges, control]
         while moving:
             moving = [exchange for exchange in moving if exchange.advance()]
-        if not torch.compiler.is_compiling():
+        if not is_traced:
             self.exposed_seconds += perf_counter() - began
         return control.result()
 
@@ -368,7 +324,7 @@ class StepEngine:
                 "seed": compression.seed,
                 "worker": rank,
                 "step": step,
-                "scale": self.scales.of(bucket, lambda: own_scales(bucket, grads, context)),
+                "scale": self._scales.of(bucket, lambda: own_scales(bucket, grads, context)),
             }
         else:
             assert isinstance(compression, TernaryVote)
@@ -376,9 +332,15 @@ class StepEngine:
         foreach_lion_quantize(bucket.exp_avg, grads, param_ids=bucket.param_ids, **how)
         return EncodedBucket(grads, present)
 
-    def _apply(self, i: int, bucket: Bucket, proposal: Proposal, active: Tensor | None) -> None:
-        context, encoded = proposal.context, proposal.sent[i].encoded
-        assert encoded is not None
+    def _apply(
+        self,
+        bucket: Bucket,
+        encoded: EncodedBucket,
+        context: StepContext,
+        active: Tensor | None,
+        voted: Tensor | None,
+    ) -> None:
+        """Move a bucket by its voted codes or, where there are none, by plain Lion."""
         now, form, workers = context.rates[bucket.group_index], bucket.compression.form, self.members.workers
         params = bucket.params
         if self._masters.in_use:
@@ -396,12 +358,12 @@ class StepEngine:
             "starts": bucket.starts,
             "impl": self._impl,
         }
-        if not proposal.votes:
+        if voted is None:
             foreach_lion_step_(params, beta1=now.beta1, **how)
             return
         step, offset, divisor = form.result_value(workers)
-        bits, packed = form.result_bits(workers), proposal.votes[i].packed
-        foreach_lion_apply_(params, packed, bits=bits, step=step, offset=offset, divisor=divisor, **how)
+        bits = form.result_bits(workers)
+        foreach_lion_apply_(params, voted, bits=bits, step=step, offset=offset, divisor=divisor, **how)
 
 
 def _least_scales(bucket: Bucket) -> list[Tensor]:
