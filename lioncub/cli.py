@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 EXTRA = ("matplotlib", "rich")
 PROBE = """\
 Measure every algorithm on a group of workers, for small and large messages, on all workers and on each level of a group
-with several workers on several nodes. Workers are processes on this machine over Gloo; under torchrun the command joins
-torchrun's group instead. Writes a profile for LionCub(profile=...) and lioncub plan --profile."""
+with several workers on several nodes: torchrun --nproc-per-node 4 -m lioncub probe. Writes a profile for
+Comm(profile=...) and lioncub plan --profile."""
 PLAN = """\
 Predict communication and step time of a cluster for every algorithm, and for fp32 and bf16 all-reduce, from the speed
 of its links or from a profile that lioncub probe wrote. Nothing is measured and no group is needed."""
@@ -49,16 +49,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="lioncub", description="Data-parallel training with one-bit Lion updates.")
     parser.add_argument("--version", action="version", version=f"lioncub {importlib.metadata.version('lioncub')}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    # flags that were not given are absent from the result
-    probe = commands.add_parser(
-        "probe", help="measure a group of workers", description=PROBE, argument_default=argparse.SUPPRESS
-    )
+    probe = commands.add_parser("probe", help="measure a group of workers", description=PROBE)
     add = probe.add_argument
-    add("--workers", type=int, metavar="N", help="processes to start; under torchrun: WORLD_SIZE (default: 4)")
-    add("--out", metavar="FILE", help="the profile, JSON (default: profile.json)")
+    add("--out", default="profile.json", metavar="FILE", help="the profile, JSON (default: profile.json)")
     add("--plot", metavar="FILE", help="plot of measured against modelled times, PNG")
-    add("--budget", type=float, metavar="S", help="seconds that the measurement may take, about (default: 15)")
-    add("--timeout", type=float, metavar="S", help="seconds to wait for a silent worker (default: 60)")
+    add("--budget", type=_unit(seconds), default=15.0, metavar="S", help="about how long to measure (default: 15)")
+    add("--timeout", type=_unit(seconds), default=60.0, metavar="S", help="wait for a silent rank (default: 60)")
     add("--overwrite", action="store_true", help="replace files that exist")
     plan = commands.add_parser("plan", help="predict step times of a cluster", description=PLAN)
     add = plan.add_argument
@@ -78,36 +74,24 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def run_probe(parser: argparse.ArgumentParser, given: dict[str, Any]) -> int:
-    """Measure a group: start the workers, or be one of them under torchrun. Return the exit code."""
-    # here, since the launcher is slow to import
-    from torch.distributed.elastic.multiprocessing import SignalException
+    """Measure the group that torchrun has started, as one of its ranks; return the exit code."""
+    missing = [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing:
+        parser.exit(
+            2,
+            "lioncub probe: expected to be started by torchrun, as in torchrun --nproc-per-node 4 -m lioncub probe, "
+            f"got no {', '.join(missing)} in the environment\n",
+        )
+    # here, since it is slow to import
+    from lioncub.probe import work
 
-    from lioncub.probe import ProbeConfig, WorkerFailedError, launch, work
-
-    joined = "WORLD_SIZE" in os.environ
-    overwrite: bool = given.pop("overwrite", False)
-    try:
-        if joined:
-            given["workers"] = torchrun_workers(given.get("workers"), os.environ)
-        config = ProbeConfig(**given)
-    except ValueError as error:
-        parser.exit(2, f"lioncub probe: {error}\n")
-    try:
-        if not joined or os.environ["RANK"] == "0":
-            check_new_files({"--out": config.out, "--plot": config.plot}, overwrite=overwrite)
-        if joined:
-            work(config)
-        else:
-            launch(config)
-    except KeyboardInterrupt:
-        return _fail("probe", "interrupted", 130)
-    except SignalException as error:
-        return _fail("probe", "terminated", 128 + error.sigval)
-    except WorkerFailedError as error:
-        trace = Path(config.out).with_suffix(".error.txt")
-        return _fail("probe", f"{error}{_stored(error.traceback, trace)}", 1)
-    except (ValueError, OSError) as error:
-        return _fail("probe", str(error), 1)
+    overwrite: bool = given.pop("overwrite")
+    if os.environ["RANK"] == "0":
+        try:
+            check_new_files({"--out": given["out"], "--plot": given["plot"]}, overwrite=overwrite)
+        except ValueError as error:
+            return _fail("probe", str(error), 1)
+    work(**given)
     return 0
 
 
@@ -195,24 +179,6 @@ def _link(
     return Link(latency_s, bytes_per_s)
 
 
-def torchrun_workers(workers: int | None, environment: Mapping[str, str]) -> int:
-    """Return the size of the group that torchrun started; ``workers`` is what the user asked for.
-
-    Raises:
-        ValueError: the environment is not torchrun's, or ``workers`` contradicts it.
-    """
-    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in environment]
-    if missing:
-        raise ValueError(f"WORLD_SIZE is set, as torchrun does, but not {', '.join(missing)}")
-    try:
-        world_size = int(environment["WORLD_SIZE"])
-    except ValueError:
-        raise ValueError(f"WORLD_SIZE: expected an integer, got {environment['WORLD_SIZE']!r}") from None
-    if workers not in (None, world_size):
-        raise ValueError(f"--workers: expected {world_size}, the value of WORLD_SIZE, or no --workers, got {workers}")
-    return world_size
-
-
 def check_new_files(files: Mapping[str, str | None], *, overwrite: bool) -> None:
     """Check that files, by their flags, can be written.
 
@@ -244,6 +210,15 @@ def bandwidth(text: str) -> float:
     return bits / 8
 
 
+def seconds(text: str) -> float:
+    """Parse a number of seconds. Raises ValueError unless it is finite and > 0."""
+    value = float(text)
+    # written so that nan fails too
+    if not 0 < value < math.inf:
+        raise ValueError(f"expected a finite number of seconds > 0, got {text}")
+    return value
+
+
 def _scaled(text: str, units: dict[str, float]) -> float | None:
     found = re.fullmatch(_NUMBER + "([a-z]*)", text.strip().lower())
     if found is None or found[2] not in units:
@@ -267,14 +242,3 @@ def _unit(parse: Callable[[str], Any]) -> Callable[[str], Any]:
 def _fail(command: str, message: str, code: int) -> int:
     print(f"lioncub {command}: {message}", file=sys.stderr)
     return code
-
-
-def _stored(traceback: str, path: Path) -> str:
-    """Store the traceback of a worker, if there is one; return where it is, in words."""
-    if not traceback:
-        return ""
-    try:
-        path.write_text(traceback, encoding="utf-8")
-    except OSError as error:
-        return f" (its traceback could not be stored: {error})"
-    return f" (traceback in {path})"

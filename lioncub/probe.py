@@ -1,28 +1,20 @@
-"""Measurement behind ``lioncub probe``: starting the workers, each worker's part, the table and plot of a profile.
-
-Workers are processes of torchrun's launcher that run the same command; under torchrun the command is such a worker.
-Progress, table and plot need the extra ``cli``.
-"""
+"""``lioncub probe``: the part of one rank, the table and the plot of a profile; they need the extra ``cli``."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import logging
 import os
-import signal
 import sys
 import time
-import uuid
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure, record
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+from torch.distributed.elastic.multiprocessing.errors import record
 
 from lioncub.collectives.cost import Costs
 from lioncub.collectives.groups import ProcessGroups, Topology
@@ -40,152 +32,55 @@ error: how far the model is from the measured time of a vote."""
 LEVELS = """\
 whole: all workers; intra: those of each node, all nodes at once; inter: those with the same position on every
 node, all positions at once."""
+# between updates of the progress bar
 REPORT_SECONDS = 0.1
-# a worker that lost its connection waits this long before it fails, so that the launcher sees the cause first
-SETTLE_SECONDS = 1.0
 
 
-@dataclasses.dataclass(frozen=True)
-class ProbeConfig:
-    """Settings of one measurement; times in seconds.
+def work(out: str, plot: str | None, budget: float, timeout: float) -> None:
+    """Do the part of the rank that torchrun's environment names; the first rank prints the table and writes the files.
 
-    Raises:
-        ValueError: a value is out of range; the message names the flag, what was expected and what came.
-    """
-
-    workers: int = 4
-    out: str = "profile.json"
-    plot: str | None = None
-    budget: float = 15.0
-    timeout: float = 60.0
-
-    def __post_init__(self) -> None:
-        """Check every field; the first bad one raises."""
-        if self.workers < 2:
-            raise ValueError(f"--workers: expected an integer >= 2, got {self.workers}")
-        for name in ("budget", "timeout"):
-            # written so that nan fails too
-            if not 0 < getattr(self, name) < float("inf"):
-                raise ValueError(f"--{name}: expected a finite number of seconds > 0, got {getattr(self, name)}")
-
-
-class WorkerFailedError(RuntimeError):
-    """A worker ended early; the text says which one and why, ``traceback`` is for a bug report."""
-
-    def __init__(self, message: str, traceback: str = "") -> None:
-        super().__init__(message)
-        self.traceback = traceback
-
-
-def launch(config: ProbeConfig) -> None:
-    """Run the command as a worker in ``config.workers`` local processes, and wait for them.
-
-    No worker is left, also after KeyboardInterrupt and torch's SignalException.
-
-    Raises:
-        WorkerFailedError: a worker failed.
-    """
-    if sys.platform == "linux":
-        # all workers are on this machine; a host name that does not resolve must not matter
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    options = {"--out": config.out, "--plot": config.plot, "--budget": config.budget, "--timeout": config.timeout}
-    flags = [str(part) for flag, value in options.items() if value is not None for part in (flag, value)]
-    launcher = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=config.workers,
-        run_id=uuid.uuid4().hex,
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        local_addr="localhost",
-        max_restarts=0,
-        # not SIGINT, which the launcher would pass on: workers end silently by SIGTERM alone
-        signals_to_handle="SIGTERM,SIGHUP",
-    )
-    # the one message about an early end is the caller's
-    logging.disable(logging.CRITICAL)
-    try:
-        elastic_launch(launcher, sys.executable)("-P", "-m", "lioncub", "probe", *flags, "--overwrite")
-    except ChildFailedError as error:
-        raise _cause(error.failures) from error
-    finally:
-        logging.disable(logging.NOTSET)
-
-
-def _cause(failures: dict[int, ProcessFailure]) -> WorkerFailedError:
-    """Find the earliest failure: later ones are consequences."""
-    # SIGTERM, and SIGKILL where it does not help, is how the launcher ends the others; times are whole seconds
-    own = {rank: failure for rank, failure in failures.items() if failure.exitcode != -signal.SIGTERM}
-    rank, first = min((own or failures).items(), key=lambda item: (item[1].timestamp, item[1].exitcode > 0))
-    if first.exitcode < 0:
-        hint = " (out of memory?)" if first.exitcode == -signal.SIGKILL else ""
-        return WorkerFailedError(f"worker {rank} (process {first.pid}) was killed by {first.signal_name()}{hint}")
-    # a text where the worker left no message
-    message: Any = first.message
-    if isinstance(message, str):
-        return WorkerFailedError(f"worker {rank} ended with exit code {first.exitcode} and no message")
-    text = message["message"]
-    # such an error is about an argument, not about a worker
-    if text.startswith("ValueError: "):
-        return WorkerFailedError(text.removeprefix("ValueError: "))
-    return WorkerFailedError(f"worker {rank} failed: {text}", message["extraInfo"]["py_callstack"])
-
-
-def work(config: ProbeConfig) -> None:
-    """Do the part of the worker that RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT name, as torchrun sets them.
-
-    The first rank prints the table and writes the files. Where anything fails, the process ends with exit code 1, and
-    the launcher reports the error.
+    ``budget`` and ``timeout`` are seconds. Where anything fails, the process ends with exit code 1, when it is
+    interrupted with 130; the other ranks are ended by torchrun.
     """
     try:
-        _measure(config)
-    except Exception as error:
-        if "TORCHELASTIC_ERROR_FILE" not in os.environ:
-            print(f"lioncub probe: worker {os.environ['RANK']} failed: {error}", file=sys.stderr, flush=True)
+        _measure(out, plot, budget, timeout)
+    except (Exception, KeyboardInterrupt) as error:
+        is_interrupt = isinstance(error, KeyboardInterrupt)
+        what = "interrupted" if is_interrupt else f"rank {os.environ['RANK']} failed: {error}"
+        print(f"lioncub probe: {what}", file=sys.stderr, flush=True)
         # sys.exit would wait for threads of a group whose peers may hang
-        os._exit(1)
+        os._exit(130 if is_interrupt else 1)
 
 
 @record
-def _measure(config: ProbeConfig) -> None:
+def _measure(out: str, plot: str | None, budget: float, timeout: float) -> None:
     torch.set_num_threads(max(1, torch.get_num_threads() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
-    try:
-        dist.init_process_group("gloo", timeout=timedelta(seconds=config.timeout))
-        leads = dist.get_rank() == 0
-        with _shown_progress(config) if leads else contextlib.nullcontext(_ignored) as on_progress:
-            profile = probe(ProcessGroups.find(), seconds=config.budget, on_progress=on_progress)
-        dist.destroy_process_group()
-    except RuntimeError:
-        time.sleep(SETTLE_SECONDS)
-        raise
+    dist.init_process_group("gloo", timeout=timedelta(seconds=timeout))
+    leads = dist.get_rank() == 0
+    with _shown_progress(budget) if leads else contextlib.nullcontext(_ignored) as on_progress:
+        profile = probe(ProcessGroups.find(), seconds=budget, on_progress=on_progress)
+    dist.destroy_process_group()
     if leads:
-        _write(profile, config)
+        Path(out).write_text(profile.to_json(), encoding="utf-8")
+        if plot is not None:
+            write_plot(profile, Path(plot))
         print_report(profile)
-        print(f"written: {', '.join(filter(None, (config.out, config.plot)))}")
+        print(f"written: {', '.join(filter(None, (out, plot)))}")
 
 
 def _ignored(fraction: float, what: str) -> None:
     pass
 
 
-def _write(profile: Profile, config: ProbeConfig) -> None:
-    try:
-        Path(config.out).write_text(profile.to_json(), encoding="utf-8")
-        if config.plot is not None:
-            write_plot(profile, Path(config.plot))
-    except OSError as error:
-        raise ValueError(f"{error.filename}: cannot be written: {error.strerror}") from error
-
-
 @contextlib.contextmanager
-def _shown_progress(config: ProbeConfig) -> Iterator[Callable[[float, str], None]]:
+def _shown_progress(budget: float) -> Iterator[Callable[[float, str], None]]:
     """Show a live bar on a terminal, one line elsewhere."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
     console = Console(stderr=True)
     if not console.is_terminal:
-        console.print(f"measuring {config.workers} workers for about {config.budget:g} s", highlight=False)
+        console.print(f"measuring {dist.get_world_size()} workers for about {budget:g} s", highlight=False)
         yield _ignored
         return
     last = 0.0

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from lioncub.collectives.codes import VOTES, CodeFormat
 from lioncub.collectives.cost import Costs, bytes_sent, candidates
 
-HINT = "measure this group: lioncub probe --out profile.json; LionCub(comm=Comm(profile='profile.json'))"
+HINT = "measure this group: torchrun ... -m lioncub probe; LionCub(..., comm=Comm(profile='profile.json'))"
 _MARK = "*"
 
 
