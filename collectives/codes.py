@@ -43,21 +43,21 @@ class CodeFormat:
         return 1 if self.bits == 1 else 2 * largest_level(self.bits)
 
     def field_bits(self, workers: int) -> int:
-        """Bits of the narrowest field that the sum of ``workers`` codes fits into. Raises ValueError where none is."""
+        """Return the bits of the narrowest field for the sum of ``workers`` codes. Raises ValueError where none is."""
         return field_bits(self.largest, workers)
 
     def value(self, workers: int) -> tuple[int, int]:
-        """(step, offset): ``step*field - offset`` is the sum of ``workers`` signs, or levels, of that sum of codes."""
+        """Return (step, offset): a sum of codes means the sum of signs, or levels, ``step*field - offset``."""
         return (2, workers) if self.bits == 1 else (1, workers * largest_level(self.bits))
 
     def result_bits(self, workers: int) -> int:
-        """Bits of a code of the result."""
+        """Return the bits of a code of the result."""
         if self.result == "sum":
             return self.field_bits(workers)
         return 1 if self.result == "majority" else 2
 
     def result_value(self, workers: int) -> tuple[int, int, int]:
-        """(step, offset, divisor): a code of the result stands for the direction ``(step*code - offset) / divisor``."""
+        """Return (step, offset, divisor): a result code means the direction ``(step*code - offset) / divisor``."""
         if self.result == "majority":
             return 2, 1, 1
         return (1, 1, 1) if self.result == "ternary" else (*self.value(workers), workers)

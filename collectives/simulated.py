@@ -44,7 +44,7 @@ class SimulatedProcessGroup(dist.ProcessGroup):
         return f"virtual {self._channel.ranks}"
 
     def subgroup(self, ranks: Sequence[int]) -> SimulatedProcessGroup:
-        """This worker's group over some of this group's ranks, its own included; communicates nothing.
+        """Return this worker's group over some of this group's ranks, its own included; communicates nothing.
 
         Groups over the same workers carry their messages in one order.
         """
@@ -54,7 +54,7 @@ class SimulatedProcessGroup(dist.ProcessGroup):
         )
 
     def all_gather_single(self, output: Tensor, input: Tensor, opts: Any = None) -> Any:
-        """Rows of ``output`` become everyone's ``input``."""
+        """Set the rows of ``output`` to everyone's ``input``."""
         _check_sizes(output, self.size() * input.numel(), input)
         return self._post(_Terms("all_gather", input.numel(), input.dtype), input, output)
 
@@ -69,7 +69,7 @@ class SimulatedProcessGroup(dist.ProcessGroup):
         input_split_sizes: Sequence[int] = (),
         opts: Any = None,
     ) -> Any:
-        """Row r of ``output`` becomes this worker's row of rank r's ``input``."""
+        """Set row r of ``output`` to this worker's row of rank r's ``input``."""
         _check_sizes(output, input.numel(), input)
         if output_split_sizes or input_split_sizes or input.numel() % self.size():
             raise ValueError(f"input: expected {self.size()} equal splits, got {input.numel()} elements, other splits")
@@ -135,7 +135,7 @@ class World:
         self._channels: dict[tuple[int, ...], Channel] = {}
 
     def group(self, rank: int) -> SimulatedProcessGroup:
-        """A worker's group of all."""
+        """Return a worker's group of all."""
         return SimulatedProcessGroup(self.channel(tuple(range(len(self.hosts)))), rank)
 
     def channel(self, ranks: tuple[int, ...]) -> Channel:
@@ -216,8 +216,8 @@ class _Call:
         self.missing.discard(self._ranks[place])
         self._stated[self._ranks[place]] = terms
         if terms != self._terms and self.error is None:
-            said = ", ".join(f"{terms} on worker {rank}" for rank, terms in self._stated.items())
-            self.error = f"workers called different collectives as number {self._number} of their group: {said}"
+            stated = ", ".join(f"{terms} on worker {rank}" for rank, terms in self._stated.items())
+            self.error = f"workers called different collectives as number {self._number} of their group: {stated}"
         if message is None or self.error is not None:
             return
         rows = 1 if terms.kind == "broadcast" else len(self._ranks)
@@ -251,7 +251,7 @@ class _Call:
 
 
 def _reduce(rows: Tensor, name: str) -> Tensor:
-    """Rows taken together in rank order."""
+    """Combine the rows in rank order."""
     combine = _REDUCTIONS[name][1]
     total = rows[0].clone()
     for row in rows[1:]:

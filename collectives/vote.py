@@ -31,7 +31,7 @@ _TAGS: defaultdict[str, Iterator[int]] = defaultdict(lambda: itertools.cycle(ran
 
 
 class Voter:
-    """Carries votes on ``8 * n_bytes`` codes without a handshake of its own: all ranks' voters must be the same.
+    """Carries votes on ``8 * n_bytes`` codes without a handshake: all ranks' voters must be the same.
 
     ``algorithm`` is the one that runs, ``bytes_sent`` the bytes that each rank sends per vote.
 

@@ -129,7 +129,7 @@ class BySize:
         check_count("max_numel", self.max_numel, "a number of elements")
 
     def of(self, numel: int) -> Compression:
-        """The compression of a tensor of ``numel`` elements."""
+        """Return the compression of a tensor of ``numel`` elements."""
         return self.small if numel <= self.max_numel else self.large
 
 

@@ -338,7 +338,7 @@ class LateReport:
         self.skipped.add_(is_passed_over.to(torch.int64))
 
     def keep(self) -> None:
-        """Bring the report to the host, without waiting."""
+        """Copy the report to the host, without waiting."""
         if self._last is not None:
             self._last.copy_(self._report, non_blocking=True)
             self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]

@@ -111,7 +111,7 @@ class Lion(MomentumOptimizer):
         self._hold()
 
     def _plan_group(self, index: int) -> list[Callable[[], None]]:
-        """The step of one group, a call per device."""
+        """Return the step of one group, a call per device."""
         group = self.param_groups[index]
         now = Hyperparameters.of(group)
         rounding, masters = rounding_of(self._precision, self._step_count, rank=0), self._masters

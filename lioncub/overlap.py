@@ -87,7 +87,7 @@ class CommStream:
         torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)
 
     def close(self) -> None:
-        """Nothing to end."""
+        """Do nothing: a stream has no thread to end."""
 
     def join(self, seconds: float) -> bool:
         """See `CommThread.join`."""
@@ -193,7 +193,7 @@ class Overlap:
         self._waiting = [len(bucket.slots) for bucket in self._buckets]
 
     def invalidate(self) -> None:
-        """Gradients are being cleared: what backward did before an exception no longer counts."""
+        """Drop what was sent before gradients are cleared, as after an exception in backward."""
         if self.sent:
             self._stale = True
         else:

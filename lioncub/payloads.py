@@ -111,7 +111,7 @@ class SharedScales(Payload):
         self.invalidate()
 
     def invalidate(self) -> None:
-        """State has been loaded or buckets have changed."""
+        """Ask the state anew: it was loaded, or buckets have changed."""
         self._is_known.clear()
 
     def of(self, bucket: Bucket, own: Callable[[], Sequence[Tensor]]) -> list[Tensor] | None:

@@ -62,7 +62,7 @@ def _broadcast(named: Sequence[tuple[str, Tensor]], group: Group) -> None:
 
 
 def _device_of(named: Sequence[tuple[str, object]]) -> torch.device | None:
-    """Where the first tensor is, for messages of a group that carries nothing on the CPU."""
+    """Return the first tensor's device, for messages of a group that carries nothing on the CPU."""
     return next((tensor.device for _, tensor in named if isinstance(tensor, Tensor)), None)
 
 
@@ -89,7 +89,7 @@ def check_equal(named: Sequence[tuple[str, Tensor]], *, group: Group = None) -> 
 
 
 def hash_bits(tensor: Tensor) -> Tensor:
-    """A 64-bit hash of a tensor's bits in index order, int64 scalar on its device; equal bits give equal hashes."""
+    """Return a 64-bit hash, int64 scalar on the device, of a tensor's bits in index order."""
     raw = tensor.detach().contiguous().view(-1).view(torch.uint8)
     total = torch.zeros((), dtype=torch.int64, device=tensor.device)
     for start in range(0, raw.numel(), _CHUNK_BYTES):

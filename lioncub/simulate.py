@@ -100,7 +100,7 @@ class _Context:
 
     @contextlib.contextmanager
     def entered(self) -> Iterator[None]:
-        """The same in the calling thread."""
+        """Apply them to the calling thread."""
         with torch.set_grad_enabled(self._grad):
             if self._stream is None:
                 yield
@@ -111,7 +111,7 @@ class _Context:
 
 
 def _first_error(errors: Mapping[int, BaseException]) -> BaseException:
-    """The error to raise, with a note of who raised what."""
+    """Return the error to raise, with a note of who raised what."""
     ranks = sorted(errors)
     first = next((rank for rank in ranks if not isinstance(errors[rank], PeerFailedError)), ranks[0])
     raised: dict[str, list[int]] = {}

@@ -126,7 +126,7 @@ class StepEngine:
         self.agree()
 
     def agree(self) -> None:
-        """All ranks are known to have all buckets as they are now: prepare what carries them."""
+        """Prepare what carries the buckets, which all ranks are known to have as they are now."""
         buckets, members = self.buckets.all, self.members
         self.n_agreed = len(buckets)
         names = [slot.name for bucket in buckets for slot in bucket.slots]
@@ -166,7 +166,7 @@ class StepEngine:
         flags: int,
         overflow: Tensor | int | None,
     ) -> Proposal | Decision:
-        """Stages 1 to 5: encode and send what is not sent, exchange everything, decide. A collective.
+        """Run stages 1 to 5: encode and send what is not sent, exchange everything, decide. A collective.
 
         A rank that fails, as ``attempt`` keeps, sends what the others wait for, and gets only the decision.
         """
@@ -191,7 +191,7 @@ class StepEngine:
         return Proposal(context, sent, decision)
 
     def send(self, i: int, context: StepContext | None, attempt: Attempt) -> SentBucket:
-        """Stages 1 and 2 of one bucket: encode it, and start its vote and the averages of what is due of it.
+        """Run stages 1 and 2 of a bucket: encode it, and start its vote and the averages of what is due of it.
 
         A rank that takes no step sends codes and values of zero.
         """
@@ -217,7 +217,7 @@ class StepEngine:
         return SentBucket(encoded, vote, tuple(payloads))
 
     def apply(self, proposal: Proposal, n_active: int | None) -> None:
-        """Stage 6: move parameters and momentum by the votes, or alone by plain Lion, where the decision allows it.
+        """Run stage 6: move parameters and momentum by the votes, or alone by plain Lion, where the decision allows it.
 
         ``n_active`` is the number of parameters that move, None where the host does not know.
         """
@@ -282,7 +282,7 @@ class StepEngine:
         )
 
     def _exchange_control(self, message: Tensor, exchanges: Sequence[Exchange[Any]]) -> Tensor:
-        """Stage 3: send the control message, and wait for everything that is in progress."""
+        """Run stage 3: send the control message, and wait for everything that is in progress."""
         is_traced = torch.compiler.is_compiling()
         began = 0.0 if is_traced else perf_counter()
         control = self._start(self.control.prepare(), message)
@@ -297,7 +297,7 @@ class StepEngine:
         return control.result()
 
     def _encode(self, i: int, context: StepContext) -> EncodedBucket:
-        """Stage 1: pack the codes of a bucket's updates. Reads momentum and gradients, changes neither."""
+        """Run stage 1: pack the codes of a bucket's updates. Reads momentum and gradients, changes neither."""
         bucket = self.buckets.all[i]
         bucket.check_unchanged()
         grads, present = bucket.gradients()

@@ -99,7 +99,7 @@ class TransactionalOptimizer(MomentumOptimizer):
     _on_nonfinite: str
 
     def _start_transactions(self) -> None:
-        """Nothing has been learned, and nothing is pending."""
+        """Set what an optimizer starts with: nothing is learned, and nothing is pending."""
         self._overlap: Overlap | None = None
         self._end_overlap: Callable[[], object] = _nothing
         # parameters to broadcast
@@ -126,7 +126,7 @@ class TransactionalOptimizer(MomentumOptimizer):
         raise NotImplementedError
 
     def _propose(self, failure: Exception | None, *, has_closure: bool) -> PendingStep:
-        """Stages 1 to 5, again where votes were stale or parameters had to be verified."""
+        """Run stages 1 to 5, again where votes were stale or parameters had to be verified."""
         is_traced = _is_traced()
         if is_traced:
             if self._unverified:
@@ -198,7 +198,7 @@ class TransactionalOptimizer(MomentumOptimizer):
             return proposal, report
 
     def _commit(self, proposal: Proposal, report: Report | None) -> None:
-        """Stages 6 and 7."""
+        """Run stages 6 and 7."""
         try:
             if report is None or report.reason == COMMIT:
                 self._interrupted = True
@@ -265,7 +265,7 @@ class TransactionalOptimizer(MomentumOptimizer):
         return self._engine.context(self.param_groups, step, factor)
 
     def _agree(self) -> None:
-        """All ranks have the same layout: make new parameters equal, compare all, and carry all buckets from now on."""
+        """Make new parameters equal, compare all, and carry all buckets from now on: ranks agree on the layout."""
         if self._workers > 1:
             self._make_equal()
             self.check_replicas()
@@ -275,7 +275,7 @@ class TransactionalOptimizer(MomentumOptimizer):
         self._unverified = False
 
     def _finish(self) -> None:
-        """After a step, taken or not: arrange buckets by what was learned, and watch the next backward."""
+        """End a step, taken or not: arrange buckets by what was learned, and watch the next backward."""
         self._pending = None
         if self._learned is not None:
             ready, plan = self._learned
