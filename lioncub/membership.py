@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from lioncub.arguments import check_flag
-from lioncub.buckets import Bucket
+from lioncub.buckets import Bucket, bucket_bytes_of
 from lioncub.collectives import ALGORITHMS, Costs, ProcessGroups, Profile, Voter, find_topology
 from lioncub.collectives.agreement import digest
 from lioncub.collectives.cost import candidates, default_costs
@@ -39,7 +39,6 @@ class Membership:
         self,
         group: dist.ProcessGroup | None,
         comm: Comm,
-        bucket_bytes: int | None,
         overlap: bool,
         impl: str,
     ) -> None:
@@ -59,7 +58,7 @@ class Membership:
             raise TypeError(f"profile: expected a path or a Profile, got {type(profile).__name__} {profile!r}")
         self.group, self.algorithm, self.mesh, self.overlap, self._impl = group, algorithm, mesh, overlap, impl
         self.profile = profile if profile is None or isinstance(profile, Profile) else Profile.load(profile)
-        self._given_bytes = bucket_bytes
+        self._given_bytes = None if comm.bucket_mb is None else bucket_bytes_of(comm.bucket_mb)
         # chosen by the model when the first groups are known, and corrected by the first steps
         self.plan: Plan | None = None
         self.tuner = Tuner([])

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lioncub.arguments import check_count, check_flag, hint_of_shards, refuse_shards
 from lioncub.base import Params
-from lioncub.buckets import BucketList, bucket_bytes_of
+from lioncub.buckets import BucketList
 from lioncub.collectives import WorkersDisagreeError, handshake
 from lioncub.collectives.agreement import informing
 from lioncub.collectives.average import average_agreed_
@@ -33,7 +33,7 @@ from lioncub.overlap import check_devices
 from lioncub.payloads import NOT_AGREED, NOT_MEASURED, Drift, MomentumAverages, SharedScales
 from lioncub.replicas import check_equal
 from lioncub.state import keep_tensors
-from lioncub.stats import BucketStats, Explanation, Message, Stats, explain
+from lioncub.stats import Explanation, Stats, explain, stats_of
 from lioncub.step import StepEngine
 from lioncub.transaction import PendingStep, TransactionalOptimizer
 
@@ -118,14 +118,13 @@ class LionCub(TransactionalOptimizer):
                 raise ValueError(f"on_nonfinite: expected 'raise' or 'skip', got {on_nonfinite!r}")
             check_flag("broadcast", comm.broadcast)
             check_flag("capturable", capturable)
-            self._bucket_bytes = None if comm.bucket_mb is None else bucket_bytes_of(comm.bucket_mb)
             policy, drift_every = check_momentum_sync(momentum_sync), comm.drift_every
             if drift_every is None and policy is not None and policy.is_auto:
                 drift_every = _DRIFT_EVERY
             if drift_every is not None:
                 check_count("drift_every", drift_every, "a number of steps")
             self._policy, self._drift_every = policy, drift_every
-            self._members = Membership(process_group, comm, self._bucket_bytes, overlap, impl)
+            self._members = Membership(process_group, comm, overlap, impl)
             self._given_compression = compression
             # one for each param group; not in the groups, since a checkpoint fits any
             self._compressions: list[AnyCompression] = []
@@ -269,7 +268,7 @@ class LionCub(TransactionalOptimizer):
                     raise RuntimeError("rebind: expected no step between propose and commit, got one")
                 # nodes and profile are those of the old group
                 comm = replace(self._comm, mesh=None, profile=None)
-                self._members = Membership(process_group, comm, self._bucket_bytes, old.overlap, self._impl)
+                self._members = Membership(process_group, comm, old.overlap, self._impl)
                 facts = {**self._facts(), "the step": self._step_count}
             if self._workers > 1:
                 self._shake_hands(facts)
@@ -322,30 +321,8 @@ class LionCub(TransactionalOptimizer):
     def stats(self) -> Stats:
         """Return what the last step cost and how its votes fell; see `Stats`."""
         self._check_open()
-        engine, buckets = self._engine, self._buckets.all
-        elements = max(sum(bucket.elements for bucket in buckets), 1)
-        found = tuple(
-            BucketStats(bucket.elements, algorithm, sent, seconds, repr(bucket.compression))
-            for bucket, (algorithm, sent, seconds) in zip(buckets, engine.costs(), strict=True)
-        )
-        synced = self._momentum.bytes_sent + self._drift.bytes_sent
-        tied, unanimous = engine.ties_and_unanimous()
         skipped = self._skipped if self._late is None else int(self._late.skipped) + self._skipped
-        return Stats(
-            steps=self._step_count,
-            skipped_steps=skipped,
-            bytes_sent_per_step=sum(bucket.bytes_sent for bucket in found)
-            + synced
-            + self._scales.bytes_sent
-            + engine.control.bytes_sent,
-            sync_bytes_sent=synced,
-            communication_seconds=sum(bucket.seconds for bucket in found) + engine.sync_seconds,
-            exposed_seconds=engine.exposed_seconds,
-            tied=tied / elements,
-            unanimous=unanimous / elements,
-            drift=self._drift.by_name(),
-            buckets=found,
-        )
+        return stats_of(self._engine, self._step_count, skipped)
 
     def explain(self) -> Explanation:
         """Return the algorithm of each bucket and why: the bytes and predicted time of every algorithm.
@@ -353,14 +330,7 @@ class LionCub(TransactionalOptimizer):
         Printed, it is a table; it communicates nothing.
         """
         self._check_open()
-        voters, buckets = self._engine.voters, self._buckets.all
-        if not voters:
-            return explain([Message(bucket.elements, bucket.n_bytes, None) for bucket in buckets], None)
-        messages = [
-            Message(bucket.elements, voter.n_bytes, voter.algorithm, voter.form)
-            for bucket, voter in zip(buckets, voters, strict=False)
-        ]
-        return explain(messages, self._members.costs)
+        return explain(self._engine)
 
     def verify(self) -> None:
         """Verify that all ranks have the same layout and parameters; a collective.

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from lioncub.collectives.codes import VOTES, CodeFormat
-from lioncub.collectives.cost import Costs, bytes_sent, candidates
+import torch
+
+from lioncub.collectives.cost import bytes_sent, candidates
+
+if TYPE_CHECKING:
+    from lioncub.step import StepEngine
 
 HINT = "measure this group: torchrun ... -m lioncub probe; LionCub(..., comm=Comm(profile='profile.json'))"
 _MARK = "*"
@@ -52,16 +57,6 @@ class Stats:
         if self.drift:
             found |= {"drift_mean": sum(self.drift.values()) / len(self.drift), "drift_max": max(self.drift.values())}
         return found
-
-
-@dataclass(frozen=True)
-class Message:
-    """One bucket as it is sent: elements, bytes of one bit per code, the algorithm (None for one rank) and format."""
-
-    elements: int
-    n_bytes: int
-    algorithm: str | None
-    form: CodeFormat = VOTES
 
 
 @dataclass(frozen=True)
@@ -123,24 +118,64 @@ class Explanation:
         return "\n".join([*text, self.source, *([self.hint] if self.hint else [])])
 
 
-def explain(messages: Sequence[Message], costs: Costs | None) -> Explanation:
-    """Predict every candidate for every message, with the algorithms that were chosen for them.
+def stats_of(engine: StepEngine, steps: int, skipped: int) -> Stats:
+    """Collect the figures of an engine's last step; waits for the device."""
+    buckets = engine.buckets.all
+    elements = max(sum(bucket.elements for bucket in buckets), 1)
+    sent = [
+        (voter.algorithm, voter.bytes_sent, spent) for voter, spent in zip(engine.voters, engine.seconds, strict=True)
+    ]
+    # buckets that were added since have sent nothing
+    sent += [("none", 0, 0.0)] * (len(buckets) - len(sent))
+    found = tuple(
+        BucketStats(bucket.elements, *figures, repr(bucket.compression))
+        for bucket, figures in zip(buckets, sent, strict=True)
+    )
+    synced = engine.momentum.bytes_sent + engine.drift.bytes_sent
+    votes, others = sum(bucket.bytes_sent for bucket in found), engine.scales.bytes_sent + engine.control.bytes_sent
+    tied, unanimous = _ties_and_unanimous(engine)
+    return Stats(
+        steps=steps,
+        skipped_steps=skipped,
+        bytes_sent_per_step=votes + synced + others,
+        sync_bytes_sent=synced,
+        communication_seconds=sum(bucket.seconds for bucket in found) + engine.sync_seconds,
+        exposed_seconds=engine.exposed_seconds,
+        tied=tied / elements,
+        unanimous=unanimous / elements,
+        drift=engine.drift.by_name(),
+        buckets=found,
+    )
 
-    ``costs`` is the model that the choice was made with; None for one rank.
-    """
-    if costs is None:
-        rows = tuple(Row(i, m.elements, m.n_bytes, (), None) for i, m in enumerate(messages))
-        return Explanation(rows, "one worker: nothing is sent", "")
-    found = []
-    for i, message in enumerate(messages):
-        n_bytes, form = message.n_bytes, message.form
+
+def _ties_and_unanimous(engine: StepEngine) -> tuple[int, int]:
+    """Return how many codes of the last step were tied, and unanimous."""
+    if not engine.has_moved:
+        return 0, 0
+    buckets = engine.buckets.all[: engine.n_agreed]
+    if not engine.counts:
+        return 0, sum(bucket.elements for bucket in buckets)
+    ties, unanimous = torch.stack([counts.cpu() for counts in engine.counts]).sum(0).tolist()
+    # pad codes are 0 on every rank
+    pairs = zip(engine.voters, buckets, strict=True)
+    return ties, unanimous - sum(voter.counted_codes - bucket.elements for voter, bucket in pairs)
+
+
+def explain(engine: StepEngine) -> Explanation:
+    """Predict every candidate for every bucket, beside the algorithms that were chosen for them."""
+    if not engine.voters:
+        rows = [Row(i, bucket.elements, bucket.n_bytes, (), None) for i, bucket in enumerate(engine.buckets.all)]
+        return Explanation(tuple(rows), "one worker: nothing is sent", "")
+    rows, costs = [], engine.members.costs
+    for i, (bucket, voter) in enumerate(zip(engine.buckets.all, engine.voters, strict=False)):
+        n_bytes, form = voter.n_bytes, voter.form
         possible = tuple(
             Candidate(name, costs.seconds(name, n_bytes, form), bytes_sent(name, n_bytes, costs.topology, form))
             for name in candidates(costs.topology, form)
         )
-        found.append(Row(i, message.elements, n_bytes * form.bits, possible, message.algorithm))
+        rows.append(Row(i, bucket.elements, n_bytes * form.bits, possible, voter.algorithm))
     source = costs.source if costs.error is None else f"{costs.source}; predictions are off by {costs.error:.0%}"
-    return Explanation(tuple(found), source, "" if costs.is_measured else HINT)
+    return Explanation(tuple(rows), source, "" if costs.is_measured else HINT)
 
 
 def _milliseconds(row: Row, name: str) -> str:

@@ -113,8 +113,7 @@ class StepEngine:
         capturable: bool,
     ) -> None:
         self.buckets, self.members, self._masters, self._precision = buckets, members, masters, precision
-        self._momentum, self._scales = momentum, scales
-        self._payloads: tuple[Payload, ...] = (scales, momentum, drift)
+        self.momentum, self.drift, self.scales = momentum, drift, scales
         self._impl, self._capturable = impl, capturable
         self.overlap: Overlap | None = None
         # by which the host knows what is due: the step that all ranks have agreed on
@@ -122,7 +121,7 @@ class StepEngine:
         self.sync_seconds = self.exposed_seconds = 0.0
         # int64[2] (ties, unanimous) of each bucket of the last step that was taken
         self.counts: list[Tensor] = []
-        self._has_moved = False
+        self.has_moved = False
         self.agree()
 
     def agree(self) -> None:
@@ -139,7 +138,7 @@ class StepEngine:
         self.control = Control(names, groups, self._transport, self._device, capturable=self._capturable)
         self._n_params = len(names)
         self._least = [_least_scales(bucket) for bucket in buckets]
-        self.seconds: list[float] = [0.0] * len(buckets)
+        self.seconds: list[float] = [0.0] * len(self.voters)
         if self._capturable:
             self._totals = torch.zeros(2, dtype=torch.int64, device=self._device)
 
@@ -150,7 +149,7 @@ class StepEngine:
         rates = tuple(Hyperparameters.of(group, keep_tensors=self._capturable) for group in groups)
         factors = tuple(_factor(now, scale) for now in rates)
         nonfinite = torch.zeros(self._n_params, dtype=torch.int32, device=self._device)
-        return StepContext(step, self._momentum.agreed_layout(), rates, factors, nonfinite, self._impl)
+        return StepContext(step, self.momentum.agreed_layout(), rates, factors, nonfinite, self._impl)
 
     def expect(self, first: int = 0) -> None:
         """Post the receives of a step, of buckets from ``first`` on."""
@@ -203,8 +202,8 @@ class StepEngine:
             bucket.packed.zero_()
         now: Any = step if context is None else context.step
         vote = self._start(self.voters[i].prepare(), (bucket.packed, tie_parity(now)))
-        payloads = []
-        for payload in self._payloads:
+        payloads: list[tuple[Payload, Exchange[Tensor]]] = []
+        for payload in (self.scales, self.momentum, self.drift):
             if i == 0:
                 payload.bytes_sent = 0
             if payload.is_due(bucket, step):
@@ -238,26 +237,7 @@ class StepEngine:
         if self._capturable and counts:
             self._totals.copy_(torch.stack(counts).sum(0))
             counts = [self._totals]
-        self.counts, self._has_moved = counts, True
-
-    def costs(self) -> list[tuple[str, int, float]]:
-        """Return (algorithm, bytes sent, seconds) of each bucket's last exchange; none for those not yet agreed on."""
-        found = [
-            (voter.algorithm, voter.bytes_sent, spent) for voter, spent in zip(self.voters, self.seconds, strict=False)
-        ]
-        return found + [("none", 0, 0.0)] * (len(self.buckets.all) - len(found))
-
-    def ties_and_unanimous(self) -> tuple[int, int]:
-        """Return how many codes of the last step were tied, and unanimous; waits for the device."""
-        if not self._has_moved:
-            return 0, 0
-        buckets = self.buckets.all[: self.n_agreed]
-        if not self.counts:
-            return 0, sum(bucket.elements for bucket in buckets)
-        ties, unanimous = torch.stack([counts.cpu() for counts in self.counts]).sum(0).tolist()
-        # pad codes are 0 on every rank
-        pairs = zip(self.voters, buckets, strict=True)
-        return ties, unanimous - sum(voter.counted_codes - bucket.elements for voter, bucket in pairs)
+        self.counts, self.has_moved = counts, True
 
     def _start(self, exchange: Exchange[R], message: Any) -> Exchange[R]:
         if self.overlap is None:
@@ -324,7 +304,7 @@ class StepEngine:
                 "seed": compression.seed,
                 "worker": rank,
                 "step": step,
-                "scale": self._scales.of(bucket, lambda: own_scales(bucket, grads, context)),
+                "scale": self.scales.of(bucket, lambda: own_scales(bucket, grads, context)),
             }
         else:
             assert isinstance(compression, TernaryVote)

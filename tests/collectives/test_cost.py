@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 
@@ -27,7 +28,7 @@ from lioncub.collectives.cost import (
     rounds_pay,
 )
 from lioncub.collectives.groups import Topology
-from lioncub.stats import HINT, Message, explain
+from lioncub.stats import HINT, Explanation, explain
 
 MESSAGES = (0, 8, 16, 512, 1000, 4096, 1_000_000)
 UNEVEN = Topology(((0, 1, 2), (3,)))
@@ -260,10 +261,17 @@ def test_bucket_size_is_a_multiple_of_8_for_all_and_within_the_limit() -> None:
         best_bucket_bytes([64], "hierarchical", default_costs(UNEVEN, "gloo"), overlap=False)
 
 
+def explanation(costs: Costs | None, *buckets: tuple[int, int, str]) -> Explanation:
+    """Explain buckets of (elements, bytes, algorithm); without costs, those of one rank."""
+    sizes = [SimpleNamespace(elements=elements, n_bytes=n_bytes) for elements, n_bytes, _ in buckets]
+    voters = [SimpleNamespace(n_bytes=n_bytes, algorithm=name, form=VOTES) for _, n_bytes, name in buckets]
+    members, all_buckets = SimpleNamespace(costs=costs), SimpleNamespace(all=sizes)
+    return explain(SimpleNamespace(buckets=all_buckets, members=members, voters=voters if costs else []))
+
+
 def test_explanation() -> None:
     costs = Costs(Topology.even(2, 2), Link(1e-3, 1e6), Link(1e-4, 1e8), source="links of a test")
-    messages = [Message(8000, 1000, "hierarchical"), Message(60, 8, "all_gather")]
-    told = explain(messages, costs)
+    told = explanation(costs, (8000, 1000, "hierarchical"), (60, 8, "all_gather"))
     assert told.hint == HINT
     first, second = told.rows
     assert [candidate.algorithm for candidate in first.candidates] == list(ALGORITHMS)
@@ -288,9 +296,9 @@ def test_explanation() -> None:
 
 
 def test_explanation_without_a_hint() -> None:
-    measured = explain([Message(64, 8, "all_gather")], line(1e-3, 1e-9))
+    measured = explanation(line(1e-3, 1e-9), (64, 8, "all_gather"))
     assert str(measured).splitlines()[-1] == "measured on a test; predictions are off by 5%"
-    alone = explain([Message(64, 8, None), Message(9, 8, None)], None)
+    alone = explanation(None, (64, 8, ""), (9, 8, ""))
     assert (alone.seconds, alone.bytes_sent, alone.rows[0].choice) == (0, 0, None)
     assert str(alone).splitlines()[-1] == "one worker: nothing is sent"
 

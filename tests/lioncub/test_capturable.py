@@ -307,7 +307,7 @@ def test_the_host_reads_nothing_from_the_device() -> None:
         drift = Drift(None, buckets, state)
         engine = StepEngine(
             buckets,
-            Membership(None, Comm(), 8, False, "reference"),
+            Membership(None, Comm(bucket_mb=1e-5), False, "reference"),
             Masters(state, {}, False),
             Precision(param_rounding="stochastic"),
             MomentumAverages(None, buckets, drift),
