@@ -25,7 +25,7 @@ class WorkersDisagreeError(RuntimeError):
 
 
 class _Failure:
-    """Stands in for the facts of a rank whose own arguments are wrong."""
+    """Takes the place of the fingerprint of a rank whose own arguments are wrong."""
 
     def __init__(self, error: Exception) -> None:
         self.text = f"{type(error).__name__}: {error}"
@@ -50,39 +50,39 @@ def digest(value: object) -> int:
     return int.from_bytes(hashlib.blake2b(repr(value).encode(), digest_size=8).digest(), "little", signed=True)
 
 
-def handshake(facts: Mapping[str, object], *, group: Group, device: torch.device | None) -> None:
-    """Compare ``facts`` on all ranks of ``group``; a collective of `HANDSHAKE_BYTES` per rank.
+def handshake(fingerprint: Mapping[str, object], *, group: Group, device: torch.device | None) -> None:
+    """Compare ``fingerprint``, values by name, on all ranks of ``group``; a collective of `HANDSHAKE_BYTES` per rank.
 
     Messages are on ``device`` where the group carries nothing on the CPU.
 
-    1. Every rank gathers everyone's (wire version, hash of the facts): a fixed size, so it cannot be mismatched.
-    2. Only where they differ, the facts themselves are gathered, to find which and where.
+    1. Every rank gathers everyone's (wire version, hash of the fingerprint): a fixed size, so it cannot be mismatched.
+    2. Only where they differ, the fingerprints themselves are gathered, to find what differs and where.
 
-    Raises WorkersDisagreeError on all ranks, naming the first fact that differs and each rank's value.
+    Raises WorkersDisagreeError on all ranks, naming the first entry that differs and each rank's value.
     """
-    stated = gather_where_different({"wire version": WIRE_VERSION, **facts}, group, device)
+    stated = gather_where_different({"wire version": WIRE_VERSION, **fingerprint}, group, device)
     if stated is None:
         return
     for name in dict.fromkeys(key for facts_of_rank in stated for key in facts_of_rank):
         values = [facts_of_rank.get(name, "(not stated)") for facts_of_rank in stated]
         if any(value != values[0] for value in values):
             raise WorkersDisagreeError(f"workers disagree on {name}: {by_value(values)}")
-    raise AssertionError(f"hashes differ, facts do not: {stated}")
+    raise AssertionError(f"hashes differ, fingerprints do not: {stated}")
 
 
 @contextmanager
 def agreement(group: Group, device: torch.device | None = None) -> Iterator[dict[str, object]]:
-    """`handshake` of the facts that the body puts into the dict it gets; a collective.
+    """`handshake` of the fingerprint, a dict that the body fills; a collective.
 
     A body that raises informs the others, so that none waits for a rank that will not come: the error goes on here, and
     all others raise WorkersDisagreeError, which names the rank and the error. The body itself must not communicate.
     ``device`` as in `handshake`.
     """
-    facts: dict[str, object] = {}
+    fingerprint: dict[str, object] = {}
     with informing(group, device):
-        yield facts
+        yield fingerprint
     world_size_of(group)
-    handshake(facts, group=group, device=device)
+    handshake(fingerprint, group=group, device=device)
 
 
 @contextmanager
@@ -116,7 +116,7 @@ def gather_where_different(value: T, group: Group, device: torch.device | None) 
 def _gather(value: T, group: Group, device: torch.device | None) -> list[T] | None:
     # wherever a caller's data is, all ranks must meet on one backend
     device = device_of(group, device)
-    # facts are the same in whatever order they are stated
+    # the order in which entries are stated does not matter
     compared = sorted(value.items()) if isinstance(value, dict) else value
     mine = torch.tensor([WIRE_VERSION, digest(compared)], dtype=torch.int64, device=device)
     size = world_size_of(group)

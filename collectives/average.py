@@ -54,14 +54,18 @@ def average_(values: Tensor, *, group: Group = None, dtype: str = "fp32") -> Non
     values on the way there and means on the way back. Raises ValueError or TypeError for another ``dtype`` or other
     values, WorkersDisagreeError on all other ranks, and on all where sizes or dtypes differ.
     """
-    with agreement(group, values.device if isinstance(values, Tensor) else None) as facts:
+    with agreement(group, values.device if isinstance(values, Tensor) else None) as fingerprint:
         check_dtype(dtype)
         if not isinstance(values, Tensor):
             raise TypeError(f"values: expected a float32 tensor, got {type(values).__name__}")
         if values.dtype != torch.float32 or values.dim() != 1 or not values.is_contiguous():
             raise ValueError(f"values: expected a contiguous float32 [n], got {values.dtype} {tuple(values.shape)}")
         check_carried("values", values, group)
-        facts |= {"the number of values": values.numel(), "the device type": values.device.type, "the dtype": dtype}
+        fingerprint |= {
+            "the number of values": values.numel(),
+            "the device type": values.device.type,
+            "the dtype": dtype,
+        }
     average_agreed_(values, group=group, dtype=dtype)
 
 

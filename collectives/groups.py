@@ -150,12 +150,12 @@ class ProcessGroups:
         topologies.
         """
         size = world_size_of(group)
-        with agreement(group, device) as facts:
+        with agreement(group, device) as fingerprint:
             if not isinstance(topology, Topology):
                 raise TypeError(f"topology: expected Topology(...), got {type(topology).__name__}")
             if topology.workers != size:
                 raise ValueError(f"topology: expected one of the group's {size} workers, got {topology.workers}")
-            facts["the nodes"] = topology.nodes
+            fingerprint["the nodes"] = topology.nodes
         if not topology.is_two_level:
             return cls(group, topology)
         node, place = topology.place_of(rank_of(group))
@@ -176,7 +176,7 @@ class ProcessGroups:
         and holds exactly the ranks of ``group``.
         """
         ranks = dist.get_process_group_ranks(group or dist.group.WORLD)
-        with agreement(group, device) as facts:
+        with agreement(group, device) as fingerprint:
             if not isinstance(mesh, DeviceMesh):
                 raise TypeError(f"mesh: expected a DeviceMesh, got {type(mesh).__name__}")
             if mesh.ndim != 2:
@@ -185,7 +185,7 @@ class ProcessGroups:
             rows = [[int(rank) for rank in row] for row in mesh.mesh.tolist()]
             if sorted(rank for row in rows for rank in row) != sorted(ranks):
                 raise ValueError(f"mesh: expected the ranks {sorted(ranks)} of the group, got {rows}")
-            facts["the mesh"] = rows
+            fingerprint["the mesh"] = rows
         places = {rank: place for place, rank in enumerate(ranks)}
         topology = Topology(tuple(sorted(tuple(sorted(places[rank] for rank in row)) for row in rows)))
         if not topology.is_two_level:
@@ -217,8 +217,8 @@ def subgroups(group: Group, partition: Sequence[Sequence[int]], device: torch.de
     if local:
         # the name of a group that only its members make is hashed from their ranks and from how many groups each is in
         known = len(distributed_c10d._world.pg_names)
-        facts = {"the number of process groups that this process is in": known}
-        handshake(facts, group=group, device=device)
+        fingerprint = {"the number of process groups that this process is in": known}
+        handshake(fingerprint, group=group, device=device)
     made: list[Group] = []
     for ranks in partition:
         new = None

@@ -160,12 +160,12 @@ def probe(
     if groups.workers < 2:
         raise ValueError(f"groups: expected a group of at least 2 workers, got {groups.workers}")
     device = torch.device(device)
-    with agreement(groups.group) as facts:
+    with agreement(groups.group) as fingerprint:
         if isinstance(seconds, bool) or not isinstance(seconds, float | int):
             raise TypeError(f"seconds: expected a number, got {type(seconds).__name__}")
         check_carried("device", torch.empty(0, dtype=torch.uint8, device=device), groups.group)
         resolve_impl(impl, device)
-        facts |= {"the nodes": groups.topology.nodes, "seconds": seconds, "the device type": device.type}
+        fingerprint |= {"the nodes": groups.topology.nodes, "seconds": seconds, "the device type": device.type}
     run = _Run(groups, seconds, on_progress, device, impl, MESSAGE_BYTES, candidates(groups.topology))
     run.measure()
     topology, points = groups.topology, run.points()

@@ -134,9 +134,9 @@ def vote_async(
     Handles started by one rank must be waited for in the same order on all ranks.
     """
     whole_group = group if groups is None else getattr(groups, "group", group)
-    with agreement(whole_group, packed.device if isinstance(packed, Tensor) else None) as facts:
+    with agreement(whole_group, packed.device if isinstance(packed, Tensor) else None) as fingerprint:
         groups = _check_vote(packed, group, groups, parity, form, impl)
-        facts |= {
+        fingerprint |= {
             "the bytes of the message": packed.numel(),
             "the device type": packed.device.type,
             "the algorithm": algorithm,

@@ -71,7 +71,7 @@ class Membership:
         # a group may be collected on one rank before others: only backends whose ends are independent allow that
         self.ends_alone = False
 
-    def facts(self) -> dict[str, object]:
+    def fingerprint(self) -> dict[str, object]:
         """Return what ranks must have in common, by the names that an error gives it."""
         return {
             "algorithm": self.algorithm,

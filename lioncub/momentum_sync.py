@@ -69,7 +69,7 @@ class MomentumSync:
             return bool(self.select(name, param))
         return any(fnmatchcase(name, pattern) for pattern in self.select)
 
-    def facts(self, named: Sequence[tuple[str, Tensor]]) -> dict[str, object]:
+    def fingerprint(self, named: Sequence[tuple[str, Tensor]]) -> dict[str, object]:
         """Return what ranks must have in common. Raises ValueError where ``select`` chooses no parameter."""
         chosen = [name for name, param in named if self.chooses(name, param)]
         if not chosen:

@@ -146,9 +146,9 @@ class LionCub(TransactionalOptimizer):
                 self._late = LateReport(self._device, raises=on_nonfinite == "raise")
                 self._clock = torch.zeros((), dtype=torch.int64, device=self._device)
                 self.param_groups[0]["step"] = self._clock
-            facts = self._facts()
+            fingerprint = self._fingerprint()
         if self._workers > 1:
-            self._shake_hands(facts)
+            self._shake_hands(fingerprint)
             self._connect()
         self._buckets = BucketList(
             self.state, self._compressions, precision.momentum_dtype, self._members.choose_bucket_bytes
@@ -269,9 +269,9 @@ class LionCub(TransactionalOptimizer):
                 # nodes and profile are those of the old group
                 comm = replace(self._comm, mesh=None, profile=None)
                 self._members = Membership(process_group, comm, old.overlap, self._impl)
-                facts = {**self._facts(), "the step": self._step_count}
+                fingerprint = {**self._fingerprint(), "the step": self._step_count}
             if self._workers > 1:
-                self._shake_hands(facts)
+                self._shake_hands(fingerprint)
                 self._connect()
         except BaseException:
             self._members = old
@@ -316,7 +316,7 @@ class LionCub(TransactionalOptimizer):
             self._unverified = True
             self._scales.invalidate()
             if self._overlap is not None:
-                self._overlap.end()
+                self._overlap.send_late()
 
     def stats(self) -> Stats:
         """Return what the last step cost and how its votes fell; see `Stats`."""
@@ -340,8 +340,8 @@ class LionCub(TransactionalOptimizer):
         """
         self._check_open()
         if self._workers > 1:
-            facts = {"the bucket layout": self._momentum.agreed_layout(), "the step": self._step_count}
-            handshake(facts, group=self._group, device=self._device)
+            fingerprint = {"the bucket layout": self._momentum.agreed_layout(), "the step": self._step_count}
+            handshake(fingerprint, group=self._group, device=self._device)
         if self._late is not None:
             self._refresh_masters()
             # an error that was not raised yet refers to the parameters of then
@@ -425,9 +425,9 @@ class LionCub(TransactionalOptimizer):
         if self._is_closed:
             raise RuntimeError("LionCub: expected an open optimizer, got one after close()")
 
-    def _shake_hands(self, facts: dict[str, object]) -> None:
+    def _shake_hands(self, fingerprint: dict[str, object]) -> None:
         try:
-            handshake(facts, group=self._group, device=self._device)
+            handshake(fingerprint, group=self._group, device=self._device)
         except WorkersDisagreeError as error:
             raise WorkersDisagreeError(f"{error}{hint_of_shards(str(error))}") from None
 
@@ -460,28 +460,28 @@ class LionCub(TransactionalOptimizer):
         self._unverified, self._order_known, self._ready = True, False, None
         if self._overlap is not None:
             self._overlap.watch(params)
-            self._overlap.end()
+            self._overlap.send_late()
 
-    def _facts(self) -> dict[str, object]:
+    def _fingerprint(self) -> dict[str, object]:
         """Return what ranks must have in common, by the names that an error gives it."""
-        facts: dict[str, object] = {
+        fingerprint: dict[str, object] = {
             "the number of parameters": len(self._named_parameters()),
-            **self._members.facts(),
+            **self._members.fingerprint(),
             "bucket_mb": None if self._comm.bucket_mb is None else float(self._comm.bucket_mb),
             "capturable": self._capturable,
             "compression": list(self._compressions),
             "drift_every": self._drift_every,
-            **({} if self._policy is None else self._policy.facts(self._named_parameters())),
+            **({} if self._policy is None else self._policy.fingerprint(self._named_parameters())),
             "broadcast": self._comm.broadcast,
             "on_nonfinite": self._on_nonfinite,
             **vars(self._precision),
         }
         groups = [i for i, group in enumerate(self.param_groups) for _ in group["params"]]
         for i, (group_index, (name, p)) in enumerate(zip(groups, self._named_parameters(), strict=True)):
-            facts[f"parameter {i}"] = (
+            fingerprint[f"parameter {i}"] = (
                 f"{name} of {p.dtype}, shape {tuple(p.shape)}, strides {p.stride()}, group {group_index}"
             )
-        return facts
+        return fingerprint
 
     def _announce(self) -> None:
         if self._members.rank != 0:

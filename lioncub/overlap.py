@@ -111,7 +111,7 @@ class Evidence:
 class Overlap:
     """Watches the gradients of an optimizer's parameters, and sends buckets in their order while backward runs.
 
-    Until `begin` names buckets, nothing is sent early and only the order of the gradients is learned.
+    Until `send_early` names buckets, nothing is sent early and only the order of the gradients is learned.
     """
 
     def __init__(
@@ -156,19 +156,19 @@ class Overlap:
                 hook = param.register_post_accumulate_grad_hook(accumulated)  # type: ignore[no-untyped-call]
                 self.hooks.append(hook)
 
-    def begin(self, buckets: Sequence[Bucket]) -> None:
+    def send_early(self, buckets: Sequence[Bucket]) -> None:
         """Send these buckets early from now on, each when its gradients have come as often as in an earlier step."""
         self._buckets = list(buckets)
         self._bucket_of = {slot.param: i for i, bucket in enumerate(buckets) for slot in bucket.slots}
         self._waiting = [len(bucket.slots) for bucket in buckets]
 
     @property
-    def has_begun(self) -> bool:
+    def sends_early(self) -> bool:
         """Whether buckets are sent early."""
         return bool(self._buckets)
 
-    def end(self) -> None:
-        """Send nothing early any more, until `begin`; what is in progress no longer holds."""
+    def send_late(self) -> None:
+        """Send nothing early any more, until `send_early`; what is in progress no longer holds."""
         self._stale |= bool(self.sent)
         self._buckets, self._bucket_of, self._waiting = [], {}, []
 

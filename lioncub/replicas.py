@@ -41,14 +41,14 @@ def broadcast_tensors(tensors: Iterable[Tensor], *, group: Group = None) -> None
 
 
 def _broadcast(named: Sequence[tuple[str, Tensor]], group: Group) -> None:
-    with agreement(group, _device_of(named)) as facts:
+    with agreement(group, _device_of(named)) as fingerprint:
         for name, tensor in named:
             if not isinstance(tensor, Tensor):
                 raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
             if tensor.layout != torch.strided or tensor.device.type == "meta":
                 raise ValueError(f"{name}: expected a dense tensor with data, got {tensor.layout} on {tensor.device}")
             check_carried(name, tensor, group)
-            facts[name] = f"{tensor.dtype}, shape {tuple(tensor.shape)}"
+            fingerprint[name] = f"{tensor.dtype}, shape {tuple(tensor.shape)}"
     with torch.no_grad():
         for _, tensor in named:
             # backends want contiguous memory, and a copy keeps what other strides mean

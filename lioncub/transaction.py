@@ -288,14 +288,14 @@ class TransactionalOptimizer(MomentumOptimizer):
             self._engine.agree()
             self._hold()
             if self._overlap is not None:
-                self._overlap.end()
+                self._overlap.send_late()
         if self._late is None:
             self._members.tuner.step_ended()
         if self._overlap is None:
             return
         self._overlap.reset(learn=True)
-        if self._order_known and not self._unverified and not self._overlap.has_begun:
-            self._overlap.begin(self._buckets.all)
+        if self._order_known and not self._unverified and not self._overlap.sends_early:
+            self._overlap.send_early(self._buckets.all)
 
     def _learn(self, report: Report) -> None:
         """Take from a step that all ranks agree on what `_finish` arranges buckets by; a collective at first."""
