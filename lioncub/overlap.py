@@ -10,7 +10,7 @@ from __future__ import annotations
 import queue
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -24,7 +24,8 @@ from lioncub.collectives.algorithms import Exchange
 from lioncub.control import Attempt
 
 if TYPE_CHECKING:
-    from lioncub.step import SentBucket, StepContext
+    from lioncub.step import SentBucket, StepContext, StepEngine
+    from lioncub.transaction import TransactionalOptimizer
 
 NEVER = 2**62
 
@@ -111,18 +112,13 @@ class Evidence:
 class Overlap:
     """Watches the gradients of an optimizer's parameters, and sends buckets in their order while backward runs.
 
-    Until `send_early` names buckets, nothing is sent early and only the order of the gradients is learned.
+    Until `send_early` names buckets, nothing is sent early and only the order of the gradients is learned. Optimizer
+    and engine are weak proxies, since hooks refer to this object.
     """
 
-    def __init__(
-        self,
-        device: torch.device,
-        expect: Callable[[], None],
-        read: Callable[[], StepContext],
-        send: Callable[[int, StepContext | None, Attempt], SentBucket],
-    ) -> None:
+    def __init__(self, device: torch.device, optimizer: TransactionalOptimizer, engine: StepEngine) -> None:
         self.comm: CommThread | CommStream = CommStream(device) if device.type == "cuda" else CommThread()
-        self._expect, self._read, self._send = expect, read, send
+        self._optimizer, self._engine = optimizer, engine
         self.paused = 0
         # what was sent early, from what, and the context of the step to come
         self.sent: list[SentBucket] = []
@@ -237,7 +233,7 @@ class Overlap:
             return
         if not self._clock and self._buckets:
             # what the others send can then arrive without this rank's help
-            self._expect()
+            self._engine.expect()
         self._fired[param] += 1
         self._last[param] = self._clock
         self._clock += 1
@@ -249,8 +245,8 @@ class Overlap:
             self._evidence.append(Evidence.of(self._buckets[i]))
             with torch.no_grad():
                 if self._context is None:
-                    self._context = self._attempt.run(self._read)
-                self.sent.append(self._send(i, self._context, self._attempt))
+                    self._context = self._attempt.run(self._optimizer._read_context)
+                self.sent.append(self._engine.send(i, self._context, self._attempt))
 
 
 def end_overlap(comm: CommThread | CommStream, hooks: list[RemovableHandle]) -> None:

@@ -7,7 +7,6 @@ import math
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -336,25 +335,9 @@ class TransactionalOptimizer(MomentumOptimizer):
         """Watch gradients, where there is anyone to send their codes to."""
         if not self._members.overlap or self._workers == 1:
             return
-        me, engine = weakref.ref(self), weakref.ref(self._engine)
-
         # referred to by name, they would be collected late, and their end would come at another time on every rank
-        def read() -> StepContext:
-            opt = me()
-            assert opt is not None
-            return opt._read_context()
-
-        def send(*what: Any) -> Any:
-            sender = engine()
-            assert sender is not None
-            return sender.send(*what)
-
-        def expect() -> None:
-            sender = engine()
-            if sender is not None:
-                sender.expect()
-
-        self._overlap = self._engine.overlap = Overlap(self._device, expect, read, send)
+        me, engine = weakref.proxy(self), weakref.proxy(self._engine)
+        self._overlap = self._engine.overlap = Overlap(self._device, me, engine)
         self._end_overlap = weakref.finalize(self, end_overlap, self._overlap.comm, self._overlap.hooks)
         self._overlap.watch([slot.param for *_, slot in self._buckets.slots])
         self._order_known = False
