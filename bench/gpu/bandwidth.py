@@ -8,7 +8,7 @@ from functools import cache, partial
 from typing import Any
 
 import torch
-from speed.cases import CASES, Case
+from speed.cases import CASES, Case, packed
 from speed.data import BETA1, BETA2, DECAY, LR, PACKED, Call, Data, new
 from speed.peers import COMPILED, PEERS, Peer, leaves
 
@@ -47,7 +47,7 @@ def unaligned_vote(data: Data, impl: str) -> Call:
     return Call(lambda: kernels.majority_vote(packed, out=out, impl=impl), (packed,), (out,))
 
 
-ALL_CASES = (*CASES, Case("majority_vote", unaligned_vote, "8_voters_8_bytes_off", (PACKED,)))
+ALL_CASES = (*CASES, packed(unaligned_vote))
 
 
 def _lion_triton(d: Data) -> Call:

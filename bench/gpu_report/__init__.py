@@ -1,1 +1,1 @@
-"""What the Triton kernels compile to on each GPU, and the time per element that the machine code allows."""
+"""Properties of the Triton kernels' machine code on each GPU, which needs none: spills, fusion, widths of accesses."""

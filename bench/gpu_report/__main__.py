@@ -8,4 +8,6 @@ sys.path[0] = str(Path(__file__).parents[1])
 
 from gpu_report.cli import main  # noqa: E402
 
-sys.exit(main())
+# processes that compile import this file too
+if __name__ == "__main__":
+    sys.exit(main())

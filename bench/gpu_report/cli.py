@@ -11,33 +11,33 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 from reporting.pages import PAGE, insert, markdown_table
-from reporting.records import RESULTS, Record, run_record
+from reporting.records import RESULTS, Record, read_records, run_record
 
-from gpu_report.compiling import TARGETS, compile_variant
+from gpu_report.compiling import KINDS, REPORTED, TARGETS, kinds_of, launches_of, read_code, widest_share
 from gpu_report.report import broken_claims, write_report
-from gpu_report.variants import all_variants
 
 # with the torch that pins each
 VERSIONS = {"3.6.0": "torch 2.11", "3.7.1": "torch 2.12, 2.13", "3.8.0": "torch 2.14", "3.9.0": ""}
-# label, dtype, target
+# names of a case, of the kind of its data and of a target
 Job = tuple[str, str, str]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; gives the exit code: 1 where a claim is broken or a name does not exist."""
+    """Run the command line; gives the exit code: 1 where a claim is broken."""
     options = _parser().parse_args(arguments)
     if options.versions is not None:
         return compare_versions(options.versions or list(VERSIONS), options.jobs)
-    names = [f"{variant.label}/{variant.dtype}" for variant in all_variants()]
-    if unknown := set(options.only) - set(names):
-        print(f"gpu_report: --only: expected names such as {names[0]}, got {sorted(unknown)}", file=sys.stderr)
-        return 1
-    chosen = [name.split("/") for name in names if name in (options.only or names)]
-    jobs: list[Job] = [(label, dtype, target) for label, dtype in chosen for target in options.targets]
+    if options.report:
+        write_report(read_records(RESULTS / "gpu.jsonl"), RESULTS)
+        return 0
+    cases = [(name, kind) for name, case in REPORTED.items() for kind in kinds_of(case)]
+    chosen = [(name, kind) for name, kind in cases if kind in options.kinds and name in (options.only or REPORTED)]
+    jobs = [(name, kind, target) for name, kind in chosen for target in options.targets]
     findings = list(_measured(jobs, options.jobs, shown=not options.json))
     if options.json:
         json.dump(findings, sys.stdout)
@@ -46,45 +46,61 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for claim, kernels in broken.items():
         print(f"{claim}: {len(findings) - len(kernels)} of {len(findings)}")
         print("".join(f"  {kernel}\n" for kernel in kernels), end="")
-    if len(jobs) == len(TARGETS) * len(all_variants()):
+    if len(jobs) == len(TARGETS) * len(cases):
         write_report([run_record(), *findings], RESULTS)
         print(f"written: {PAGE}")
     return int(any(broken.values()))
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="gpu_report", description="What the Triton kernels compile to.")
+    parser = argparse.ArgumentParser(prog="gpu_report", description=__doc__)
     add = parser.add_argument
     add("--targets", nargs="+", choices=TARGETS, default=list(TARGETS), metavar="NAME", help=f"of {', '.join(TARGETS)}")
-    add("--only", nargs="+", default=[], metavar="LABEL/DTYPE", help="kernels; default: all, which writes the report")
+    add("--only", nargs="+", choices=REPORTED, default=[], metavar="CASE", help="default: all, which writes the report")
+    add("--kinds", nargs="+", choices=KINDS, default=list(KINDS), metavar="DTYPE", help=f"of {', '.join(KINDS)}")
     add("--jobs", type=int, default=1, help="processes that compile; default: 1")
     add("--json", action="store_true", help="print the findings as JSON, write nothing")
+    add("--report", action="store_true", help="compile nothing, write the report from docs/results/gpu.jsonl")
     add("--versions", nargs="*", metavar="VERSION", help="compile with these versions of Triton, each downloaded")
     return parser
 
 
-def measure(job: Job) -> Record:
-    """Compile one variant and read its code; ``error`` says what came of it where it did not compile."""
-    label, dtype, target = job
-    variant = next(v for v in all_variants() if (v.label, v.dtype) == (label, dtype))
-    # where a thread has 128 bits of some tensor, the widest access must have as many
-    parts = {"loads": variant.reads, "stores": variant.writes}
-    least = {name: max(variant.widths(part), default=0) for name, part in parts.items()}
-    found: Record = {"kind": "kernel", "label": label, "dtype": dtype, "target": target, "error": ""}
-    found |= {f"least_{name}": bits for name, bits in least.items()}
+def measure(job: Job) -> list[Record]:
+    """Compile what a case launches and read its code; ``error`` says why it did not compile."""
+    name, kind, target = job
+    facts: Record = {"kind": "kernel", "label": name, "dtype": kind, "target": target, "error": ""}
+    facts |= {"least_loads": 0, "least_stores": 0}
     try:
-        return found | asdict(compile_variant(variant, TARGETS[target]))
+        launches, reads, writes = launches_of(REPORTED[name], kind, target)
+        found = []
+        for i, launch in enumerate(launches):
+            record = facts | asdict(read_code(launch.compiled)) | {"hash": launch.compiled.hash}
+            # what a case reads is read by its first launch, what it writes by its last
+            if i == 0:
+                record["least_loads"] = widest_share(reads, launch.threads)
+            if i == len(launches) - 1:
+                record["least_stores"] = widest_share(writes, launch.threads)
+            else:
+                record["label"] = f"{name} {launch.kernel.__name__}"
+            found.append(record)
+        return found
     except Exception as error:
-        return found | {"error": f"{type(error).__name__}: {str(error).splitlines()[-1] if str(error) else ''}"}
+        return [facts | {"error": f"{type(error).__name__}: {str(error).splitlines()[-1] if str(error) else ''}"}]
 
 
 def _measured(jobs: Sequence[Job], processes: int, *, shown: bool) -> Iterator[Record]:
-    with ProcessPoolExecutor(processes) as pool:
+    """Yield the record of each kernel once, though several cases launch it."""
+    seen = set()
+    with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
         for number, found in enumerate(pool.map(measure, jobs) if processes > 1 else map(measure, jobs), 1):
             if shown:
-                words = f"{number}/{len(jobs)} {found['label']}, {found['dtype']}, {found['target']}"
-                print(f"\r{words}\033[K", end="\n" * (number == len(jobs)), flush=True)
-            yield found
+                print(f"\r{number}/{len(jobs)} {', '.join(jobs[number - 1])}\033[K", end="", flush=True)
+            for record in found:
+                code = (record["target"], record.pop("hash", record["label"]))
+                if code not in seen:
+                    seen.add(code)
+                    yield record
+    print(end="\n" * shown)
 
 
 def compare_versions(versions: Sequence[str], processes: int) -> int:

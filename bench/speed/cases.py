@@ -1,39 +1,45 @@
-"""Every op of the kernels, in the ways it is called: what `make bench` times on each implementation, dtype and size."""
+"""Every op of the kernels, in the ways it is called: `make bench` times each on each implementation, dtype and size."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from functools import partial
-from typing import NamedTuple
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 
 from lioncub.kernels import Rounding
-from speed import code_ops, float_ops
+from speed import ops
 from speed.data import DTYPES, PACKED, SIZES, Call, Data
 
 # names of lioncub.kernels that do nothing to tensors
 NOT_OPS = {"Rounding", "abstain_parity", "counter_planes", "field_bits", "packed_bytes", "resolve_impl", "tie_parity"}
 VOTERS = (2, 8, 64)
-_NARROW = ("bf16", "fp16")
-_STOCHASTIC = Rounding(seed=1, step=2, rank=0)
-_TERNARY = float_ops.TERNARY
+_STOCHASTIC = {"rounding": Rounding(seed=1, step=2, rank=0)}
+_TERNARY = {"bits": 2, "step": 1, "offset": 1}
 
 
 @dataclass(frozen=True)
 class Case:
-    """One op called in one way; ``way`` tells it from others of the op."""
+    """One op called in one way; ``way`` tells it from others of the op, ``options`` are its arguments."""
 
-    op: str
-    make: Callable[[Data, str], Call]
+    prepare: Callable[..., Call]
     way: str = ""
+    options: dict[str, Any] = field(default_factory=dict, compare=False)
     dtypes: tuple[str, ...] = tuple(DTYPES)
     impls: tuple[str, ...] = ("cpu", "reference", "triton")
 
     @property
+    def op(self) -> str:
+        return self.prepare.__name__
+
+    @property
     def name(self) -> str:
         return f"{self.op}:{self.way}" if self.way else self.op
+
+    def make(self, data: Data, impl: str) -> Call:
+        """Prepare the call on these tensors."""
+        return self.prepare(data, impl=impl, **self.options)
 
 
 class Cell(NamedTuple):
@@ -53,51 +59,52 @@ class Cell(NamedTuple):
         return SIZES[self.size], DTYPES.get(self.dtype, torch.float32), "cuda" if self.impl == "triton" else "cpu"
 
 
-def _packed(op: str, make: Callable[[Data, str], Call], way: str = "") -> Case:
-    return Case(op, make, way, (PACKED,))
+def packed(prepare: Callable[..., Call], way: str = "", **options: Any) -> Case:
+    """A case of an op on packed codes."""
+    return Case(prepare, way, options, (PACKED,))
 
 
-def _votes() -> Iterator[Case]:
-    for voters in VOTERS:
-        yield _packed("majority_vote", partial(code_ops.majority_vote, voters=voters), f"{voters}_voters")
+def _stochastic(prepare: Callable[..., Call]) -> Case:
+    """fp32 is never rounded."""
+    return Case(prepare, "stochastic", _STOCHASTIC, ("bf16", "fp16"))
 
 
 CASES = (
-    Case("pack_signs", float_ops.pack_signs),
-    Case("unpack_signs", float_ops.unpack_signs),
-    Case("lion_encode", float_ops.lion_encode),
-    Case("lion_encode_", float_ops.lion_encode_),
-    Case("foreach_lion_encode", float_ops.foreach_lion_encode),
-    Case("lion_ema", float_ops.lion_ema, impls=("torch",)),
-    *_votes(),
-    _packed("majority_vote", partial(code_ops.majority_vote, voters=8, counted=True), "8_voters_counted"),
-    _packed("count_votes", code_ops.count_votes),
-    _packed("majority_of_counts", code_ops.majority_of_counts),
-    _packed("spread_codes", code_ops.spread_codes),
-    _packed("majority_of_fields", code_ops.majority_of_fields),
-    _packed("add_codes", partial(code_ops.add_codes, bits=1), "1_bit"),
-    _packed("add_codes", partial(code_ops.add_codes, bits=2), "2_bits"),
-    _packed("ternary_of_fields", code_ops.ternary_of_fields),
-    Case("lion_apply_", float_ops.lion_apply_),
-    Case("lion_apply_", partial(float_ops.lion_apply_, momentum=True), "momentum"),
-    Case("lion_apply_", partial(float_ops.lion_apply_, rounding=_STOCHASTIC), "stochastic", _NARROW),
-    Case("lion_apply_", partial(float_ops.lion_apply_, form=_TERNARY), "2_bits"),
-    Case("lion_apply_", partial(float_ops.lion_apply_, form=_TERNARY, momentum=True), "2_bits_momentum"),
-    Case("foreach_lion_apply_", float_ops.foreach_lion_apply_),
-    Case("foreach_lion_apply_", partial(float_ops.foreach_lion_apply_, form=_TERNARY), "2_bits"),
-    Case("lion_step_", float_ops.lion_step_),
-    Case("lion_step_", partial(float_ops.lion_step_, rounding=_STOCHASTIC), "stochastic", _NARROW),
-    Case("foreach_lion_step_", float_ops.foreach_lion_step_),
-    Case("quantize", float_ops.quantize, "2_bits"),
-    Case("quantize", partial(float_ops.quantize, bits=8), "8_bits"),
-    Case("quantize", partial(float_ops.quantize, scaled=False), "2_bits_own_scale"),
-    Case("quantize", partial(float_ops.quantize, stochastic=True), "2_bits_stochastic"),
-    Case("lion_quantize", float_ops.lion_quantize, "2_bits"),
-    Case("lion_quantize", partial(float_ops.lion_quantize, scaled=False), "2_bits_own_scale"),
-    Case("lion_quantize", partial(float_ops.lion_quantize, stochastic=True), "2_bits_stochastic"),
-    Case("foreach_lion_quantize", float_ops.foreach_lion_quantize),
-    Case("dequantize", float_ops.dequantize, "2_bits"),
-    Case("dequantize", partial(float_ops.dequantize, bits=8), "8_bits"),
+    Case(ops.pack_signs),
+    Case(ops.unpack_signs),
+    Case(ops.lion_encode),
+    Case(ops.lion_encode_),
+    Case(ops.foreach_lion_encode),
+    Case(ops.lion_ema, impls=("torch",)),
+    *(packed(ops.majority_vote, f"{voters}_voters", voters=voters) for voters in VOTERS),
+    packed(ops.majority_vote, "8_voters_counted", voters=8, counted=True),
+    packed(ops.count_votes),
+    packed(ops.majority_of_counts),
+    packed(ops.spread_codes),
+    packed(ops.majority_of_fields),
+    packed(ops.add_codes, "1_bit", bits=1, field_bits=4),
+    packed(ops.add_codes, "2_bits", bits=2, field_bits=8),
+    packed(ops.ternary_of_fields),
+    Case(ops.lion_apply_),
+    Case(ops.lion_apply_, "momentum", {"momentum": True}),
+    _stochastic(ops.lion_apply_),
+    Case(ops.lion_apply_, "2_bits", _TERNARY),
+    Case(ops.lion_apply_, "2_bits_momentum", {**_TERNARY, "momentum": True}),
+    Case(ops.foreach_lion_apply_),
+    Case(ops.foreach_lion_apply_, "2_bits", _TERNARY),
+    Case(ops.lion_step_),
+    _stochastic(ops.lion_step_),
+    Case(ops.foreach_lion_step_),
+    Case(ops.quantize, "2_bits"),
+    Case(ops.quantize, "8_bits", {"bits": 8}),
+    Case(ops.quantize, "2_bits_own_scale", {"scaled": False}),
+    Case(ops.quantize, "2_bits_stochastic", {"stochastic": True}),
+    Case(ops.lion_quantize, "2_bits"),
+    Case(ops.lion_quantize, "2_bits_own_scale", {"scaled": False}),
+    Case(ops.lion_quantize, "2_bits_stochastic", {"stochastic": True}),
+    Case(ops.foreach_lion_quantize),
+    Case(ops.dequantize, "2_bits"),
+    Case(ops.dequantize, "8_bits", {"bits": 8}),
 )
 
 

@@ -94,9 +94,12 @@ class Data:
         """Counts of two groups of 8 voters."""
         return torch.stack([count_votes(self.voters(8))] * 2)
 
+    def fields(self, bits: int) -> Tensor:
+        """The number of ones of 8 voters, in fields of so many bits; of other widths than 4, random bytes."""
+        return self._sums if bits == 4 else self.codes(bits)
+
     @cached_property
-    def sums(self) -> Tensor:
-        """The number of ones of 8 voters, in fields of 4 bits."""
+    def _sums(self) -> Tensor:
         return add_codes(self.voters(8), bits=1, field_bits=4)
 
     def _bytes(self, n: int) -> Tensor:

@@ -11,9 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
-
 from demo.gpt import GPT, parameter_count
 from demo.methods import covered_seconds
 from demo.report import Record, smoothed, summarize, table, write_plots

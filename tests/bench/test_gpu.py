@@ -16,8 +16,6 @@ import pytest
 
 pytest.importorskip("triton")
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
-
 from gpu import driver, prepare, profiling
 from gpu.driver import DRIVER, STAGES, Stage
 from gpu.report import markdown, outcome

@@ -1,55 +1,36 @@
-"""What the Triton kernels compile to: claims about some of them, and the reading of machine code.
-
-`make gpu-report` holds the claims of all of them. Interpreted functions cannot be compiled, so the kernels are compiled
-in a process without TRITON_INTERPRET.
-"""
+"""What is claimed of compiled kernels, and how machine code is read; tests/test_triton_compile.py compiles them."""
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
-
 from gpu_report.code import Code, read_amdgcn, read_sass
-from gpu_report.compiling import TARGETS
+from gpu_report.compiling import REPORTED, TARGETS, kinds_of, widest_share
 from gpu_report.report import broken_claims, write_report
-from gpu_report.variants import all_variants
-from reporting.records import Record, RecordsError, run_record
+from reporting.records import RecordsError, run_record
+from speed.cases import CASES
+from speed.data import DTYPES
 
-BENCH = Path(__file__).parents[2] / "bench"
 FINDING = {"kind": "kernel", "label": "encode", "dtype": "fp32", "target": "sm_90", "error": ""}
 FINDING |= {"least_loads": 128, "least_stores": 8, "registers": 28, "spills": 0, "loads": 128, "stores": 8, "fused": []}
 
 
-def test_variants_have_names_of_their_own_and_say_the_least_that_moves() -> None:
-    variants = {(variant.label, variant.dtype): variant for variant in all_variants()}
-    assert len(variants) == len(all_variants())
-    assert variants["vote", "codes"].bytes_per_element == 9 / 8
+def test_a_thread_s_share_of_a_row_decides_what_is_wide() -> None:
+    codes, floats = torch.empty(8, 512, dtype=torch.uint8), torch.empty(4096)
+    assert [widest_share([codes, floats], threads) for threads in (512, 1024, 2048)] == [128, 128, 64]
     # half a byte of codes is loaded as a whole one
-    assert variants["vote", "codes"].widths((1 / 8,)) == {128: 1}
-    assert variants["vote", "codes"].widths((1 / 4096,)) == {8: 1}
+    assert (widest_share([codes], threads=1024), widest_share([], threads=1)) == (8, 0)
 
 
-@pytest.mark.parametrize(("target", "first"), [("sm_90", 0), ("gfx942", 5)])
-def test_claims_hold_of_some_kernels(target: str, first: int) -> None:
-    chosen = all_variants()[first::15]
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, str(BENCH / "gpu_report"), "--json", "--targets", target]
-    pairs = {(variant.label, variant.dtype) for variant in chosen}
-    command += ["--only", *(f"{label}/{dtype}" for label, dtype in sorted(pairs))]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
-    assert done.returncode == 0, done.stderr
-    findings: list[Record] = json.loads(done.stdout)
-    assert {(found["label"], found["dtype"]) for found in findings} == pairs
-    assert {claim: kernels for claim, kernels in broken_claims(findings).items() if kernels} == {}
+def test_what_is_reported_has_every_op_and_kind() -> None:
+    assert {case.op for case in REPORTED.values()} == {case.op for case in CASES} - {"lion_ema"}
+    assert kinds_of(REPORTED["foreach_lion_step_"]) == ["fp32", "bf16", "fp16", "mixed"]
+    assert (kinds_of(REPORTED["pack_signs"]), kinds_of(REPORTED["spread_codes"])) == (list(DTYPES), ["packed"])
 
 
 def test_broken_claims_name_the_kernel() -> None:

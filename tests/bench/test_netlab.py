@@ -10,9 +10,6 @@ from typing import Any
 
 import pytest
 from gloo_workers import results_of
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
-
 from netlab import lab as lab_module
 from netlab.cells import Session, Turns, table_of
 from netlab.cli import main

@@ -9,9 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
-
 from checkouts import link_library
 from reporting.pages import insert, machine_line, markdown_table, median_ratio
 from reporting.records import ROOT, Journal, Record, RecordsError, read_records, run_record, write_records

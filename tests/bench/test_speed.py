@@ -3,16 +3,10 @@
 from __future__ import annotations
 
 import re
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-
-from lioncub import kernels
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
-
 from reporting.records import RecordsError, run_record
 from speed import report, streams
 from speed.cases import CASES, NOT_OPS, VOTERS, Case, Cell, cells
@@ -20,6 +14,8 @@ from speed.data import DTYPES, PACKED, SIZES, Call, Data
 from speed.peers import PEERS, Peer
 from speed.steps import STEPS, Step, gpt2_shapes, make_step
 from speed.timing import Timer, plan_rounds, summary
+
+from lioncub import kernels
 
 N = 4096
 # as in the table of docs/composing.md, with fp32 tensors

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -11,9 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
-
 from reporting.records import Record, RecordsError, read_records, run_record
 from study import cli
 from study.report import difference, write_report
