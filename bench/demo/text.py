@@ -45,20 +45,25 @@ def split_text(data: bytes, context: int, source: str) -> Text:
     return Text(tokens[:cut], tokens[cut:])
 
 
+def seeded(*parts: object) -> torch.Generator:
+    """Return a generator whose state is a function of the parts alone."""
+    digest = hashlib.blake2b(" ".join(map(str, parts)).encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
+
+
 def training_windows(text: Text, *, batch: int, context: int, seed: int, rank: int, step: int) -> Tensor:
     """Draw int64 [batch, context + 1]: random windows that depend on nothing but the arguments."""
-    digest = hashlib.blake2b(f"{seed} {rank} {step}".encode(), digest_size=8).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest, "little"))
-    starts = torch.randint(0, len(text.train) - context, (batch,), generator=generator, dtype=torch.int64, device="cpu")
-    return _windows(text.train, starts, context)
+    options = {"generator": seeded(seed, rank, step), "dtype": torch.int64, "device": "cpu"}
+    return windows_at(text.train, torch.randint(0, len(text.train) - context, (batch,), **options), context)
 
 
 def validation_windows(text: Text, *, count: int, context: int) -> Tensor:
     """Return int64 [count, context + 1]: evenly spaced windows, always the same."""
     last = len(text.validation) - context - 1
     starts = torch.arange(count, dtype=torch.int64, device="cpu") * last // max(1, count - 1)
-    return _windows(text.validation, starts, context)
+    return windows_at(text.validation, starts, context)
 
 
-def _windows(tokens: Tensor, starts: Tensor, context: int) -> Tensor:
+def windows_at(tokens: Tensor, starts: Tensor, context: int) -> Tensor:
+    """Return int64 [starts, context + 1]."""
     return tokens[starts[:, None] + torch.arange(context + 1, dtype=torch.int64, device="cpu")].long()

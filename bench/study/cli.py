@@ -7,30 +7,36 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from itertools import islice
+from functools import partial
+from itertools import islice, product
 from multiprocessing import get_context
 from pathlib import Path
 
 import torch
 from reporting.records import RESULTS, ROOT, Journal, Record, RecordsError, read_records, run_record
 
-from study.report import cells_of, loss_table, write_report
+from study.report import cells_of, loss_table, precision_table, write_report
 from study.tasks import SHARDS, TASKS
-from study.training import METHODS, REFERENCE, Config, config_of, run
+from study.training import METHODS, PRECISIONS, REFERENCE, Config, config_of, run
 
 WORKERS, SEEDS = (4, 16), 32
 QUICK = (REFERENCE, "SignVote", "BySize", "SignMean", "TernaryVote", "2-bit l1", "SignVote + staggered 16 int8")
+PRECISION_STEPS, PRECISION_LR = 400, 3e-4
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; gives the exit code."""
     options = _parser().parse_args(arguments)
+    part = "-quick" if options.quick else "-precision" if options.precision else ""
+    options.out = options.out or ROOT / "runs" / f"study{part}.jsonl"
     try:
         if not options.report:
-            carry_out(wanted(options.quick), options)
-        records = read_records(_path(options))
+            carry_out(wanted(options.quick, options.precision), options)
+        records = read_records(options.out)
         if options.quick:
             print(loss_table(records[1:], cells_of(records[1:])))
+        elif options.precision:
+            print(precision_table(records[1:]))
         else:
             write_report(records, RESULTS)
         return 0
@@ -46,6 +52,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="study", description=__doc__)
     add = parser.add_argument
     add("--quick", action="store_true", help="one table on stdout, in minutes")
+    add("--precision", action="store_true", help="the table of docs/low-precision.md on stdout, in half an hour")
     add("--hours", type=float, default=float("inf"), help="begin no run later; default: no limit")
     add("--jobs", type=int, default=2, help="runs side by side, one core each; default: 2")
     add("--out", type=Path, help="file of finished runs; default: runs/study.jsonl")
@@ -54,18 +61,13 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _path(options: argparse.Namespace) -> Path:
-    return options.out or ROOT / "runs" / ("study-quick.jsonl" if options.quick else "study.jsonl")
-
-
-def wanted(quick: bool) -> Iterator[Config]:
+def wanted(quick: bool, precision: bool = False) -> Iterator[Config]:
     """Yield all runs, seed by seed, so that a study that is cut off has as many of each."""
-    for seed in range(3 if quick else SEEDS):
-        for task in ("digits",) if quick else TASKS:
-            for shards in SHARDS[:1] if quick else SHARDS:
-                for workers in WORKERS[:1] if quick else WORKERS:
-                    for method in QUICK if quick else METHODS:
-                        yield config_of(task, shards, workers, method, seed)
+    if precision:
+        yield from (Config("text", "iid", 2, 8, name, seed, PRECISION_LR) for seed in range(2) for name in PRECISIONS)
+        return
+    cells = product(*(("digits",), SHARDS[:1], WORKERS[:1], QUICK) if quick else (TASKS, SHARDS, WORKERS, METHODS))
+    yield from (config_of(*cell, seed) for seed, cell in product(range(3 if quick else SEEDS), tuple(cells)))
 
 
 def carry_out(configs: Iterable[Config], options: argparse.Namespace) -> None:
@@ -75,7 +77,7 @@ def carry_out(configs: Iterable[Config], options: argparse.Namespace) -> None:
     """
     if options.jobs < 1 or not options.hours > 0:
         raise ValueError(f"expected --jobs of at least 1 and --hours above 0, got {options.jobs}, {options.hours:g}")
-    path = _path(options)
+    path = options.out
     done: set[Config] = set()
     header = run_record()
     if path.exists():
@@ -87,7 +89,8 @@ def carry_out(configs: Iterable[Config], options: argparse.Namespace) -> None:
         if not done and path.stat().st_size == 0:
             journal.write(header)
         left = [config for config in configs if config not in done]
-        for number, record in enumerate(_records(left, options), len(done) + 1):
+        function = partial(run, steps=PRECISION_STEPS) if options.precision else run
+        for number, record in enumerate(_records(left, options, function), len(done) + 1):
             journal.write(record)
             words = f"{record['task']}, {record['method']}: {record['loss']:.4f}"
             print(f"{number}/{len(done) + len(left)} {words}", flush=True)

@@ -11,7 +11,7 @@ from reporting.pages import OURS, OURS_TOO, PAGE, PEERS, draw_bars, insert, mark
 from reporting.records import Record, RecordsError, write_records
 from scipy import stats
 
-from study.training import METHODS, PLAIN_VOTE, REFERENCE
+from study.training import METHODS, PLAIN_VOTE, PRECISIONS, REFERENCE
 
 CONFIDENCE = 0.95
 # task, shards, workers
@@ -112,6 +112,18 @@ def _share(trainings: Sequence[Record], cell: Cell, method: str) -> float | None
     if len(seeds) < 3:
         return None
     return sum(votes[s] - ours[s] for s in seeds) / sum(votes[s] - reference[s] for s in seeds)
+
+
+def precision_table(trainings: Sequence[Record]) -> str:
+    """Tabulate what parameters in bf16 cost, for docs/low-precision.md: losses by seed, and weights that moved."""
+    rows = []
+    for method, (_, n_bytes) in PRECISIONS.items():
+        own = sorted((t["seed"], t["loss"], t["moved"]) for t in trainings if t["method"] == method)
+        if own:
+            _, found, moved = zip(*own, strict=True)
+            rows.append((method, n_bytes, ", ".join(f"{x:.3f}" for x in found), f"{fmean(found):.3f}", fmean(moved)))
+    header = ("Parameters", "Bytes", "Validation loss, by seed", "Mean", "Weights that moved")
+    return markdown_table(header, [(*row, f"{moved:.0%}") for *row, moved in rows])
 
 
 def title_of(cell: Cell) -> str:

@@ -7,22 +7,18 @@ same. Whatever the shards, workers together see every kind of data equally often
 from __future__ import annotations
 
 import functools
-import hashlib
 import sysconfig
 from pathlib import Path
 from typing import Any
 
 import torch
 from demo.gpt import GPT
+from demo.text import Text as Bytes
+from demo.text import seeded, split_text, windows_at
 from torch import Tensor, nn
 from torch.nn import functional
 
 SHARDS = ("iid", "skewed")
-
-
-def _generator(*parts: object) -> torch.Generator:
-    digest = hashlib.blake2b(" ".join(map(str, parts)).encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
 
 
 class Text:
@@ -38,17 +34,13 @@ class Text:
     )
 
     @functools.cached_property
-    def _parts(self) -> list[tuple[Tensor, Tensor]]:
+    def _parts(self) -> list[Bytes]:
         """Return training and validation bytes of each kind."""
-        found = []
+        stdlib, found = Path(sysconfig.get_paths()["stdlib"]), []
         for packages in self.kinds:
-            folder = Path(sysconfig.get_paths()["stdlib"])
-            files = sorted(file for package in packages for file in (folder / package).rglob("*.py"))
-            if not files:
-                raise FileNotFoundError(f"{folder}: expected the sources of {', '.join(packages)}, found none")
-            tokens = torch.frombuffer(bytearray(b"".join(file.read_bytes() for file in files)), dtype=torch.uint8)
-            cut = len(tokens) - len(tokens) // 10
-            found.append((tokens[:cut], tokens[cut:]))
+            files = sorted(file for package in packages for file in (stdlib / package).rglob("*.py"))
+            source = f"{stdlib}, {', '.join(packages)}"
+            found.append(split_text(b"".join(file.read_bytes() for file in files), self.context, source))
         return found
 
     def model(self, seed: int) -> nn.Module:
@@ -65,17 +57,17 @@ class Text:
 
     def batch_of(self, seed: int, shards: str, workers: int, batch: int, rank: int, step: int) -> tuple[Tensor, ...]:
         """Return int64[batch, context + 1] windows."""
-        generator = _generator("text", seed, shards, workers, batch, rank, step)
+        generator = seeded("text", seed, shards, workers, batch, rank, step)
         if shards == "iid":
             chosen = torch.randint(0, len(self.kinds), (batch,), generator=generator).tolist()
         else:
             chosen = [rank * len(self.kinds) // workers % len(self.kinds)] * batch
         rows = []
         for kind in chosen:
-            tokens = self._parts[kind][0]
-            start = int(torch.randint(0, len(tokens) - self.context, (1,), generator=generator))
-            rows.append(tokens[start : start + self.context + 1])
-        return (torch.stack(rows).long(),)
+            tokens = self._parts[kind].train
+            start = torch.randint(0, len(tokens) - self.context, (1,), generator=generator)
+            rows.append(windows_at(tokens, start, self.context))
+        return (torch.cat(rows),)
 
     def loss(self, model: nn.Module, batch: tuple[Tensor, ...]) -> Tensor:
         """Return the loss in nats per byte."""
@@ -87,7 +79,7 @@ class Text:
         rows = []
         for _, tokens in self._parts:
             starts = torch.linspace(0, len(tokens) - self.context - 1, 256).long()
-            rows.append(tokens[starts[:, None] + torch.arange(self.context + 1)].long())
+            rows.append(windows_at(tokens, starts, self.context))
         # kinds by turns, so that a quarter of them has as many of each
         return torch.stack(rows, dim=1).flatten(0, 1)
 
@@ -140,7 +132,7 @@ class Digits:
 
         raw = load_digits()
         images, labels = torch.tensor(raw.images / 16.0, dtype=torch.float32), torch.tensor(raw.target)
-        order = torch.randperm(len(images), generator=_generator("digits"))
+        order = torch.randperm(len(images), generator=seeded("digits"))
         train, held = order[:1347], order[1347:]
         train = train[torch.argsort(labels[train], stable=True)]
         return images[train], labels[train], images[held], labels[held]
@@ -154,7 +146,7 @@ class Digits:
     def batch_of(self, seed: int, shards: str, workers: int, batch: int, rank: int, step: int) -> tuple[Tensor, ...]:
         """Return float[batch, 8, 8] and int64[batch]."""
         images, labels, *_ = self._data
-        generator = _generator("digits", seed, shards, workers, batch, rank, step)
+        generator = seeded("digits", seed, shards, workers, batch, rank, step)
         first, last = 0, len(images)
         if shards == "skewed":
             first, last = len(images) * rank // workers, len(images) * (rank + 1) // workers
@@ -169,7 +161,7 @@ class Digits:
     def _held_out(self) -> tuple[Tensor, Tensor]:
         *_, images, labels = self._data
         copies = 8
-        disturbed = [self._disturbed(images, _generator("digits", "held out", i)) for i in range(copies)]
+        disturbed = [self._disturbed(images, seeded("digits", "held out", i)) for i in range(copies)]
         return torch.cat(disturbed), labels.repeat(copies)
 
     def validation_loss(self, model: nn.Module) -> float:

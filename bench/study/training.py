@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
-from lioncub import BySize, Comm, Lion, LionCub, MomentumSync, Quantized, SignMean, SignVote, TernaryVote
+from lioncub import BySize, Comm, Lion, LionCub, MomentumSync, Precision, Quantized, SignMean, SignVote, TernaryVote
 from lioncub.simulate import Workers
 from study.tasks import TASKS
 
@@ -29,6 +32,9 @@ class Method:
     compression: Any = None
     sync: MomentumSync | None = None
     lr: float = 1.0
+    precision: Precision = field(default_factory=Precision)
+    # of parameters and gradients; losses are computed in fp32
+    dtype: torch.dtype = torch.float32
 
 
 def _staggered(every: int, **options: Any) -> MomentumSync:
@@ -62,9 +68,25 @@ METHODS = {
 }
 
 
+def _bf16(**options: Any) -> Method:
+    return Method(BySize(), dtype=torch.bfloat16, precision=Precision(**options))
+
+
+_HALF_MOMENTUM = {"momentum_dtype": torch.bfloat16}
+# what the precision of parameters costs, with the bytes of weights and optimizer state per parameter
+PRECISIONS = {
+    "fp32": (Method(BySize()), 4 + 4),
+    "bf16, to nearest": (_bf16(), 2 + 4),
+    "bf16, stochastic": (_bf16(param_rounding="stochastic"), 2 + 4),
+    "bf16, stochastic, bf16 momentum": (_bf16(param_rounding="stochastic", **_HALF_MOMENTUM), 2 + 2),
+    "bf16, fp32 masters": (_bf16(master_weights=True), 2 + 4 + 4),
+    "bf16, fp32 masters, bf16 momentum": (_bf16(master_weights=True, **_HALF_MOMENTUM), 2 + 4 + 2),
+}
+
+
 @dataclass(frozen=True)
 class Config:
-    """All that a run is a function of."""
+    """All arguments of a run; ``method`` is a name of `METHODS` or `PRECISIONS`."""
 
     task: str
     shards: str
@@ -95,10 +117,12 @@ def run(config: Config, steps: int | None = None) -> dict[str, Any]:
     All workers have the same parameters, so their gradients are computed on those of the first one.
     """
     began = time.perf_counter()
-    task, method, size = TASKS[config.task], METHODS[config.method], config.workers
+    task, size = TASKS[config.task], config.workers
+    method = METHODS.get(config.method) or PRECISIONS[config.method][0]
     steps = steps or task.steps
-    model = task.model(config.seed)
-    parameters = sum(p.numel() for p in model.parameters())
+    model = task.model(config.seed).to(method.dtype)
+    initial = [p.detach().clone() for p in model.parameters()]
+    parameters = sum(p.numel() for p in initial)
     # of a ring all-reduce
     fp32_bytes = 2 * (size - 1) / size * 4 * parameters
     with ExitStack() as stack:
@@ -109,17 +133,25 @@ def run(config: Config, steps: int | None = None) -> dict[str, Any]:
             trainer.set_lr(config.lr * schedule(step, steps))
             for rank in range(size):
                 batch = task.batch_of(config.seed, config.shards, size, config.batch, rank, step)
-                task.loss(model, batch).backward()
+                task.loss(_widened(model), batch).backward()
                 trainer.collect(rank)
             sent += trainer.step() or fp32_bytes
         return {
             "kind": "training",
             **asdict(config),
-            "loss": task.validation_loss(model),
+            "loss": task.validation_loss(copy.deepcopy(model).float()),
+            "moved": sum(int((p != q).sum()) for p, q in zip(model.parameters(), initial, strict=True)) / parameters,
             "bytes_per_step": sent / steps,
             "fp32_bytes_per_step": fp32_bytes,
             "seconds": time.perf_counter() - began,
         }
+
+
+def _widened(model: nn.Module) -> Callable[[Tensor], Tensor]:
+    """Return the model as a function that computes in fp32."""
+    if next(model.parameters()).dtype == torch.float32:
+        return model
+    return lambda inputs: functional_call(model, {name: p.float() for name, p in model.named_parameters()}, inputs)
 
 
 class _Averaged:
@@ -164,6 +196,7 @@ class _Voting:
                 weight_decay=WEIGHT_DECAY,
                 compression=method.compression,
                 momentum_sync=method.sync,
+                precision=method.precision,
                 comm=Comm(
                     algorithm="reduce_scatter",
                     drift_every=25 if method.sync is not None and method.sync.is_auto else None,

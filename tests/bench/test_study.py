@@ -12,9 +12,9 @@ import pytest
 import torch
 from reporting.records import Record, RecordsError, read_records, run_record
 from study import cli
-from study.report import difference, write_report
+from study.report import difference, precision_table, write_report
 from study.tasks import TASKS
-from study.training import METHODS, PLAIN_VOTE, REFERENCE, Config, config_of, run, schedule
+from study.training import METHODS, PLAIN_VOTE, PRECISIONS, REFERENCE, Config, config_of, run, schedule
 
 CELL = ("digits", "iid", 4)
 
@@ -82,6 +82,15 @@ def test_a_tiny_run_of_each_kind(task: str) -> None:
     assert all(0 < one["loss"] < 10 for one in found.values())
 
 
+def test_parameters_in_bf16_are_trained_and_reported() -> None:
+    runs = [run(Config("text", "iid", 2, 2, name, 0, 1e-3), steps=2) for name in ("fp32", "bf16, fp32 masters")]
+    assert all(0 < one["loss"] < 10 for one in runs)
+    assert runs[0]["moved"] == 1 > runs[1]["moved"] > 0
+    loss = f"{runs[0]['loss']:.3f}"
+    assert f"| fp32 | 8 | {loss} | {loss} | 100% |\n| bf16, fp32 masters | 10 | " in precision_table(runs)
+    assert len(list(cli.wanted(quick=False, precision=True))) == 2 * len(PRECISIONS)
+
+
 def test_runs_repeat_bit_for_bit() -> None:
     config = Config("digits", "iid", 2, 2, "SignVote + staggered 4 int8", 3, 1e-3)
     first, again = run(config, steps=2), run(config, steps=2)
@@ -140,7 +149,7 @@ def test_finished_runs_are_kept_and_not_repeated(
 ) -> None:
     out, begun = tmp_path / "study.jsonl", []
 
-    def made_up(configs: list[Config], options: object) -> list[Record]:
+    def made_up(configs: list[Config], *_: object) -> list[Record]:
         begun.append(len(configs))
         return [training(config.method, config.seed, 1.0) for config in configs[:5]]
 
