@@ -1,4 +1,4 @@
-"""Starts each stage as a process with its own time limit; what a stage that is cut off has found stays in the file."""
+"""Starts each stage as a process with its own time limit; the rows of a stage that is cut off stay in the file."""
 
 from __future__ import annotations
 
@@ -13,88 +13,77 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from gpu import profiling
-from gpu.report import markdown
-from gpu.rows import Rows
+from reporting.records import ROOT
 
-ROOT = Path(__file__).parents[2]
+from gpu import counters
+from gpu.report import Rows, markdown
+
 CARRIED = ROOT / "build" / "gpu"
+ENTRY = Path(__file__).parent
 DRIVER = "stages"
 # of a stage's limit, rows are begun in this part
 _ROWS_SHARE = 0.85
 _TAIL = 2000
 _NOT_FOUND, _CUT_OFF = 127, 124
+_SANITIZER = ("compute-sanitizer", "--error-exitcode", "9", "--tool")
 
 
 @dataclass(frozen=True)
 class Stage:
-    """``run`` of ``gpu.<module>``, for at most so many seconds; ``under`` is a program that runs it.
+    """``function``, such as "bits.run" for that of ``gpu.bits``, for at most so many seconds.
 
-    A dry run has only rows whose name contains ``dry_only``.
+    ``under`` is a program that runs it. A dry run has only rows whose name contains ``dry_only``.
     """
 
-    name: str
     seconds: float
-    module: str
+    function: str
     under: tuple[str, ...] = ()
     dry_only: str = ""
 
 
-def _sanitized(name: str, tool: str) -> Stage:
-    return Stage(name, 120, "bits", ("compute-sanitizer", "--tool", tool, "--error-exitcode", "9"), "votes")
-
-
 STAGES = {
-    stage.name: stage
-    for stage in (
-        Stage("facts", 60, "facts"),
-        Stage("test", 150, "testing"),
-        Stage("speed", 220, "bandwidth"),
-        Stage("bits", 110, "bits"),
-        Stage("graphs", 90, "graphs"),
-        Stage("steps", 90, "steps"),
-        Stage("nccl", 60, "nccl"),
-        Stage("dist", 190, "dist"),
-        Stage("sweep", 75, "sweep"),
-        Stage("ncu", 90, "profiling", profiling.COMMAND),
-        _sanitized("sanitize", "memcheck"),
-        _sanitized("race", "racecheck"),
-    )
+    "facts": Stage(60, "machine.facts"),
+    "test": Stage(150, "machine.test"),
+    "speed": Stage(220, "bandwidth.run"),
+    "bits": Stage(110, "bits.run"),
+    "graphs": Stage(90, "graphs.run"),
+    "steps": Stage(90, "steps.run"),
+    "nccl": Stage(60, "nccl.run"),
+    "dist": Stage(190, "dist.run"),
+    "sweep": Stage(75, "tiles.run"),
+    "ncu": Stage(90, "tiles.launch_once", counters.COMMAND),
+    "sanitize": Stage(120, "bits.run", (*_SANITIZER, "memcheck"), "votes"),
+    "race": Stage(120, "bits.run", (*_SANITIZER, "racecheck"), "votes"),
 }
 
 
 def run_stages(names: Sequence[str], out: Path, device: str, only: str = "") -> int:
     """Run the stages one after the other and write the report after each; gives 1 where a row or a stage failed."""
-    rows, is_dry, failed = Rows(out / "gpu.json"), device == "cpu", False
+    rows, is_dry, failed = Rows(out / "gpu.jsonl"), device == "cpu", False
     environment = environment_of_stages(is_dry)
     for name in names:
         stage, began = STAGES[name], time.monotonic()
         rows.drop(name)
-        command = command_of(stage, out, device, only or (stage.dry_only if is_dry else ""))
-        shown = " ".join([*stage.under, "python bench/gpu stage", name])
-        code = _run(stage, [] if is_dry else list(stage.under), command, environment, out / "log.txt")
+        command = command_of(name, out, device, only or (stage.dry_only if is_dry else ""))
+        code = _run(name, [] if is_dry else list(stage.under), command, environment, out / "log.txt")
         if name == "ncu" and not is_dry:
-            profiling.add_metrics(rows, name, out / "log.txt")
+            counters.add_metrics(rows, name, out / "log.txt")
         wrong = {"error": _describe(code, stage)} if code else {}
+        shown = " ".join([*stage.under, "python bench/gpu stage", name])
         rows.add(DRIVER, name, seconds=time.monotonic() - began, command=shown, **wrong)
         failed = failed or bool(code) or any("error" in row for row in rows.read(name))
         (out / "gpu.md").write_text(markdown(rows.read(), is_dry=is_dry))
     return int(failed)
 
 
-def entry() -> Path:
-    """What `python` is started with."""
-    return Path(__file__).parent
-
-
-def command_of(stage: Stage, out: Path, device: str, only: str = "") -> list[str]:
-    """The argv of a stage's process."""
-    options = ["--out", str(out), "--device", device, "--seconds", f"{_ROWS_SHARE * stage.seconds:g}"]
-    return [sys.executable, str(entry()), "stage", stage.name, *options, *(["--only", only] if only else [])]
+def command_of(name: str, out: Path, device: str, only: str = "") -> list[str]:
+    """Return the argv of a stage's process."""
+    options = ["--out", str(out), "--device", device, "--seconds", f"{_ROWS_SHARE * STAGES[name].seconds:g}"]
+    return [sys.executable, str(ENTRY), "stage", name, *options, *(["--only", only] if only else [])]
 
 
 def environment_of_stages(is_dry: bool) -> dict[str, str]:
-    """Paths and settings of a stage: the package that is installed, else the copy that `prepare` made.
+    """Return paths and settings of a stage: the package that is installed, else the copy that `prepare` made.
 
     Raises:
         FileNotFoundError: there is neither.
@@ -120,27 +109,26 @@ def _is_installed() -> bool:
     return True
 
 
-def _run(stage: Stage, under: list[str], command: list[str], environment: dict[str, str], log: Path) -> int:
-    """The exit code of a stage, whose words go to the log, and the last of them to the terminal."""
+def _run(name: str, under: list[str], command: list[str], environment: dict[str, str], log: Path) -> int:
+    """Run a stage with its output in the log, print the end of that, and return the exit code."""
     log.parent.mkdir(parents=True, exist_ok=True)
     if under and shutil.which(under[0]) is None:
         return _NOT_FOUND
     with log.open("a+b") as words:
-        words.write(f"=== {stage.name}\n".encode())
+        words.write(f"=== {name}\n".encode())
         words.flush()
         began = words.tell()
+        options = {"env": environment, "cwd": ROOT, "stdout": words, "stderr": words}
         # in a session of its own, which ends with it
-        process = subprocess.Popen(
-            [*under, *command], env=environment, cwd=ROOT, stdout=words, stderr=words, start_new_session=True
-        )
+        process = subprocess.Popen([*under, *command], **options, start_new_session=True)
         try:
-            code = process.wait(stage.seconds)
+            code = process.wait(STAGES[name].seconds)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
             code = _CUT_OFF
         words.seek(max(began, words.seek(0, os.SEEK_END) - _TAIL))
-        print(f"=== {stage.name}: exit code {code}\n{words.read().decode(errors='replace')}", flush=True)
+        print(f"=== {name}: exit code {code}\n{words.read().decode(errors='replace')}", flush=True)
     return code
 
 

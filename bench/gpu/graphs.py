@@ -16,21 +16,22 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from gpu.workbench import Workbench
 from lioncub import LionCub
 
-_SHAPE = {"layers": 12, "heads": 12, "width": 768, "context": 512}
-_SMALL = {"layers": 2, "heads": 4, "width": 128, "context": 512}
+_CONTEXT = 512
+_SHAPE = {"layers": 12, "heads": 12, "width": 768, "context": _CONTEXT}
+_SMALL = {"layers": 2, "heads": 4, "width": 128, "context": _CONTEXT}
 _TINY = {"layers": 1, "heads": 2, "width": 32, "context": 32}
+Make = Callable[[nn.Module], torch.optim.Optimizer]
 
 
 def run(bench: Workbench) -> None:
     """Captured iterations of LionCub and of AdamW, and a compiled step."""
-    shape = _TINY if bench.is_dry else _SHAPE
-    text = load_text(None, shape["context"])
-    for name, make in {"LionCub": lion_cub, "torch AdamW, fused": _adamw}.items():
-        bench.attempt(f"captured iteration, {name}", partial(_captured, bench, shape, text, make))
+    text = load_text(None, _CONTEXT)
+    for name, make in {"LionCub": _lion_cub, "torch AdamW, fused": _adamw}.items():
+        bench.attempt(f"captured iteration, {name}", partial(_captured, bench, text, make))
     bench.attempt("compiled step", partial(_compiled, bench, text))
 
 
-def lion_cub(net: nn.Module) -> LionCub:
+def _lion_cub(net: nn.Module) -> LionCub:
     """A capturable optimizer whose lr is on the device."""
     lr = torch.tensor(1e-4, dtype=torch.float64, device=next(net.parameters()).device)
     return LionCub(net.named_parameters(), lr=lr, weight_decay=0.1, capturable=True)
@@ -41,22 +42,20 @@ def _adamw(net: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW(net.parameters(), lr=lr, fused=True, capturable=True)
 
 
-def _windows(bench: Workbench, text: Text, shape: dict[str, int], step: int) -> Tensor:
-    batch = 2 if bench.is_dry else 16
-    return training_windows(text, batch=batch, context=shape["context"], seed=0, rank=0, step=step).to(bench.device)
+def _windows(bench: Workbench, text: Text, step: int) -> Tensor:
+    options = {"batch": bench.real(16, 2), "context": bench.real(_CONTEXT, _TINY["context"])}
+    return training_windows(text, **options, seed=0, rank=0, step=step).to(bench.device)
 
 
-def _trained(
-    bench: Workbench,
-    shape: dict[str, int],
-    text: Text,
-    make: Callable[[nn.Module], torch.optim.Optimizer],
-    is_captured: bool,
-) -> tuple[list[Tensor], list[float], float]:
-    """Parameters and losses after three steps of warming up and some more, and seconds of an iteration."""
+def _net(bench: Workbench, shape: dict[str, int]) -> GPT:
     torch.manual_seed(0)
-    net = GPT(**shape).to(bench.device)
-    opt, windows = make(net), _windows(bench, text, shape, 0)
+    return GPT(**bench.real(shape, _TINY)).to(bench.device)
+
+
+def _trained(bench: Workbench, text: Text, make: Make, is_captured: bool) -> tuple[list[Tensor], list[float], float]:
+    """Return parameters and losses after three steps of warming up and some more, and seconds of an iteration."""
+    net = _net(bench, _SHAPE)
+    opt, windows = make(net), _windows(bench, text, 0)
 
     def iteration() -> Tensor:
         # in place: a graph holds the gradients' addresses
@@ -74,8 +73,8 @@ def _trained(
         for _ in range(3):
             step()
     losses = []
-    for i in range(2 if bench.is_dry else 20):
-        windows.copy_(_windows(bench, text, shape, i))
+    for i in range(bench.real(20, 2)):
+        windows.copy_(_windows(bench, text, i))
         losses.append(step().clone())
     params = [param.detach().clone() for param in net.parameters()]
     seconds = bench.clock.wall_seconds(step)
@@ -84,10 +83,8 @@ def _trained(
     return params, torch.stack(losses).tolist(), seconds
 
 
-def _captured(
-    bench: Workbench, shape: dict[str, int], text: Text, make: Callable[[nn.Module], torch.optim.Optimizer]
-) -> dict[str, Any]:
-    train = partial(_trained, bench, shape, text, make)
+def _captured(bench: Workbench, text: Text, make: Make) -> dict[str, Any]:
+    train = partial(_trained, bench, text, make)
     (eager, losses, eager_seconds), (again, _, _), (captured, found, seconds) = train(False), train(False), train(True)
     # some kernels of backward add in any order
     repeats, equal = _are_equal(eager, again), _are_equal(eager, captured) and found == losses
@@ -105,12 +102,10 @@ def _captured(
 
 def _compiled(bench: Workbench, text: Text) -> dict[str, Any]:
     """Eager and compiled steps of two optimizers, which get the same gradients."""
-    shape = _TINY if bench.is_dry else _SMALL
-    torch.manual_seed(0)
-    net = GPT(**shape).to(bench.device)
-    twin, windows = copy.deepcopy(net), _windows(bench, text, shape, 0)
-    opt, other = lion_cub(net), lion_cub(twin)
-    counter = CompileCounterWithBackend("eager" if bench.is_dry else "inductor")
+    net = _net(bench, _SMALL)
+    twin, windows = copy.deepcopy(net), _windows(bench, text, 0)
+    opt, other = _lion_cub(net), _lion_cub(twin)
+    counter = CompileCounterWithBackend(bench.real("inductor", "eager"))
     step = torch.compile(other.step, fullgraph=True, backend=counter)
     for _ in range(3):
         net.zero_grad()

@@ -22,11 +22,10 @@ def run(bench: Workbench) -> None:
         torch.cuda.set_device(bench.device)
     packed = torch.randint(0, 256, (4096,), dtype=torch.uint8, device=bench.device)
     with tempfile.TemporaryDirectory() as folder:
-        dist.init_process_group(
-            "gloo" if bench.is_dry else "nccl", init_method=f"file://{folder}/store", rank=0, world_size=1
-        )
+        backend, store = bench.real("nccl", "gloo"), f"file://{folder}/store"
+        dist.init_process_group(backend, init_method=store, rank=0, world_size=1)
         for algorithm in CAPTURABLE:
-            bench.attempt(f"vote by {algorithm}", lambda a=algorithm: _same(vote(packed, algorithm=a), packed))  # type: ignore[misc]
+            bench.attempt(f"vote by {algorithm}", partial(_vote, packed, algorithm))
             bench.attempt(f"captured vote by {algorithm}", partial(_captured, bench, packed, algorithm))
         for dtype in ("fp32", "bf16", "int8"):
             bench.attempt(f"average in {dtype}", partial(_average, bench, dtype))
@@ -38,6 +37,10 @@ def run(bench: Workbench) -> None:
 def _same(got: Tensor, expected: Tensor) -> None:
     if not torch.equal(got.int(), expected.int()):
         raise AssertionError(f"expected {expected.flatten()[:8].tolist()}..., got {got.flatten()[:8].tolist()}...")
+
+
+def _vote(packed: Tensor, algorithm: str) -> None:
+    _same(vote(packed, algorithm=algorithm), packed)
 
 
 def _average(bench: Workbench, dtype: str) -> dict[str, Any]:
@@ -56,7 +59,7 @@ def _captured(bench: Workbench, packed: Tensor, algorithm: str) -> None:
     voter = Voter(packed.numel(), groups=groups, device=bench.device, algorithm=algorithm, functional=True)
     parity = torch.ones((), dtype=torch.int64, device=bench.device)
     # a graph reads from where it was captured
-    ballot = packed.clone()
-    replay = bench.clock.capture(lambda: voter.start(ballot, parity).result())
-    ballot.copy_(packed.flip(0))
+    codes = packed.clone()
+    replay = bench.clock.capture(lambda: voter.start(codes, parity).result())
+    codes.copy_(packed.flip(0))
     _same(replay().packed, packed.flip(0))

@@ -10,7 +10,9 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from gpu.driver import CARRIED, ROOT, entry
+from reporting.records import ROOT
+
+from gpu.driver import CARRIED, ENTRY
 
 _PIP = (sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check")
 # bitsandbytes brings a library for every version of CUDA and more: that of the machine's torch, CUDA 13.0, is enough
@@ -24,7 +26,7 @@ def prepare(peers: dict[str, str] = PEERS) -> int:
     if not _succeeds([*install, str(ROOT)]):
         return 1
     added = {requirement: _add_peer(requirement, unwanted) for requirement, unwanted in peers.items()}
-    library = ["-O2", "-shared", "-fPIC", "-o", str(CARRIED / "pace.so"), str(entry() / "pace.c"), "-ldl"]
+    library = ["-O2", "-shared", "-fPIC", "-o", str(CARRIED / "pace.so"), str(ENTRY / "pace.c"), "-ldl"]
     added["pace.so"] = shutil.which("gcc") is not None and _succeeds(["gcc", *library])
     for name, is_there in added.items():
         print(f"{name}: {'added' if is_there else 'ABSENT'}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pkgutil
 import time
 from collections.abc import Callable
 from functools import partial
@@ -9,7 +10,7 @@ from typing import Any
 
 import torch
 from speed.steps import STD, gpt2_shapes
-from torch import Tensor, nn
+from torch import nn
 
 from gpu.workbench import Workbench
 from lioncub import Lion, LionCub, SignVote
@@ -22,41 +23,33 @@ Params = list[nn.Parameter]
 Make = Callable[[Params], torch.optim.Optimizer]
 
 
-def _lr(params: Params, dtype: torch.dtype) -> Tensor:
-    return torch.tensor(1e-4, dtype=dtype, device=params[0].device)
+def _capturable_lr(params: Params, dtype: torch.dtype) -> dict[str, Any]:
+    return {"lr": torch.tensor(1e-4, dtype=dtype, device=params[0].device), "capturable": True}
 
 
-def _lion_pytorch(params: Params, **options: Any) -> torch.optim.Optimizer:
-    from lion_pytorch import Lion as Theirs
-
-    found: torch.optim.Optimizer = Theirs(params, lr=1e-4, weight_decay=0.1, **options)
-    return found
+def _theirs(name: str, **options: Any) -> Make:
+    """An optimizer of another package, imported when it is made."""
+    return lambda p: pkgutil.resolve_name(name)(p, lr=1e-4, weight_decay=0.1, **options)
 
 
-def _bitsandbytes(params: Params) -> torch.optim.Optimizer:
-    import bitsandbytes
-
-    found: torch.optim.Optimizer = bitsandbytes.optim.Lion32bit(params, lr=1e-4, weight_decay=0.1)
-    return found
-
-
-_AdamW = partial(torch.optim.AdamW, weight_decay=0.1)
+_AdamW = partial(torch.optim.AdamW, weight_decay=0.1, fused=True)
+_LionCub = partial(LionCub, weight_decay=0.1)
 # what each needs, and how it is made
 OPTIMIZERS: dict[str, tuple[str, Make]] = {
-    "LionCub, one worker": ("", lambda p: LionCub(p, lr=1e-4, weight_decay=0.1)),
-    "LionCub, capturable": ("", lambda p: LionCub(p, lr=_lr(p, torch.float64), weight_decay=0.1, capturable=True)),
+    "LionCub, one worker": ("", lambda p: _LionCub(p, lr=1e-4)),
+    "LionCub, capturable": ("", lambda p: _LionCub(p, **_capturable_lr(p, torch.float64))),
     "lioncub.Lion": ("", lambda p: Lion(p, lr=1e-4, weight_decay=0.1)),
-    "torch AdamW, fused": ("", lambda p: _AdamW(p, lr=1e-4, fused=True)),
-    "torch AdamW, fused, capturable": ("", lambda p: _AdamW(p, lr=_lr(p, torch.float32), fused=True, capturable=True)),
-    "lion-pytorch": ("lion_pytorch", _lion_pytorch),
-    "lion-pytorch, Triton": ("lion_pytorch", partial(_lion_pytorch, use_triton=True)),
-    "bitsandbytes Lion32bit": ("bitsandbytes", _bitsandbytes),
+    "torch AdamW, fused": ("", lambda p: _AdamW(p, lr=1e-4)),
+    "torch AdamW, fused, capturable": ("", lambda p: _AdamW(p, **_capturable_lr(p, torch.float32))),
+    "lion-pytorch": ("lion_pytorch", _theirs("lion_pytorch:Lion")),
+    "lion-pytorch, Triton": ("lion_pytorch", _theirs("lion_pytorch:Lion", use_triton=True)),
+    "bitsandbytes Lion32bit": ("bitsandbytes", _theirs("bitsandbytes.optim:Lion32bit")),
 }
 
 
 def run(bench: Workbench) -> None:
     """Each optimizer in each size and dtype; simulated workers and other packages on the small one."""
-    for size, (layers, width) in list(_SIZES.items())[: 1 if bench.is_dry else None]:
+    for size, (layers, width) in list(_SIZES.items())[: bench.real(None, 1)]:
         # two blocks without the embedding, which has as many rows at any width
         shapes = gpt2_shapes(2, 8)[1:] if bench.is_dry else gpt2_shapes(layers, width)
         for label, dtype in _DTYPES.items():
@@ -71,7 +64,7 @@ def run(bench: Workbench) -> None:
                 bench.attempt(f"LionCub, {_WORKERS} simulated workers: {size}, {label}", simulate)
 
 
-def parameters(bench: Workbench, shapes: list[tuple[int, ...]], dtype: torch.dtype) -> Params:
+def _parameters(bench: Workbench, shapes: list[tuple[int, ...]], dtype: torch.dtype) -> Params:
     """Parameters of these shapes with gradients, on the device."""
     found = [nn.Parameter((STD * torch.randn(shape, device=bench.device)).to(dtype)) for shape in shapes]
     for param in found:
@@ -82,7 +75,7 @@ def parameters(bench: Workbench, shapes: list[tuple[int, ...]], dtype: torch.dty
 def _measure(
     bench: Workbench, shapes: list[tuple[int, ...]], dtype: torch.dtype, make: Make, name: str
 ) -> dict[str, Any]:
-    params = parameters(bench, shapes, dtype)
+    params = _parameters(bench, shapes, dtype)
     opt, clock = make(params), bench.clock
     found: dict[str, Any] = {"elements": sum(param.numel() for param in params), "tensors": len(params)}
     found["wall_ms"] = 1e3 * clock.wall_seconds(opt.step)
@@ -99,10 +92,10 @@ def _measure(
 
 def _simulated(bench: Workbench, shapes: list[tuple[int, ...]], dtype: torch.dtype) -> dict[str, Any]:
     """All workers' steps together; they take turns on the device."""
-    warmups, steps = (0, 1) if bench.is_dry else (3, 10)
+    warmups, steps = bench.real((3, 10), (0, 1))
 
     def job(rank: int, group: Any) -> float:
-        params = parameters(bench, shapes, dtype)
+        params = _parameters(bench, shapes, dtype)
         opt = LionCub(params, lr=1e-4, weight_decay=0.1, compression=SignVote(), process_group=group)
         began = 0.0
         for step in range(warmups + steps):

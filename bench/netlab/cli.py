@@ -70,6 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     worker = commands.add_parser("worker", help=argparse.SUPPRESS)
     worker.add_argument("channel", type=int)
     worker.add_argument("model")
+    worker.add_argument("device")
     worker.set_defaults(run=_run_worker)
     clean = commands.add_parser("clean", help="remove what killed labs have left; others do it before they start")
     clean.set_defaults(run=_run_clean)
@@ -124,7 +125,7 @@ def _run_lab(options: argparse.Namespace) -> int:
 def _run_worker(options: argparse.Namespace) -> int:
     from netlab.worker import serve
 
-    serve(options.channel, options.model)
+    serve(options.channel, options.model, options.device)
     return 0
 
 

@@ -7,28 +7,30 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from netlab.lab import Lab, LabError
+from netlab.lab import LabError
 
-# after one worker has failed, the others get this long to report theirs
+# after one worker has failed, the others get this long to end
 SETTLE_SECONDS = 2.0
-_ENTRY = Path(__file__).with_name("__main__.py")
+_TAIL = 3000
 
 
 class WorkerFailedError(LabError):
-    """A worker ended early; the text says which one and why."""
+    """A worker ended early; the text names it, its exit code and the end of the log."""
 
 
 class Crew:
     """One worker process per rank of a lab, all with the same model; leaving the context ends them."""
 
-    def __init__(self, lab: Lab, model: str, log: Path, environment: Mapping[str, str]) -> None:
-        self._lab, self._model, self._log, self._environment = lab, model, log, environment
+    def __init__(self, lab: Any, model: str, log: Path, environment: Mapping[str, str], device: str = "cpu") -> None:
+        self._lab, self._log, self._environment = lab, log, environment
+        self._arguments = (model, device)
         self._channels: list[Connection] = []
         self._processes: list[subprocess.Popen[Any]] = []
 
@@ -36,7 +38,8 @@ class Crew:
         with self._log.open("ab") as log:
             for rank in range(self._lab.workers):
                 mine, theirs = Pipe()
-                command = [sys.executable, str(_ENTRY), "worker", str(theirs.fileno()), self._model]
+                entry = str(Path(__file__).parent)
+                command = [sys.executable, entry, "worker", str(theirs.fileno()), *self._arguments]
                 options = {"pass_fds": (theirs.fileno(),), "stdin": subprocess.DEVNULL, "stdout": log, "stderr": log}
                 self._processes.append(self._lab.start_worker(rank, command, self._environment, **options))
                 # so that the channel reports its end when the worker is gone
@@ -59,43 +62,30 @@ class Crew:
                 process.wait()
 
     def ask(self, do: str, **arguments: Any) -> list[dict[str, Any]]:
-        """Return the answers of all workers, by rank. Raises WorkerFailedError, with its words, where one fails."""
+        """Return the answers of all workers, by rank. Raises WorkerFailedError where one has ended."""
         for channel in self._channels:
-            try:
+            # a worker that is gone is named below
+            with suppress(BrokenPipeError, ConnectionResetError):
                 channel.send({"do": do, **arguments})
-            # why it is gone is known below
-            except (BrokenPipeError, ConnectionResetError):
-                continue
         answers: dict[int, dict[str, Any]] = {}
-        waiting, deadline = list(self._channels), float("inf")
-        while waiting and time.monotonic() < deadline:
-            for ready in wait(waiting, None if deadline == float("inf") else deadline - time.monotonic()):
+        while len(answers) < len(self._channels):
+            for ready in wait([channel for rank, channel in enumerate(self._channels) if rank not in answers]):
                 assert isinstance(ready, Connection)
+                rank = self._channels.index(ready)
                 try:
-                    answer = ready.recv()
+                    answers[rank] = ready.recv()
                 except (EOFError, ConnectionResetError):
-                    answer = {"failure": None}
-                waiting.remove(ready)
-                answers[self._channels.index(ready)] = answer
-                if "failure" in answer:
-                    deadline = min(deadline, time.monotonic() + SETTLE_SECONDS)
-        failed = {rank: answer["failure"] for rank, answer in answers.items() if "failure" in answer}
-        if failed:
-            raise self._cause(failed)
+                    raise WorkerFailedError(self._describe_end(rank)) from None
         return [answers[rank] for rank in range(len(self._channels))]
 
-    def _cause(self, failed: Mapping[int, dict[str, Any] | None]) -> WorkerFailedError:
-        """Name a worker that was killed, or else the earliest failure: what comes later are its peers' complaints."""
-        reported = [failure for failure in failed.values() if failure is not None]
-        where = f"its words are in {self._log}"
-        codes = {rank: self._processes[rank].wait(SETTLE_SECONDS) for rank in failed if failed[rank] is None}
-        for rank, code in codes.items():
-            if code < 0:
-                name = signal.Signals(-code).name
-                hint = " (out of memory?)" if name == "SIGKILL" else ""
-                return WorkerFailedError(f"worker {rank} was killed by {name}{hint}; {where}")
-        if reported:
-            first = min(reported, key=lambda failure: failure["time"])
-            return WorkerFailedError(f"worker {first['rank']} failed: {first['message']}\n{first['traceback']}")
-        rank, code = next(iter(codes.items()))
-        return WorkerFailedError(f"worker {rank} ended with exit code {code}; {where}")
+    def _describe_end(self, rank: int) -> str:
+        """Name a worker that was killed, or else ``rank``, the first that ended: its peers only miss it."""
+        self._processes[rank].wait()
+        time.sleep(SETTLE_SECONDS)
+        codes = [process.poll() for process in self._processes]
+        rank = next((i for i, code in enumerate(codes) if code is not None and code < 0), rank)
+        code = codes[rank]
+        assert code is not None
+        end = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+        hint = " (out of memory?)" if code == -signal.SIGKILL else ""
+        return f"worker {rank} {end}{hint}; the end of {self._log}:\n{self._log.read_text()[-_TAIL:]}"

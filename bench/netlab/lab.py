@@ -239,9 +239,7 @@ class Lab:
         if per_host < 1:
             raise ValueError(f"per_host: expected at least 1, got {per_host}")
         self.hosts, self.per_host, self.rate = hosts, per_host, rate
-        tag = owner_tag(os.getpid())
-        assert tag is not None
-        self._tag = tag
+        self._tag = str(owner_tag(os.getpid()))
         self._processes: list[subprocess.Popen[Any]] = []
 
     def __enter__(self) -> Lab:
@@ -265,32 +263,22 @@ class Lab:
         """Return the number of workers."""
         return self.hosts * self.per_host
 
-    def namespace(self, host: int) -> str:
-        """Return the name of a host's network namespace."""
-        return f"{PREFIX}{self._tag}-h{host}"
-
     def set_rate(self, rate: int) -> None:
         """Change the rate of all links, in bits per second, while connections stay up."""
         for command in rate_commands(self._tag, self.hosts, rate, "change"):
             run(command)
         self.rate = rate
 
-    def start(
-        self, host: int, command: Sequence[str], environment: Mapping[str, str] | None = None, **options: Any
-    ) -> subprocess.Popen[Any]:
-        """Start ``command`` on a host, in a session of its own; it ends with the lab at the latest."""
-        argv = launch_command(self.namespace(host), f"host{host}", command)
-        process = subprocess.Popen(argv, env={**os.environ, **(environment or {})}, start_new_session=True, **options)
-        self._processes.append(process)
-        return process
-
     def start_worker(
         self, rank: int, command: Sequence[str], further: Mapping[str, str] | None = None, **options: Any
     ) -> subprocess.Popen[Any]:
-        """Start ``command`` as worker ``rank``, on its host, with ``further`` variables in its environment."""
+        """Start ``command`` as worker ``rank``, with ``further`` variables; it ends with the lab at the latest."""
         environment = worker_environment(rank, self.hosts, self.per_host) | dict(further or {})
-        pinned = [*pinning_command(rank, sorted(os.sched_getaffinity(0))), *command]
-        return self.start(rank // self.per_host, pinned, environment, **options)
+        host, core = rank // self.per_host, pinning_command(rank, sorted(os.sched_getaffinity(0)))
+        argv = launch_command(f"{PREFIX}{self._tag}-h{host}", f"host{host}", [*core, *command])
+        process = subprocess.Popen(argv, env={**os.environ, **environment}, start_new_session=True, **options)
+        self._processes.append(process)
+        return process
 
     def _close(self) -> None:
         with undisturbed():

@@ -8,16 +8,16 @@ from __future__ import annotations
 import gc
 import inspect
 import os
-import time
+import sys
 import traceback
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.connection import Connection
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import Any, NamedTuple
 
-import lion_pytorch  # type: ignore[import-untyped]
 import torch
 import torch.distributed as dist
 from demo.gpt import GPT, VOCABULARY
@@ -27,15 +27,40 @@ from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDSt
 from torch.nn.parallel import DistributedDataParallel
 
 import lioncub
-from netlab.lab import DEVICE
 
-SEED, CONTEXT = 1, 64
-_WIDTHS = {"10M": 320, "25M": 512}
-MODELS = {name: {"layers": 8, "heads": 8, "width": width, "context": CONTEXT} for name, width in _WIDTHS.items()}
+SEED = 1
+
+
+@dataclass(frozen=True)
+class Model:
+    """A GPT and the windows that each worker trains it on."""
+
+    width: int
+    layers: int = 8
+    heads: int = 8
+    context: int = 64
+    batch: int = 1
+
+    def build(self) -> GPT:
+        """Initialise it from torch's global generator."""
+        return GPT(layers=self.layers, heads=self.heads, width=self.width, context=self.context)
+
+
+MODELS = {"10M": Model(320), "25M": Model(512), "gpu": Model(512, context=256, batch=16)}
+MODELS["tiny"] = Model(64, layers=1, heads=2)
 OPTIONS: dict[str, Any] = {"lr": 1e-4, "betas": (0.9, 0.99), "weight_decay": 0.1}
 ALGORITHMS = ("auto", "all_gather", "reduce_scatter", "all_reduce", "hierarchical")
 OTHERS = ("no_communication", "ddp_fp32_lion_pytorch", "ddp_fp32", "ddp_bf16", "ddp_powersgd")
-_STATISTICS = Path("/sys/class/net") / DEVICE / "statistics"
+ADAMW = ("ddp_fp32_adamw", "ddp_bf16_adamw")
+
+
+class Votes(NamedTuple):
+    """How LionCub exchanges votes: ``bucket_mb`` None is its default."""
+
+    algorithm: str
+    bucket_mb: float | None
+    overlap: bool
+    synced: bool
 
 
 def under_ddp(model: nn.Module, name: str) -> DistributedDataParallel:
@@ -47,32 +72,47 @@ def under_ddp(model: nn.Module, name: str) -> DistributedDataParallel:
     if is_power:
         state = PowerSGDState(process_group=None, matrix_approximation_rank=4, start_powerSGD_iter=2)
         ddp.register_comm_hook(state, powerSGD_hook)
-    elif name == "ddp_bf16":
+    elif name.startswith("ddp_bf16"):
         # DDP refuses torch's own hook on Gloo by its name
         ddp.register_comm_hook(None, lambda group, bucket: bf16_compress_hook(group, bucket))
     return ddp
 
 
-def lion_cub(params: Any, algorithm: str, bucket_mb: float | None, overlap: bool) -> torch.optim.Optimizer:
+def lion_cub(params: Any, votes: Votes) -> torch.optim.Optimizer:
     """Make a LionCub with one-bit votes on all tensors, by the arguments that the measured version has."""
-    transport: dict[str, Any] = {"algorithm": algorithm} | ({} if bucket_mb is None else {"bucket_mb": bucket_mb})
+    transport: dict[str, Any] = {"algorithm": votes.algorithm}
+    transport |= {} if votes.bucket_mb is None else {"bucket_mb": votes.bucket_mb}
     if "comm" in inspect.signature(lioncub.LionCub).parameters:
         transport = {"comm": lioncub.Comm(**transport)}
-    return lioncub.LionCub(params, compression=lioncub.SignVote(), overlap=overlap, **transport, **OPTIONS)
+    if votes.synced:
+        transport["momentum_sync"] = lioncub.MomentumSync(every=4, dtype="int8")
+    return lioncub.LionCub(params, compression=lioncub.SignVote(), overlap=votes.overlap, **transport, **OPTIONS)
+
+
+def peer(params: Any, method: str) -> torch.optim.Optimizer:
+    """Make the optimizer of a method without votes."""
+    if method.endswith("adamw"):
+        return torch.optim.AdamW(params, fused=True, **OPTIONS)
+    if method.endswith("lion_pytorch"):
+        import lion_pytorch  # type: ignore[import-untyped]
+
+        return lion_pytorch.Lion(params, **OPTIONS)
+    return lioncub.Lion(params, **OPTIONS)
 
 
 class Worker:
     """Requests of a cell. All ranks call them together; answers go to JSON."""
 
-    def __init__(self, model: str) -> None:
+    def __init__(self, model: str, device: str = "cpu") -> None:
         torch.set_num_threads(1)
         dist.init_process_group("gloo", timeout=timedelta(seconds=300))
         torch.manual_seed(SEED)
-        self._shape = MODELS[model]
+        self._model, self._device = MODELS[model], torch.device(device)
         # all methods train the same memory: what is timed does not depend on the values
-        self._initial = GPT(**self._shape).state_dict()
+        self._initial = self._model.build().to(self._device).state_dict()
         own = torch.Generator().manual_seed(SEED + 1 + dist.get_rank())
-        self._windows = torch.randint(VOCABULARY, (1, CONTEXT + 1), generator=own)
+        shape = (self._model.batch, self._model.context + 1)
+        self._windows = torch.randint(VOCABULARY, shape, generator=own).to(self._device)
 
     def facts(self) -> dict[str, Any]:
         """Return where the library comes from and how many parameters the model has."""
@@ -118,6 +158,8 @@ class Worker:
     def _seconds(self, step: Callable[[], None]) -> float:
         begin = perf_counter()
         step()
+        if self._device.type == "cuda":
+            torch.cuda.synchronize()
         return perf_counter() - begin
 
     def _method(self, name: str) -> Callable[[], None]:
@@ -126,7 +168,9 @@ class Worker:
 
         def step() -> None:
             optimizer.zero_grad()
-            model(self._windows).backward()
+            with torch.autocast(self._device.type, torch.bfloat16, enabled=self._device.type == "cuda"):
+                loss = model(self._windows)
+            loss.backward()
             optimizer.step()
 
         return step
@@ -134,53 +178,54 @@ class Worker:
     def _build(self, name: str) -> tuple[nn.Module, torch.optim.Optimizer]:
         """Return module and optimizer on parameters of their own in the shared memory, so that hooks end with them."""
         with torch.device("meta"):
-            model: nn.Module = GPT(**self._shape)
+            model: nn.Module = self._model.build()
         model.load_state_dict(self._initial, assign=True)
-        parsed = parse_method(name)
-        if parsed is not None:
-            return model, lion_cub(model.named_parameters(), *parsed)
-        make = lion_pytorch.Lion if name.endswith("lion_pytorch") else lioncub.Lion
-        optimizer = make(model.parameters(), **OPTIONS)
+        votes = parse_method(name)
+        if votes is not None:
+            return model, lion_cub(model.named_parameters(), votes)
+        optimizer = peer(model.parameters(), name)
         return (under_ddp(model, name) if name.startswith("ddp") else model), optimizer
 
 
-def parse_method(name: str) -> tuple[str, float | None, bool] | None:
+def parse_method(name: str) -> Votes | None:
     """Parse "lioncub_reduce_scatter_overlap:0.25" to algorithm, MiB of a bucket and overlap.
 
     Returns None for a method without votes. Raises ValueError for a name that does not exist.
     """
-    if name in OTHERS:
+    if name in (*OTHERS, *ADAMW):
         return None
     base, _, bucket_mb = name.partition(":")
-    overlap = base.endswith("_overlap")
-    algorithm = base.removesuffix("_overlap").removeprefix("lioncub").removeprefix("_") or "auto"
+    base, synced = base.removesuffix("_synced"), base.endswith("_synced")
+    base, overlap = base.removesuffix("_overlap"), base.endswith("_overlap")
+    algorithm = base.removeprefix("lioncub").removeprefix("_") or "auto"
     if not base.startswith("lioncub") or algorithm not in ALGORITHMS:
         raise ValueError(
-            f"method: expected {', '.join(OTHERS)} or lioncub[_ALGORITHM][_overlap][:BUCKET_MB] "
+            f"method: expected {', '.join((*OTHERS, *ADAMW))} or lioncub[_ALGORITHM][_overlap][_synced][:BUCKET_MB] "
             f"with one of {', '.join(ALGORITHMS)}, got {name!r}"
         )
-    return algorithm, float(bucket_mb) if bucket_mb else None, overlap
+    return Votes(algorithm, float(bucket_mb) if bucket_mb else None, overlap, synced)
 
 
-def _sent_bytes() -> int:
-    return int((_STATISTICS / "tx_bytes").read_text())
+def _sent_bytes() -> float:
+    """Count the bytes that left by the interface, of which all workers on this host share the loopback."""
+    device = os.environ["GLOO_SOCKET_IFNAME"]
+    sent = int((Path("/sys/class/net") / device / "statistics" / "tx_bytes").read_text())
+    return sent / dist.get_world_size() if device == "lo" else sent
 
 
-def serve(channel_number: int, model: str) -> None:
+def serve(channel_number: int, model: str, device: str) -> None:
     """Answer requests until the other end closes. Ends the process."""
     channel = Connection(channel_number)
     try:
-        worker = Worker(model)
+        worker = Worker(model, device)
         while True:
             try:
                 request = channel.recv()
             except EOFError:
                 break
             channel.send(getattr(worker, request.pop("do"))(**request))
-    except Exception as error:
-        words = {"message": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
-        channel.send({"failure": {"rank": int(os.environ["RANK"]), "time": time.time(), **words}})
-        traceback.print_exc()
+    except Exception:
+        print(f"worker {os.environ['RANK']} failed:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
         # sys.exit would wait for threads of a group whose peers may hang
         os._exit(1)
     os._exit(0)

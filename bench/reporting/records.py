@@ -62,10 +62,16 @@ def _git(*words: str) -> str:
 
 
 class Journal:
-    """A file of records that is complete after every line. A context manager."""
+    """A file of records that is complete after every line. A context manager.
+
+    With ``append``, a last line that was cut off is removed.
+    """
 
     def __init__(self, path: Path, *, append: bool = False) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
+        if append and path.exists():
+            content = path.read_bytes()
+            os.truncate(path, content.rfind(b"\n") + 1)
         self._file = path.open("a" if append else "w")
 
     def write(self, record: Record) -> None:

@@ -5,16 +5,18 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from lioncub.kernels import packed_bytes, reference
+from lioncub.kernels import reference
 from lioncub.kernels.rounding import Streams
 from lioncub.kernels.scalars import Mix, round_to_float32
-from speed.data import BETA1, BETA2, DECAY, LR, Call, Data, new
+from speed.cases import CASES
+from speed.data import BETA1, BETA2, DECAY, LR, Call, Data
 from speed.streams import philox, read
 
 _MIX1, _MIX2 = (Mix(round_to_float32(beta), round_to_float32(1 - beta)) for beta in (BETA1, BETA2))
@@ -22,15 +24,27 @@ _MIX1, _MIX2 = (Mix(round_to_float32(beta), round_to_float32(1 - beta)) for beta
 
 @dataclass(frozen=True)
 class Peer:
-    """A way to do what the case named ``of`` does; it moves the bytes that the case must move."""
+    """Another way to do what the case named ``of`` does; ``prepare`` makes it ready to run.
+
+    It moves the bytes that the case must move, unless ``prepare`` returns a `Call`.
+    """
 
     of: str
     way: str
-    make: Callable[[Data], Call]
+    prepare: Callable[[Data], Callable[[], object] | Call]
 
     @property
     def name(self) -> str:
         return f"{self.of}/{self.way}/fp32/16Mi"
+
+    def make(self, data: Data) -> Call:
+        """Prepare the call on these tensors."""
+        found = self.prepare(data)
+        if isinstance(found, Call):
+            return found
+        case = next(case for case in CASES if case.name == self.of)
+        like = case.make(data, "reference")
+        return Call(found, like.reads, like.writes)
 
 
 def torch_pack(bits: Tensor) -> Tensor:
@@ -67,11 +81,12 @@ def foreach_lion_step(params: list[Tensor], grads: list[Tensor], exp_avgs: list[
     torch._foreach_lerp_(exp_avgs, grads, 1 - BETA2)
 
 
-def lion_pytorch_step(params: list[Tensor], grads: list[Tensor]) -> Callable[[], object]:
-    """The step of lion-pytorch's optimizer."""
+def lion_pytorch_step(params: list[Tensor], grads: list[Tensor], **options: Any) -> Callable[[], object]:
+    """Return the step of lion-pytorch's optimizer."""
     import lion_pytorch
 
-    return lion_pytorch.Lion(leaves(params, grads), lr=LR, betas=(BETA1, BETA2), weight_decay=DECAY).step
+    rates = {"lr": LR, "betas": (BETA1, BETA2), "weight_decay": DECAY}
+    return lion_pytorch.Lion(leaves(params, grads), **rates, **options).step
 
 
 def leaves(params: list[Tensor], grads: list[Tensor]) -> list[torch.nn.Parameter]:
@@ -93,88 +108,57 @@ def compiled(function: Callable[..., None], *arguments: Any) -> Callable[[], obj
     return lambda: fast(*arguments)
 
 
-def _encode_call(run: Callable[[], object], data: Data) -> Call:
-    return Call(run, (data.exp_avg, data.grad), (new(packed_bytes(data.n)),))
+def _numpy_pack(values: Any) -> Any:
+    return np.packbits(values > 0, bitorder="little")
 
 
-def _vote_call(run: Callable[[], object], data: Data) -> Call:
-    return Call(run, (data.voters(8),), (new(packed_bytes(data.n)),))
+def _numpy_unpack(codes: Any) -> Any:
+    return np.unpackbits(codes, bitorder="little").astype(np.float32) * np.float32(2) - np.float32(1)
 
 
-def _apply_call(run: Callable[[], object], data: Data) -> Call:
-    return Call(run, (data.param, data.codes()), (data.param,))
+def _compiled_encode(d: Data) -> Callable[[], object]:
+    return compiled(reference.lion_encode, [d.exp_avg], [d.grad], _MIX1, 0, [d.codes()], None)
 
 
-def _step_call(run: Callable[[], object], data: Data) -> Call:
-    return Call(run, (data.param, data.grad, data.exp_avg), (data.param, data.exp_avg))
+def _compiled_apply(d: Data) -> Callable[[], object]:
+    lists = [d.param], [d.codes()]
+    return compiled(reference.lion_apply_, *lists, 1, 2, 1, LR, 1 - LR * DECAY, None, None, None)
 
 
-def _quantize_call(run: Callable[[], object], data: Data) -> Call:
-    return Call(run, (data.grad,), (new(packed_bytes(data.n, 2)),))
-
-
-def _compiled_encode(d: Data) -> Call:
-    return _encode_call(compiled(reference.lion_encode, [d.exp_avg], [d.grad], _MIX1, 0, [d.codes()], None), d)
-
-
-def _compiled_vote(d: Data) -> Call:
-    return _vote_call(compiled(reference.majority_vote, d.voters(8), 0, d.codes(), None), d)
-
-
-def _compiled_apply(d: Data) -> Call:
-    return _apply_call(
-        compiled(reference.lion_apply_, [d.param], [d.codes()], 1, 2, 1, LR, 1 - LR * DECAY, None, None, None), d
-    )
-
-
-def _compiled_step(d: Data) -> Call:
+def _compiled_step(d: Data) -> Callable[[], object]:
     lists = [d.param], [d.grad], [d.exp_avg]
-    return _step_call(compiled(reference.lion_step_, *lists, LR, 1 - LR * DECAY, _MIX1, _MIX2), d)
+    return compiled(reference.lion_step_, *lists, LR, 1 - LR * DECAY, _MIX1, _MIX2)
 
 
-def _compiled_quantize(d: Data, stream: Streams | None = None) -> Call:
-    return _quantize_call(compiled(reference.quantize, d.grad, d.scale, 0.5, 0, 2, stream, d.codes(2)), d)
+def _compiled_quantize(d: Data, stream: Streams | None = None) -> Callable[[], object]:
+    return compiled(reference.quantize, d.grad, d.scale, 0.5, 0, 2, stream, d.codes(2))
 
 
-def _numpy_pack(d: Data) -> Call:
-    x = d.param.numpy()
-    return Call(lambda: np.packbits(x > 0, bitorder="little"), (d.param,), (new(packed_bytes(d.n)),))
-
-
-def _numpy_unpack(d: Data) -> Call:
-    codes = d.codes().numpy()
-
-    def unpack() -> Any:
-        return np.unpackbits(codes, bitorder="little").astype(np.float32) * np.float32(2) - np.float32(1)
-
-    return Call(unpack, (d.codes(),), (new(d.n, d.dtype),))
+def _foreach_step(d: Data) -> Callable[[], object]:
+    return partial(foreach_lion_step, [d.param], [d.grad], [d.exp_avg])
 
 
 def _read_only(d: Data) -> Call:
     a, b = d.exp_avg.numpy().view(np.int64), d.grad.numpy().view(np.int64)
-    return Call(lambda: read(a, b), (d.exp_avg, d.grad), ())
+    return Call(partial(read, a, b), (d.exp_avg, d.grad), ())
 
 
 READ, PHILOX, COMPILED = "two_reads", "its_random_words_alone", "torch.compile"
-STOCHASTIC = "quantize:2_bits_stochastic"
+VOTE, STOCHASTIC = "majority_vote:8_voters", "quantize:2_bits_stochastic"
 PEERS = (
-    Peer("pack_signs", "numpy", _numpy_pack),
-    Peer("unpack_signs", "numpy", _numpy_unpack),
-    Peer("lion_encode", "plain_torch", lambda d: _encode_call(lambda: torch_encode(d.exp_avg, d.grad), d)),
+    Peer("pack_signs", "numpy", lambda d: partial(_numpy_pack, d.param.numpy())),
+    Peer("unpack_signs", "numpy", lambda d: partial(_numpy_unpack, d.codes().numpy())),
+    Peer("lion_encode", "plain_torch", lambda d: partial(torch_encode, d.exp_avg, d.grad)),
     Peer("lion_encode", COMPILED, _compiled_encode),
     Peer("lion_encode", READ, _read_only),
-    Peer("majority_vote:8_voters", "numpy", lambda d: _vote_call(lambda: numpy_vote(d.voters(8).numpy()), d)),
-    Peer("majority_vote:8_voters", COMPILED, _compiled_vote),
-    Peer("lion_apply_", "plain_torch", lambda d: _apply_call(lambda: torch_apply(d.param, d.codes()), d)),
+    Peer(VOTE, "numpy", lambda d: partial(numpy_vote, d.voters(8).numpy())),
+    Peer(VOTE, COMPILED, lambda d: compiled(reference.majority_vote, d.voters(8), 0, d.codes(), None)),
+    Peer("lion_apply_", "plain_torch", lambda d: partial(torch_apply, d.param, d.codes())),
     Peer("lion_apply_", COMPILED, _compiled_apply),
-    Peer("lion_step_", "lion-pytorch", lambda d: _step_call(lion_pytorch_step([d.param], [d.grad]), d)),
-    Peer(
-        "lion_step_",
-        "torch_foreach",
-        lambda d: _step_call(lambda: foreach_lion_step([d.param], [d.grad], [d.exp_avg]), d),
-    ),
+    Peer("lion_step_", "lion-pytorch", lambda d: lion_pytorch_step([d.param], [d.grad])),
+    Peer("lion_step_", "torch_foreach", _foreach_step),
     Peer("lion_step_", COMPILED, _compiled_step),
     Peer("quantize:2_bits", COMPILED, _compiled_quantize),
     Peer(STOCHASTIC, COMPILED, lambda d: _compiled_quantize(d, Streams(1, 3, 2, [4]))),
-    Peer(STOCHASTIC, PHILOX, lambda d: _quantize_call(lambda: philox(d.n), d)),
+    Peer(STOCHASTIC, PHILOX, lambda d: partial(philox, d.n)),
 )

@@ -1,11 +1,11 @@
-"""bench/gpu: some stages as a dry run on the CPU, and what becomes of stages that fail, hang or lack a program.
+"""bench/gpu: every stage as a dry run on the CPU, and stages that fail, hang or lack a program.
 
 ``python bench/gpu run --device cpu`` runs every row of every stage.
 """
 
 from __future__ import annotations
 
-import json
+import pkgutil
 import subprocess
 import sys
 import zipfile
@@ -16,63 +16,67 @@ import pytest
 
 pytest.importorskip("triton")
 
-from gpu import driver, prepare, profiling
+from gpu import counters, driver, prepare
 from gpu.driver import DRIVER, STAGES, Stage
-from gpu.report import markdown, outcome
-from gpu.rows import Rows
+from gpu.report import Rows, markdown, outcome
 from gpu.workbench import Workbench
 
 BENCH = Path(__file__).parents[2] / "bench"
-# side by side, since most of a stage is imports: stages, and which rows
-PARTS = (("speed,steps", "lion"), ("facts,sanitize,nccl", ""))
+# by the driver, each in its own process; all others in one, since most of a stage is imports
+DRIVEN = ("facts", "sanitize")
+ROWS = (
+    r"lion_step_|lion_encode|LionCub( signs|, one|, capt|, 4|:|$)|compiled|votes of|vote by|average|all workers|gpu.py"
+)
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """What a dry run of each part has written."""
-    found, processes = [tmp_path_factory.mktemp("gpu") for _ in PARTS], []
-    for (stages, only), out in zip(PARTS, found, strict=True):
-        command = [sys.executable, str(BENCH / "gpu"), "run", "--device", "cpu", "--stages", stages, "--out", str(out)]
-        command += ["--only", only] if only else []
-        processes.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
-    words = [process.communicate(timeout=280)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0] * len(PARTS), "\n".join(words)
+    """Folders with what the dry runs have written."""
+    found = [tmp_path_factory.mktemp("gpu") for _ in range(2)]
+    entry = [sys.executable, str(BENCH / "gpu")]
+    others = [name for name in STAGES if name not in DRIVEN]
+    commands = [[*entry, "run", "--stages", ",".join(DRIVEN)], [*entry, "stage", *others, "--only", ROWS]]
+    environment = driver.environment_of_stages(is_dry=True)
+    for command, out in zip(commands, found, strict=True):
+        done = subprocess.run(
+            [*command, "--device", "cpu", "--out", str(out)],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=280,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
     return found
 
 
 @pytest.fixture(scope="module")
 def rows(folders: list[Path]) -> list[dict[str, Any]]:
     """All rows of both."""
-    return [row for out in folders for row in json.loads((out / "gpu.json").read_text())]
+    return [row for out in folders for row in Rows(out / "gpu.jsonl").read()]
 
 
 def of(rows: list[dict[str, Any]], stage: str) -> dict[str, dict[str, Any]]:
     return {row["name"]: row for row in rows if row["stage"] == stage}
 
 
-def test_stages_run_and_no_row_fails(rows: list[dict[str, Any]]) -> None:
-    stages = ",".join(stages for stages, _ in PARTS).split(",")
-    assert set(of(rows, DRIVER)) == set(stages)
-    for stage in stages:
-        outcomes = {name: outcome(row) for name, row in of(rows, stage).items()}
-        assert "measured" in outcomes.values(), stage
-        # what is absent needs a GPU, or a package that is installed on none of our machines
-        assert {name for name, kind in outcomes.items() if kind in ("error", "skipped")} == set(), stage
+@pytest.mark.parametrize("stage", STAGES)
+def test_stages_run_and_no_row_fails(rows: list[dict[str, Any]], stage: str) -> None:
+    outcomes = {name: outcome(row) for name, row in of(rows, stage).items()}
+    # instrumented, a stage runs the checks of another
+    assert "measured" in outcomes.values() or stage == "race"
+    # what is absent needs a GPU, or a package that is installed on none of our machines
+    assert {name for name, kind in outcomes.items() if kind in ("error", "skipped")} == set()
+    assert callable(pkgutil.resolve_name(f"gpu.{STAGES[stage].function}"))
 
 
-def test_every_stage_has_a_module_with_a_run() -> None:
-    for stage in STAGES.values():
-        assert (BENCH / "gpu" / f"{stage.module}.py").read_text().count("\ndef run(bench: Workbench) -> None:") == 1
-
-
-def test_reports_have_every_row_and_say_that_it_is_a_dry_run(folders: list[Path], rows: list[dict[str, Any]]) -> None:
-    text = "\n".join((out / "gpu.md").read_text() for out in folders)
+def test_reports_have_every_row_and_say_that_it_is_a_dry_run(folders: list[Path]) -> None:
+    text = (folders[0] / "gpu.md").read_text()
     assert text.startswith("# A dry run without GPU: these figures mean nothing\n")
-    for row in rows:
-        if set(row) != {"stage", "name"}:
+    for row in Rows(folders[0] / "gpu.jsonl").read():
+        if set(row) != {"kind", "stage", "name"}:
             assert f"\n| {row['name']} | " in text, row
         assert f"\n## {row['stage']}\n" in text
-    assert "=== nccl\n" in "".join((out / "log.txt").read_text() for out in folders)
+    assert "=== sanitize\n" in (folders[0] / "log.txt").read_text()
 
 
 def test_speed_has_kernels_with_their_bytes_and_their_share_of_a_copy(rows: list[dict[str, Any]]) -> None:
@@ -99,31 +103,34 @@ def test_speed_has_kernels_with_their_bytes_and_their_share_of_a_copy(rows: list
     assert {"absent": "a GPU"}.items() <= speed["lion_step_/bitsandbytes/fp32"].items()
 
 
-def test_checks_compare_what_they_should(rows: list[dict[str, Any]]) -> None:
+def test_stages_compare_what_they_should(rows: list[dict[str, Any]]) -> None:
     assert len([name for name in of(rows, "nccl") if "vote" in name]) == 6
-    assert {row.get("device_ms", 0) > 0 for name, row in of(rows, "steps").items() if outcome(row) == "measured"} == {
-        True
-    }
-    assert of(rows, DRIVER)["sanitize"]["command"].startswith(
-        "compute-sanitizer --tool memcheck --error-exitcode 9 python "
-    )
+    measured = [row for row in of(rows, "steps").values() if "elements" in row]
+    assert len(measured) == 4
+    assert all(row["device_ms"] > 0 for row in measured)
+    distributed = [row for row in of(rows, "dist").values() if "step_ms" in row]
+    assert len(distributed) == 1
+    assert distributed[0]["bytes_per_step"] > 0
+    command = of(rows, DRIVER)["sanitize"]["command"]
+    assert command.startswith("compute-sanitizer --error-exitcode 9 --tool memcheck python ")
 
 
 def test_the_command_of_ncu_is_whole() -> None:
-    command = " ".join(profiling.COMMAND)
+    command = " ".join(counters.COMMAND)
     assert command.startswith("ncu --clock-control none --csv --page raw -k regex:^_[a-z_]+_kernel$ --metrics gpu__")
     assert "dram__throughput.avg.pct_of_peak_sustained_elapsed" in command
 
 
 def test_ncu_s_words_become_rows(tmp_path: Path) -> None:
-    log, rows = tmp_path / "log.txt", Rows(tmp_path / "gpu.json")
+    log, rows = tmp_path / "log.txt", Rows(tmp_path / "gpu.jsonl")
     header = '"ID","Kernel Name","gpu__time_duration.sum","launch__registers_per_thread"\n"","","us",""\n'
     words = f'{header}"9","_old_kernel","1","2"\n=== ncu\n==PROF== x\n{header}"0","_step_kernel","430.1","40"\n'
     log.write_text(f"=== ncu\n{words}")
-    profiling.add_metrics(rows, "ncu", log)
-    assert rows.read() == [{"stage": "ncu", "name": "0: _step_kernel", "duration": "430.1 us", "registers": "40"}]
+    counters.add_metrics(rows, "ncu", log)
+    (found,) = rows.read()
+    assert found.items() >= {"name": "0: _step_kernel", "duration": "430.1 us", "registers": "40"}.items()
     log.write_text("=== ncu\n==ERROR== no permission\n")
-    profiling.add_metrics(rows, "ncu", log)
+    counters.add_metrics(rows, "ncu", log)
     assert rows.read()[-1]["error"] == "ncu: expected a table of kernels in the log, got none"
 
 
@@ -148,15 +155,15 @@ def test_a_row_that_fails_is_recorded_and_the_next_are_measured(tmp_path: Path) 
 def test_a_stage_that_is_cut_off_keeps_its_rows_and_the_next_is_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    add = f"Rows(Path({str(tmp_path / 'gpu.json')!r})).add('hangs', 'found', figure=1.5)"
+    add = f"Rows(Path({str(tmp_path / 'gpu.jsonl')!r})).add('hangs', 'found', figure=1.5)"
     imports = f"import sys, time; sys.path.insert(0, {str(BENCH)!r}); from pathlib import Path"
-    hang = f"{imports}; from gpu.rows import Rows; {add}; time.sleep(600)"
+    hang = f"{imports}; from gpu.report import Rows; {add}; time.sleep(600)"
     code = {"hangs": hang, "fails": "print('words'); raise SystemExit(3)", "lacks": "", "passes": ""}
-    stages = [Stage("hangs", 6, "x"), Stage("fails", 60, "x"), Stage("lacks", 60, "x", ("no-such-program",))]
-    monkeypatch.setattr(driver, "STAGES", {stage.name: stage for stage in (*stages, Stage("passes", 60, "x"))})
-    monkeypatch.setattr(driver, "command_of", lambda stage, *_: [sys.executable, "-c", code[stage.name]])
+    stages = {"hangs": Stage(6, "x"), "fails": Stage(60, "x"), "lacks": Stage(60, "x", ("no-such-program",))}
+    monkeypatch.setattr(driver, "STAGES", {**stages, "passes": Stage(60, "x")})
+    monkeypatch.setattr(driver, "command_of", lambda name, *_: [sys.executable, "-c", code[name]])
     assert driver.run_stages(list(code), tmp_path, "cuda:0") == 1
-    found = Rows(tmp_path / "gpu.json")
+    found = Rows(tmp_path / "gpu.jsonl")
     assert [row["figure"] for row in found.read("hangs")] == [1.5]
     errors = {row["name"]: row.get("error") for row in found.read(DRIVER)}
     cut_off, missing = "cut off after 6 s", "not found: no-such-program"
