@@ -26,7 +26,6 @@ class StepCost:
     loss: float
     forward_seconds: float
     backward_seconds: float
-    communication_seconds: float
     exposed_seconds: float
     optimizer_seconds: float
     bytes_sent: float
@@ -36,43 +35,20 @@ class AllReduceClock:
     """Times of DDP's all-reduces, taken by a communication hook that does what DDP does by itself."""
 
     def __init__(self) -> None:
-        self.started: list[float] = []
-        self.finished: list[float] = []
+        self.last_start = self.last_end = 0.0
 
     def hook(self, group: dist.ProcessGroup | None, bucket: GradBucket) -> torch.futures.Future[Tensor]:
         """Pass this to ``register_comm_hook``; ``group`` None is the default group."""
-        self.started.append(perf_counter())
+        self.last_start = perf_counter()
         return allreduce_hook(group, bucket).then(self._finish)  # type: ignore[arg-type]
 
     def _finish(self, future: torch.futures.Future[Tensor]) -> Tensor:
-        self.finished.append(perf_counter())
+        self.last_end = perf_counter()
         return future.value()
-
-    def reset(self) -> None:
-        """Forget the past step."""
-        self.started.clear()
-        self.finished.clear()
 
     def exposed_seconds(self) -> float:
         """Return the time from the last bucket's start: all gradients are there, and the backward pass only waits."""
-        return max(self.finished) - max(self.started)
-
-    def busy_seconds(self) -> float:
-        """Return the time with at least one all-reduce under way, since the last reset."""
-        return covered_seconds(self.started, self.finished)
-
-
-def covered_seconds(started: list[float], finished: list[float]) -> float:
-    """Return how long more intervals had started than finished; both lists may be in any order."""
-    covered, open_count, opened_at = 0.0, 0, 0.0
-    # at the same moment a start comes first, so that touching intervals count once
-    for moment, change in sorted([(t, 1) for t in started] + [(t, -1) for t in finished], key=lambda e: (e[0], -e[1])):
-        if open_count == 0:
-            opened_at = moment
-        open_count += change
-        if open_count == 0:
-            covered += moment - opened_at
-    return covered
+        return self.last_end - self.last_start
 
 
 class LionUnderDDP:
@@ -87,10 +63,9 @@ class LionUnderDDP:
 
     def step(self, windows: Tensor) -> StepCost:
         """Train one step on int64 [batch, context + 1]; changes model and optimizer."""
-        self.clock.reset()
         loss, (forward, backward, optimizer) = _timed_step(self.ddp, self.optimizer, windows)
-        busy, exposed = self.clock.busy_seconds(), self.clock.exposed_seconds()
-        return StepCost(loss, forward, backward - exposed, busy, exposed, optimizer, self.bytes_per_step)
+        exposed = self.clock.exposed_seconds()
+        return StepCost(loss, forward, backward - exposed, exposed, optimizer, self.bytes_per_step)
 
 
 class LionCubOnModule:
@@ -107,7 +82,7 @@ class LionCubOnModule:
         loss, (forward, backward, optimizer) = _timed_step(self.model, self.optimizer, windows)
         stats = self.optimizer.stats()
         waited = stats.communication_seconds
-        return StepCost(loss, forward, backward, waited, waited, optimizer - waited, stats.bytes_sent_per_step)
+        return StepCost(loss, forward, backward, waited, optimizer - waited, stats.bytes_sent_per_step)
 
 
 Method = LionUnderDDP | LionCubOnModule

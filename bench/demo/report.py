@@ -5,10 +5,9 @@ from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 from statistics import fmean, median
+from typing import Any
 
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import StrMethodFormatter
+from reporting.pages import new_figure, save_figure
 
 from demo.methods import StepCost
 
@@ -16,15 +15,15 @@ from demo.methods import StepCost
 LAST_STEPS = 20
 NETWORKS = {"100 Mb/s": 1e8, "1 Gb/s": 1e9, "10 Gb/s": 1e10}
 TITLES = {"lion": "Lion, DDP, fp32", "lioncub": "LionCub"}
-COLOURS = {"lion": "#c2571a", "lioncub": "#1a66b0"}
+COLORS = {"lion": "#c2571a", "lioncub": "#1a66b0"}
 # the lines often coincide: the one drawn later is thinner, so that both are seen
 WIDTHS = {"lion": 3.2, "lioncub": 1.4}
 CAPTION = """\
-Medians over steps, means over {workers} workers that share this machine. Communication of Lion under DDP: from the
-moment a bucket of gradients is ready until its sum has arrived; "waited for" is the part after the last bucket is
-ready. Its bytes are computed for a ring all-reduce, 2(N-1)/N x 4 per parameter; those of LionCub are counted, control
-messages included. Computed steps: measured computation plus bytes / bandwidth, without latency. Lion is credited with
-perfect overlap, forward + max(backward, wire) + optimizer; LionCub with none, forward + backward + wire + optimizer."""
+Medians over steps, means over {workers} workers that share this machine. Communication that Lion under DDP waits for is
+that after its last bucket of gradients is ready. Its bytes are computed for a ring all-reduce, 2(N-1)/N x 4 per
+parameter; those of LionCub are counted, control messages included. Computed steps: measured computation plus bytes /
+bandwidth, without latency. Lion is credited with perfect overlap, forward + max(backward, wire) + optimizer; LionCub
+with none, forward + backward + wire + optimizer."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +51,6 @@ def summarize(records: Sequence[Record], method: str) -> dict[str, float]:
         "step, ms": 1e3 * typical("step_seconds"),
         "  forward + backward": 1e3 * (forward + backward),
         "  optimizer": 1e3 * optimizer,
-        "  communication": 1e3 * typical("communication_seconds"),
         "  communication waited for": 1e3 * typical("exposed_seconds"),
     }
     for network, bits_per_second in NETWORKS.items():
@@ -87,50 +85,35 @@ def smoothed(values: Sequence[float], reach: int) -> list[float]:
     return [(sums[end] - sums[start]) / (end - start) for start, end in bounds]
 
 
-def write_plots(records: Sequence[Record], folder: Path) -> list[Path]:
-    """Write the plots into ``folder``: loss by step, loss by time, bytes by step. Return their paths."""
-    by_step, steps_axes = _new_figure("Loss by step", "step", "loss (nats per byte)")
-    by_time, time_axes = _new_figure("Loss by time", "training time on this machine (s)", "loss (nats per byte)")
-    by_bytes, bytes_axes = _new_figure("Bytes sent by each worker", "step", "sent since the start (MB, log scale)")
+def write_plots(records: Sequence[Record], path: Path) -> None:
+    """Draw loss by step, loss by time, and bytes by step, side by side."""
+    figure, (by_step, by_time, by_bytes) = new_figure(3, height=4.2)
     for method in sorted({record.method for record in records}):
         own = [record for record in records if record.method == method]
         steps = [float(record.step) for record in own]
-        _draw_losses(steps_axes, own, steps)
-        _draw_losses(time_axes, own, list(accumulate(record.step_seconds for record in own)))
+        _draw_losses(by_step, own, steps)
+        _draw_losses(by_time, own, list(accumulate(record.step_seconds for record in own)))
         sent = [total / 1e6 for total in accumulate(record.bytes_sent for record in own)]
         label = f"{TITLES[method]}: {1e3 * sent[-1] / len(sent):,.1f} kB per step"
-        bytes_axes.plot(steps, sent, color=COLOURS[method], linewidth=1.8, label=label)
+        by_bytes.plot(steps, sent, color=COLORS[method], label=label)
     # one worker alone sends nothing, and log axes have no zero
-    if all(record.bytes_sent > 0 for record in records):
-        bytes_axes.set_yscale("log")
-        bytes_axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
-    paths = []
-    for name, figure in {"loss_by_step": by_step, "loss_by_time": by_time, "bytes_by_step": by_bytes}.items():
-        figure.axes[0].set_xlim(left=0)
-        figure.axes[0].legend(frameon=False)
-        paths.append(folder / f"{name}.png")
-        figure.savefig(paths[-1], dpi=150)
-    return paths
+    by_bytes.set_yscale("log" if all(record.bytes_sent > 0 for record in records) else "linear")
+    by_step.set(xlabel="step", ylabel="loss (nats per byte)")
+    by_time.set(xlabel="training time on this machine (s)", ylabel="loss (nats per byte)")
+    by_bytes.set(xlabel="step", ylabel="sent by each worker (MB)")
+    for axes in (by_step, by_time, by_bytes):
+        axes.set_xlim(left=0)
+        axes.grid(alpha=0.25)
+        axes.legend(frameon=False, fontsize="small")
+    save_figure(figure, path)
 
 
-def _new_figure(title: str, xlabel: str, ylabel: str) -> tuple[Figure, Axes]:
-    # a separate Figure draws with Agg, without a display and without pyplot's global state
-    figure = Figure(figsize=(7, 4.2), layout="constrained")
-    axes = figure.add_subplot()
-    axes.set_title(title, loc="left")
-    axes.set(xlabel=xlabel, ylabel=ylabel)
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
-    return figure, axes
-
-
-def _draw_losses(axes: Axes, own: Sequence[Record], x: list[float]) -> None:
+def _draw_losses(axes: Any, own: Sequence[Record], x: list[float]) -> None:
     method, losses = own[0].method, [record.loss for record in own]
-    colour, title = COLOURS[method], TITLES[method]
-    axes.plot(x, losses, color=colour, alpha=0.12, linewidth=0.6)
+    color, title = COLORS[method], TITLES[method]
+    axes.plot(x, losses, color=color, alpha=0.12, linewidth=0.6)
     mean = smoothed(losses, len(own) // 40)
-    axes.plot(x, mean, color=colour, linewidth=WIDTHS[method], label=f"{title}: training, running mean")
+    axes.plot(x, mean, color=color, linewidth=WIDTHS[method], label=f"{title}: training, running mean")
     points = [(at, record.val_loss) for at, record in zip(x, own, strict=True) if record.val_loss is not None]
-    marker, size = ("s", 7) if method == "lion" else ("o", 4)
-    style = {"linestyle": "none", "marker": marker, "markersize": size, "markerfacecolor": "white"}
-    axes.plot(*zip(*points, strict=True), color=colour, label=f"{title}: validation", **style)
+    style = {"linestyle": "none", "marker": "s" if method == "lion" else "o", "markerfacecolor": "white"}
+    axes.plot(*zip(*points, strict=True), color=color, label=f"{title}: validation", **style)

@@ -74,13 +74,8 @@ def parse(arguments: Sequence[str] | None) -> Options:
     add("--algorithm", choices=("auto", *ALGORITHMS), default=defaults.algorithm, help="of the votes")
     for name, default in dataclasses.asdict(defaults).items():
         if name not in ("methods", "data", "algorithm"):
-            add(
-                f"--{name.replace('_', '-')}",
-                type=type(default),
-                default=default,
-                metavar="X",
-                help=f"default: {default}",
-            )
+            flag = f"--{name.replace('_', '-')}"
+            add(flag, type=type(default), default=default, metavar="X", help=f"default: {default}")
     given = vars(parser.parse_args(arguments))
     return Options(**{**given, "methods": tuple(dict.fromkeys(given["methods"]))})
 
@@ -189,9 +184,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if leads:
         log = Path(options.out) / "log.jsonl"
         log.write_text("".join(json.dumps(dataclasses.asdict(record)) + "\n" for record in records))
-        plots = write_plots(records, log.parent)
+        write_plots(records, log.with_name("plots.png"))
         model = GPT(layers=options.layers, heads=options.heads, width=options.width, context=options.context)
         print(f"GPT of {parameter_count(model):,} parameters, {workers} workers, {options.steps} steps\n")
         print(table(records, workers))
-        print(f"\nwritten: {', '.join(str(path) for path in (log, *plots))}")
+        print(f"\nwritten: {log}, {log.with_name('plots.png')}")
     return 0

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from reporting.pages import OURS, OURS_TOO, PAGE, draw_bars, insert, markdown_table, new_figure, save_figure
-from reporting.records import Record, RecordsError, write_records
+from reporting.pages import OURS, OURS_TOO, PAGE, markdown_table, write_results
+from reporting.records import Record, RecordsError
 
 from gpu_report.compiling import TARGETS
 
@@ -50,19 +50,18 @@ def write_report(records: Sequence[Record], folder: Path, page: Path = PAGE) -> 
     findings = [record for record in records if record["kind"] == "kernel"]
     if {found["target"] for found in findings} != set(TARGETS):
         raise RecordsError(f"expected kernels for {', '.join(TARGETS)}, got a part")
-    write_records(folder / "gpu.jsonl", records)
     claims = [(claim, len(findings), len(broken)) for claim, broken in broken_claims(findings).items()]
     held = markdown_table(("what tests hold", "kernels", "broken"), claims)
-    insert(page, "gpu", f"{held}\n\n{register_table(findings)}")
-    figure, axes = new_figure(2, height=0.2 * len(_rows(findings)) + 0.9)
-    for axis, target in zip(axes, ("sm_90", "gfx942"), strict=True):
-        bars = []
-        for label, dtype in _rows(findings):
-            found = next(f for f in findings if (f["label"], f["dtype"], f["target"]) == (label, dtype, target))
-            bars.append((label, found.get("registers", 0), OURS if is_exact(label) or "vote" in label else OURS_TOO))
-        draw_bars(axis, bars, f"registers of a thread, {target}")
-    axes[1].set_yticklabels([])
-    save_figure(figure, folder / "gpu.png")
+    registers = {(f["label"], f["dtype"], f["target"]): f.get("registers", 0) for f in findings}
+    panels = []
+    for target in ("sm_90", "gfx942"):
+        bars = [
+            (label, registers.get((label, dtype, target), 0), OURS if is_exact(label) or "vote" in label else OURS_TOO)
+            for label, dtype in _rows(findings)
+        ]
+        panels.append((f"registers of a thread, {target}", bars))
+    height, text = 0.2 * len(_rows(findings)) + 0.9, f"{held}\n\n{register_table(findings)}"
+    write_results("gpu", records, text, panels, height=height, folder=folder, page=page)
 
 
 def _rows(findings: Sequence[Record]) -> list[tuple[str, str]]:
@@ -75,6 +74,6 @@ def register_table(findings: Sequence[Record]) -> str:
     rows = []
     for label, dtype in _rows(findings):
         of = {f["target"]: f for f in findings if (f["label"], f["dtype"]) == (label, dtype)}
-        widths = (of["sm_90"].get("loads", ""), of["sm_90"].get("stores", ""))
-        rows.append((label, *(of[target].get("registers", "error") for target in TARGETS), *widths))
+        cells = [of.get(target, {}).get("registers", "") for target in TARGETS]
+        rows.append((label, *cells, *(of.get("sm_90", {}).get(part, "") for part in ("loads", "stores"))))
     return markdown_table(("kernel", *TARGETS, "bits loaded", "bits stored"), rows)

@@ -83,9 +83,8 @@ def run_session(
             environment = link_library(checkout, folder / code) | {"MASTER_PORT": str(MASTER_PORT + i)}
             crews[code] = stack.enter_context(Crew(lab, session.model, log, environment))
             facts = crews[code].ask("facts")[0]
-            print(
-                f"{code}: {facts['library']}, {facts['parameters']:,} parameters, {session.workers} workers", flush=True
-            )
+            words = f"{facts['parameters']:,} parameters, {session.workers} workers"
+            print(f"{code}: {facts['library']}, {words}", flush=True)
             # compiles kernels
             for method in methods:
                 crews[code].ask("measure", method=method, untimed=turns.untimed_of(method), steps=1, seconds=1.0)
@@ -112,9 +111,7 @@ def _check(rate: int, crew: Crew) -> float:
     if share > GREATEST_SHARE:
         raise LabError(f"links: expected at most {GREATEST_SHARE} of {rate_name(rate)}, got {share:.3f}")
     if rate <= GUARANTEED_RATE and share < LEAST_SHARE:
-        print(
-            f"warning: links carry {share:.0%} of {rate_name(rate)}: something else keeps the machine busy", flush=True
-        )
+        print(f"warning: links carry {share:.0%} of {rate_name(rate)}: is the machine busy?", flush=True)
     return share
 
 

@@ -23,7 +23,6 @@ from typing import Any
 PREFIX = "lioncub-"
 DEVICE = "eth0"
 MASTER_PORT = 29500
-MAX_HOSTS = 200
 _TOOLS = {
     "ip": "iproute2",
     "tc": "iproute2",
@@ -185,13 +184,11 @@ def _remove(namespace: str) -> None:
     run(["ip", "netns", "delete", namespace])
 
 
-def remove_stale() -> list[str]:
-    """Remove the namespaces of labs whose process is gone, with what runs in them; gives their names."""
-    names = sorted(path.name for path in _NAMESPACES.glob(f"{PREFIX}*")) if _NAMESPACES.is_dir() else []
-    stale = [name for name in names if is_stale(name)]
-    for name in stale:
-        _remove(name)
-    return stale
+def _remove_stale() -> None:
+    """Remove the namespaces of labs whose process is gone, with what runs in them."""
+    for name in sorted(path.name for path in _NAMESPACES.glob(f"{PREFIX}*")):
+        if is_stale(name):
+            _remove(name)
 
 
 class Interrupted(BaseException):
@@ -234,17 +231,13 @@ class Lab:
     """A running lab; leaving its context removes it, with every process in it, however the context is left."""
 
     def __init__(self, hosts: int, rate: int, per_host: int = 1) -> None:
-        if not 1 <= hosts <= MAX_HOSTS:
-            raise ValueError(f"hosts: expected 1 to {MAX_HOSTS}, got {hosts}")
-        if per_host < 1:
-            raise ValueError(f"per_host: expected at least 1, got {per_host}")
         self.hosts, self.per_host, self.rate = hosts, per_host, rate
         self._tag = str(owner_tag(os.getpid()))
         self._processes: list[subprocess.Popen[Any]] = []
 
     def __enter__(self) -> Lab:
         require_abilities()
-        remove_stale()
+        _remove_stale()
         try:
             for command in build_commands(self._tag, self.hosts, self.rate):
                 run(command)

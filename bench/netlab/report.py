@@ -6,20 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 
-from reporting.pages import (
-    OURS,
-    OURS_TOO,
-    PAGE,
-    PEERS,
-    draw_bars,
-    insert,
-    machine_line,
-    markdown_table,
-    median_ratio,
-    new_figure,
-    save_figure,
-)
-from reporting.records import Record, RecordsError, write_records
+from reporting.pages import OURS, OURS_TOO, PAGE, PEERS, machine_line, markdown_table, median_ratio, write_results
+from reporting.records import Record, RecordsError
 
 from netlab.cells import medians_of
 from netlab.lab import rate_name
@@ -44,20 +32,15 @@ def write_report(records: Sequence[Record], folder: Path, page: Path = PAGE) -> 
     rates = sorted({turn["rate"] for turn in first})
     if not first or any(not of(first, rate, BASELINE) for rate in rates):
         raise RecordsError(f"expected turns of 4 workers, 10M, with {BASELINE}, got {len(first)}")
-    write_records(folder / "network.jsonl", records)
     tables = [machine_line(records[0]), step_table(first, rates), speedup_table(turns)]
-    insert(page, "network", "\n\n".join(table for table in tables if table))
-    figure, axes = new_figure(len(rates), height=3.4)
-    for axis, rate in zip(axes, rates, strict=True):
-        methods = [method for method in dict.fromkeys(turn["method"] for turn in first) if method != BASELINE]
-        speedups = {method: speedup(first, rate, method) for method in methods}
-        bars = [
-            (title_of(method).replace("`", ""), ratio, color_of(method)) for method, ratio in speedups.items() if ratio
-        ]
-        draw_bars(axis, bars, f"times as fast as DDP fp32, {rate_name(rate)}")
-        if rate != rates[0]:
-            axis.set_yticklabels([])
-    save_figure(figure, folder / "network.png")
+    methods = [method for method in dict.fromkeys(turn["method"] for turn in first) if method != BASELINE]
+    panels = []
+    for rate in rates:
+        ratios = {method: speedup(first, rate, method) for method in methods}
+        bars = [(title_of(name).replace("`", ""), ratio, color_of(name)) for name, ratio in ratios.items() if ratio]
+        panels.append((f"times as fast as DDP fp32, {rate_name(rate)}", bars))
+    text = "\n\n".join(table for table in tables if table)
+    write_results("network", records, text, panels, height=3.4, folder=folder, page=page)
 
 
 def step_table(turns: Sequence[Record], rates: Sequence[int]) -> str:

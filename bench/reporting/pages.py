@@ -8,10 +8,14 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
+from reporting.records import RESULTS, Record, write_records
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "results.md"
+PAGE = RESULTS.with_suffix(".md")
+# name, value or None, color
+Bar = tuple[str, float | None, str]
 # colors that differ in lightness too; ours are the first two
 OURS, OURS_TOO, PEERS = "#1b6ca8", "#7db6dd", "#b9b4aa"
 
@@ -64,8 +68,33 @@ def new_figure(panels: int = 1, *, height: float = 3.2) -> tuple[Figure, list[An
     return figure, axes
 
 
-def draw_bars(axis: Any, bars: Sequence[tuple[str, float | None, str]], label: str, *, form: str = "{:.3g}") -> None:
-    """Draw horizontal bars of (name, value, color), the first on top, each with its value; none for None."""
+def write_results(
+    name: str,
+    records: Sequence[Record],
+    text: str,
+    panels: Sequence[tuple[str, Sequence[Bar]]],
+    *,
+    height: float,
+    form: str = "{:.3g}",
+    folder: Path = RESULTS,
+    page: Path = PAGE,
+) -> None:
+    """Write NAME.jsonl and NAME.png into ``folder``, and ``text`` between the marks of that name in ``page``.
+
+    ``panels`` are bars with the label of their axis. All have the same bars' names, which the first one shows.
+    """
+    write_records(folder / f"{name}.jsonl", records)
+    insert(page, name, text)
+    figure, axes = new_figure(len(panels), height=height)
+    for axis, (label, bars) in zip(axes, panels, strict=True):
+        _draw_bars(axis, bars, label, form)
+        if axis is not axes[0]:
+            axis.set_yticklabels([])
+    save_figure(figure, folder / f"{name}.png")
+
+
+def _draw_bars(axis: Any, bars: Sequence[Bar], label: str, form: str) -> None:
+    """Draw horizontal bars, the first on top, each with its value."""
     names, values, colors = zip(*bars, strict=True)
     drawn = axis.barh(range(len(bars)), [value or 0 for value in values], color=colors)
     texts = ["" if value is None else form.format(value) for value in values]

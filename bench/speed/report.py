@@ -5,18 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from reporting.pages import (
-    OURS,
-    OURS_TOO,
-    PAGE,
-    draw_bars,
-    insert,
-    machine_line,
-    markdown_table,
-    new_figure,
-    save_figure,
-)
-from reporting.records import Record, RecordsError, write_records
+from reporting.pages import OURS, OURS_TOO, PAGE, machine_line, markdown_table, write_results
+from reporting.records import Record, RecordsError
 
 DTYPES = ("fp32", "bf16", "fp16")
 
@@ -27,13 +17,12 @@ def write_report(records: Sequence[Record], folder: Path, page: Path = PAGE) -> 
     cases = list(dict.fromkeys(name.split("/")[0] for name in by_name if name.split("/")[1:2] == ["cpu"]))
     if not cases or "step:LionCub/gpt2_small/fp32" not in by_name:
         raise RecordsError("expected a whole run of `make bench`, got a part of one")
-    write_records(folder / "speed.jsonl", records)
-    insert(page, "speed", f"{machine_line(records[0])}\n\n{speed_table(by_name, cases)}\n\n{step_table(by_name)}")
-    figure, (axis,) = new_figure(height=0.22 * len(cases) + 0.8)
+    text = f"{machine_line(records[0])}\n\n{speed_table(by_name, cases)}\n\n{step_table(by_name)}"
     ratios = {case: record["ratio"] for case in cases if (record := _find(by_name, case, "fp32"))}
     bars = [(_title(case), 100 * ratio, OURS if ratio >= 1 else OURS_TOO) for case, ratio in ratios.items()]
-    draw_bars(axis, bars, "% of the bandwidth of a stream, fp32 or packed codes, 16 Mi elements", form="{:.0f}")
-    save_figure(figure, folder / "speed.png")
+    panels = [("% of the bandwidth of a stream, fp32 or packed codes, 16 Mi elements", bars)]
+    height = 0.22 * len(cases) + 0.8
+    write_results("speed", records, text, panels, height=height, form="{:.0f}", folder=folder, page=page)
 
 
 def speed_table(by_name: dict[str, Record], cases: Sequence[str]) -> str:

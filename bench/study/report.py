@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean, stdev
 
-from reporting.pages import OURS, OURS_TOO, PAGE, PEERS, draw_bars, insert, markdown_table, new_figure, save_figure
-from reporting.records import Record, RecordsError, write_records
+from reporting.pages import OURS, OURS_TOO, PAGE, PEERS, markdown_table, write_results
+from reporting.records import Record, RecordsError
 from scipy import stats
 
 from study.training import METHODS, PLAIN_VOTE, PRECISIONS, REFERENCE
@@ -27,17 +27,14 @@ def write_report(records: Sequence[Record], folder: Path, page: Path = PAGE) -> 
     cells = cells_of(trainings)
     if not any(difference(trainings, cell, method) for cell in cells for method in METHODS):
         raise RecordsError(f"expected runs of {REFERENCE} and another method with the same seed, got none")
-    write_records(folder / "study.jsonl", records)
-    insert(page, "study", f"{loss_table(trainings, cells)}\n\n{share_table(trainings, cells)}")
+    text = f"{loss_table(trainings, cells)}\n\n{share_table(trainings, cells)}"
     shown = [cell for cell in cells if cell[2] == 4] or cells
-    figure, axes = new_figure(len(shown), height=4.2)
     methods = [name for name in METHODS if any(_settled(trainings, cell, name) is not None for cell in shown)]
-    for axis, cell in zip(axes, shown, strict=True):
+    panels = []
+    for cell in shown:
         bars = [(name, _settled(trainings, cell, name), color_of(name)) for name in methods]
-        draw_bars(axis, bars, f"% of loss against Lion, {title_of(cell)}", form="{:+.1f}")
-        if cell != shown[0]:
-            axis.set_yticklabels([])
-    save_figure(figure, folder / "study.png")
+        panels.append((f"% of loss against Lion, {title_of(cell)}", bars))
+    write_results("study", records, text, panels, height=4.2, form="{:+.1f}", folder=folder, page=page)
 
 
 def _settled(trainings: Sequence[Record], cell: Cell, method: str) -> float | None:

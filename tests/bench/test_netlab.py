@@ -124,7 +124,7 @@ def test_only_namespaces_of_dead_labs_are_stale() -> None:
     assert is_stale(f"lioncub-{2**22 + 1}.1-bridge")
 
 
-@pytest.mark.parametrize("command", [["lab", "--", "true"], ["matrix"], ["cells"], ["clean"]])
+@pytest.mark.parametrize("command", [["matrix"], ["cells"]])
 def test_it_needs_root_and_says_so(
     command: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -143,9 +143,7 @@ def test_missing_tools_are_named_with_their_packages(monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["lab", "--rate", "slow", "--", "true"], "rate: expected 1mbit to 100gbit, such as 100mbit or 1gbit"),
-        (["lab", "--hosts", "0", "--", "true"], "hosts: expected 1 to 200, got 0"),
-        (["lab", "--per-host", "0", "--", "true"], "per_host: expected at least 1, got 0"),
+        (["cells", "--rates", "slow"], "rate: expected 1mbit to 100gbit, such as 100mbit or 1gbit"),
         (["cells", "--workers", "1"], "workers: expected 2 or more, on hosts of 1, got 1"),
         (["cells", "--workers", "6", "--per-host", "4"], "workers: expected 2 or more, on hosts of 4, got 6"),
         (["cells", "--steps", "0"], "steps: expected at least 1, got 0"),
