@@ -1,4 +1,4 @@
-"""Other ways to do what the kernels do, and parts of it alone, all on fp32: what their speed is compared with."""
+"""Other ways to do what the kernels do, on fp32: the speed of these is compared with theirs."""
 
 from __future__ import annotations
 
@@ -12,14 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lioncub.kernels import reference
-from lioncub.kernels.rounding import Streams
-from lioncub.kernels.scalars import Mix, round_to_float32
 from speed.cases import CASES
 from speed.data import BETA1, BETA2, DECAY, LR, Call, Data
-from speed.streams import philox, read
-
-_MIX1, _MIX2 = (Mix(round_to_float32(beta), round_to_float32(1 - beta)) for beta in (BETA1, BETA2))
 
 
 @dataclass(frozen=True)
@@ -47,10 +41,15 @@ class Peer:
         return Call(found, like.reads, like.writes)
 
 
-def torch_pack(bits: Tensor) -> Tensor:
-    """Booleans, a multiple of 8, to bits in plain torch ops."""
-    powers = 1 << torch.arange(8, dtype=torch.uint8, device=bits.device)
-    return torch.sum(bits.view(-1, 8) * powers, dim=1, dtype=torch.uint8)
+def torch_pack(codes: Tensor, bits: int = 1) -> Tensor:
+    """Pack codes, a multiple of 8, in plain torch ops."""
+    shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=codes.device)
+    return torch.sum(codes.view(-1, 8 // bits).to(torch.uint8) << shifts, dim=1, dtype=torch.uint8)
+
+
+def torch_unpack(packed: Tensor) -> Tensor:
+    """Unpack one-bit codes, along a new last dimension."""
+    return (packed.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8, device=packed.device)) & 1
 
 
 def torch_encode(exp_avg: Tensor, grad: Tensor) -> Tensor:
@@ -60,13 +59,22 @@ def torch_encode(exp_avg: Tensor, grad: Tensor) -> Tensor:
 
 def torch_apply(param: Tensor, packed: Tensor) -> None:
     """param = param*decay - lr*(+1/-1)."""
-    bits = (packed.unsqueeze(1) >> torch.arange(8, dtype=torch.uint8, device=packed.device)) & 1
-    votes = bits.view(-1).to(torch.float32).mul_(2).sub_(1)
+    votes = torch_unpack(packed).view(-1).to(torch.float32).mul_(2).sub_(1)
     param.mul_(1 - LR * DECAY).add_(votes, alpha=-LR)
 
 
+def torch_vote(packed: Tensor) -> Tensor:
+    """Majority of an even number of voters; ties give 0."""
+    return torch_pack(torch_unpack(packed).sum(dim=0, dtype=torch.uint8) > packed.shape[0] // 2)
+
+
+def torch_quantize(values: Tensor, scale: Tensor) -> Tensor:
+    """Nearest of the levels of norm "l1", -2*scale, 0 and 2*scale, as 2-bit codes."""
+    return torch_pack(values.div(2 * scale).round_().clamp_(-1, 1).add_(1), bits=2)
+
+
 def numpy_vote(packed: Any) -> Any:
-    """Majority of an even number of voters by unpacking, summing and packing; ties give 0."""
+    """`torch_vote` in numpy, which has ops for bits."""
     ones = np.unpackbits(packed, axis=1, bitorder="little").sum(axis=0, dtype=np.uint8)
     return np.packbits(ones > packed.shape[0] // 2, bitorder="little")
 
@@ -97,15 +105,15 @@ def leaves(params: list[Tensor], grads: list[Tensor]) -> list[torch.nn.Parameter
     return found
 
 
-def compiled(function: Callable[..., None], *arguments: Any) -> Callable[[], object]:
-    """torch.compile of a function of the reference, compiled by a first call."""
+def _compiled(function: Callable[..., object], *arguments: Any) -> Callable[[], object]:
+    """torch.compile of a function, compiled by a first call."""
     with warnings.catch_warnings():
         # torch deprecates what its own compiler uses
         warnings.filterwarnings("ignore", "`torch.jit", DeprecationWarning)
         torch._dynamo.reset()
         fast = torch.compile(function, dynamic=False)
         fast(*arguments)
-    return lambda: fast(*arguments)
+    return partial(fast, *arguments)
 
 
 def _numpy_pack(values: Any) -> Any:
@@ -116,49 +124,22 @@ def _numpy_unpack(codes: Any) -> Any:
     return np.unpackbits(codes, bitorder="little").astype(np.float32) * np.float32(2) - np.float32(1)
 
 
-def _compiled_encode(d: Data) -> Callable[[], object]:
-    return compiled(reference.lion_encode, [d.exp_avg], [d.grad], _MIX1, 0, [d.codes()], None)
+def _step_arguments(d: Data) -> tuple[list[Tensor], ...]:
+    return [d.param], [d.grad], [d.exp_avg]
 
 
-def _compiled_apply(d: Data) -> Callable[[], object]:
-    lists = [d.param], [d.codes()]
-    return compiled(reference.lion_apply_, *lists, 1, 2, 1, LR, 1 - LR * DECAY, None, None, None)
-
-
-def _compiled_step(d: Data) -> Callable[[], object]:
-    lists = [d.param], [d.grad], [d.exp_avg]
-    return compiled(reference.lion_step_, *lists, LR, 1 - LR * DECAY, _MIX1, _MIX2)
-
-
-def _compiled_quantize(d: Data, stream: Streams | None = None) -> Callable[[], object]:
-    return compiled(reference.quantize, d.grad, d.scale, 0.5, 0, 2, stream, d.codes(2))
-
-
-def _foreach_step(d: Data) -> Callable[[], object]:
-    return partial(foreach_lion_step, [d.param], [d.grad], [d.exp_avg])
-
-
-def _read_only(d: Data) -> Call:
-    a, b = d.exp_avg.numpy().view(np.int64), d.grad.numpy().view(np.int64)
-    return Call(partial(read, a, b), (d.exp_avg, d.grad), ())
-
-
-READ, PHILOX, COMPILED = "two_reads", "its_random_words_alone", "torch.compile"
-VOTE, STOCHASTIC = "majority_vote:8_voters", "quantize:2_bits_stochastic"
+COMPILED, VOTE = "torch.compile", "majority_vote:8_voters"
 PEERS = (
     Peer("pack_signs", "numpy", lambda d: partial(_numpy_pack, d.param.numpy())),
     Peer("unpack_signs", "numpy", lambda d: partial(_numpy_unpack, d.codes().numpy())),
     Peer("lion_encode", "plain_torch", lambda d: partial(torch_encode, d.exp_avg, d.grad)),
-    Peer("lion_encode", COMPILED, _compiled_encode),
-    Peer("lion_encode", READ, _read_only),
+    Peer("lion_encode", COMPILED, lambda d: _compiled(torch_encode, d.exp_avg, d.grad)),
     Peer(VOTE, "numpy", lambda d: partial(numpy_vote, d.voters(8).numpy())),
-    Peer(VOTE, COMPILED, lambda d: compiled(reference.majority_vote, d.voters(8), 0, d.codes(), None)),
+    Peer(VOTE, COMPILED, lambda d: _compiled(torch_vote, d.voters(8))),
     Peer("lion_apply_", "plain_torch", lambda d: partial(torch_apply, d.param, d.codes())),
-    Peer("lion_apply_", COMPILED, _compiled_apply),
+    Peer("lion_apply_", COMPILED, lambda d: _compiled(torch_apply, d.param, d.codes())),
     Peer("lion_step_", "lion-pytorch", lambda d: lion_pytorch_step([d.param], [d.grad])),
-    Peer("lion_step_", "torch_foreach", _foreach_step),
-    Peer("lion_step_", COMPILED, _compiled_step),
-    Peer("quantize:2_bits", COMPILED, _compiled_quantize),
-    Peer(STOCHASTIC, COMPILED, lambda d: _compiled_quantize(d, Streams(1, 3, 2, [4]))),
-    Peer(STOCHASTIC, PHILOX, lambda d: partial(philox, d.n)),
+    Peer("lion_step_", "torch_foreach", lambda d: partial(foreach_lion_step, *_step_arguments(d))),
+    Peer("lion_step_", COMPILED, lambda d: _compiled(foreach_lion_step, *_step_arguments(d))),
+    Peer("quantize:2_bits", COMPILED, lambda d: _compiled(torch_quantize, d.grad, d.scale)),
 )

@@ -8,7 +8,11 @@ from pathlib import Path
 from reporting.pages import OURS, OURS_TOO, PAGE, machine_line, markdown_table, write_results
 from reporting.records import Record, RecordsError
 
-DTYPES = ("fp32", "bf16", "fp16")
+from speed.data import DTYPES
+from speed.peers import PEERS
+
+# records can have peers that are no longer measured
+_WAYS = {peer.way for peer in PEERS}
 
 
 def write_report(records: Sequence[Record], folder: Path, page: Path = PAGE) -> None:
@@ -35,7 +39,7 @@ def speed_table(by_name: dict[str, Record], cases: Sequence[str]) -> str:
         peers = [
             f"{ours['ratio'] / record['ratio']:.1f} {name.split('/')[1].replace('_', ' ')}"
             for name, record in by_name.items()
-            if record["kind"] == "peer" and name.split("/")[0] == case and "words" not in name and "reads" not in name
+            if record["kind"] == "peer" and name.split("/")[0] == case and name.split("/")[1] in _WAYS
         ]
         rows.append((_title(case, "`"), *cells, ", ".join(peers)))
     header = ["op", *(f"{dtype} {unit}" for dtype in DTYPES for unit in ("ms", "%")), "times faster than"]
