@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 from reporting.records import RESULTS, ROOT, Journal, read_records, run_record
 
 from netlab.cells import METHODS, Session, Turns, run_session
-from netlab.lab import Interrupted, LabError, interruptible, parse_rate, require_abilities
+from netlab.lab import LabError, handling_signals, parse_rate, require_abilities
 from netlab.report import write_report
 from netlab.worker import ALGORITHMS, OTHERS, serve
 
@@ -22,14 +23,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; gives the exit code."""
     options = _parser().parse_args(arguments)
     try:
-        with interruptible():
+        with handling_signals(signal.default_int_handler):
             options.run(options)
     except (LabError, FileNotFoundError, ValueError) as error:
         print(f"netlab: {error}", file=sys.stderr)
         return 1
-    except Interrupted as interruption:
-        print(f"netlab: {interruption}", file=sys.stderr)
-        return 128 + interruption.number
+    except KeyboardInterrupt:
+        print("netlab: interrupted", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -17,7 +17,7 @@ import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import TracebackType
 from typing import Any
 
 PREFIX = "lioncub-"
@@ -191,34 +191,9 @@ def _remove_stale() -> None:
             _remove(name)
 
 
-class Interrupted(BaseException):
-    """A signal asked to stop; ``number`` is the signal's."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(f"stopped by {signal.Signals(number).name}")
-        self.number = number
-
-
 @contextmanager
-def interruptible() -> Iterator[None]:
-    """Raise Interrupted on SIGINT, SIGTERM and SIGHUP, also where a shell had them ignored."""
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        raise Interrupted(number)
-
-    with _handled(stop):
-        yield
-
-
-@contextmanager
-def undisturbed() -> Iterator[None]:
-    """Ignore these signals: for cleaning up."""
-    with _handled(signal.SIG_IGN):
-        yield
-
-
-@contextmanager
-def _handled(handler: Any) -> Iterator[None]:
+def handling_signals(handler: Any) -> Iterator[None]:
+    """Handle SIGINT, SIGTERM and SIGHUP, also where a shell had them ignored."""
     previous = {number: signal.signal(number, handler) for number in _SIGNALS}
     try:
         yield
@@ -274,7 +249,7 @@ class Lab:
         return process
 
     def _close(self) -> None:
-        with undisturbed():
+        with handling_signals(signal.SIG_IGN):
             for process in self._processes:
                 if process.poll() is None:
                     process.kill()

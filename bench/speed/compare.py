@@ -60,12 +60,11 @@ def describe(old: Sequence[Record], new: Sequence[Record], changes: Sequence[Cha
     lines += [f"warning: {warning}" for warning in _warnings(old, new)]
     moved = [(change, verdict) for change in changes if (verdict := change.verdict(tolerance))]
     moved.sort(key=lambda pair: -pair[0].slowdown)
-    width = max((len(change.name) for change, _ in moved), default=0)
-    if moved:
-        lines += ["", f"{'benchmark':<{width}}  {'old':>8}  {'new':>8}  {'time':>8}"]
     for change, verdict in moved:
-        ratios = f"{change.old['ratio']:>8.1%}  {change.new['ratio']:>8.1%}  {change.slowdown:>+8.1%}"
-        lines.append(f"{change.name:<{width}}  {ratios}  {verdict}")
+        ratios = (
+            f"{change.old['ratio']:>8.1%} -> {change.new['ratio']:>8.1%} of the stream, time {change.slowdown:+.1%}"
+        )
+        lines.append(f"{verdict} {ratios}  {change.name}")
     slower, faster = (sum(verdict == word for _, verdict in moved) for word in ("slower", "faster"))
     middle = median(change.slowdown for change in changes)
     counts = f"{len(changes)} benchmarks compared, tolerance {tolerance:.0%}: {slower} slower, {faster} faster"

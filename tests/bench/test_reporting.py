@@ -89,7 +89,7 @@ def test_slower_and_faster(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     old = run_of(finding(ENCODE, 1.0), finding(VOTE, 0.5))
     assert compared(tmp_path, old, run_of(finding(ENCODE, 0.5), finding(VOTE, 1.0))) == SLOWER
     words = capsys.readouterr().out
-    assert "100.0%     50.0%   +100.0%  slower" in words
+    assert f"slower   100.0% ->    50.0% of the stream, time +100.0%  {ENCODE}" in words
     assert "1 slower, 1 faster" in words
     # half as long again is within the tolerance, and so is twice as long where the rounds overlap
     assert compared(tmp_path, old, run_of(finding(ENCODE, 0.67), finding(VOTE, 0.5))) == SAME

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -163,12 +162,6 @@ def test_finished_runs_are_kept_and_not_repeated(
     assert cli.main(command) == 1
     assert "--keep-old adds to them" in capsys.readouterr().err
     assert cli.main([*command, "--keep-old"]) == 0
-
-
-def test_runs_are_done_in_processes() -> None:
-    configs = [Config("digits", "iid", 2, 2, REFERENCE, seed, 1e-3) for seed in range(2)]
-    records = cli._records(configs, argparse.Namespace(jobs=1, hours=1.0), partial(run, steps=1))
-    assert [record["seed"] for record in records] == [0, 1]
 
 
 def test_past_the_deadline_only_those_that_were_begun_end(monkeypatch: pytest.MonkeyPatch) -> None:
