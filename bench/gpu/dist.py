@@ -34,7 +34,7 @@ METHODS = {
 
 
 class LocalHost:
-    """What a `Lab` is to its workers, without namespaces; connections are paced where ``build/gpu`` has the library."""
+    """Starts workers as a `Lab` does, without namespaces; connections are paced by the library in ``build/gpu``."""
 
     def __init__(self, workers: int, rate: int, *, is_paced: bool) -> None:
         self.workers = workers

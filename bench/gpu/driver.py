@@ -119,7 +119,7 @@ def _run(name: str, under: list[str], command: list[str], environment: dict[str,
         words.flush()
         began = words.tell()
         options = {"env": environment, "cwd": ROOT, "stdout": words, "stderr": words}
-        # in a session of its own, which ends with it
+        # in its own session, so that its children end with it
         process = subprocess.Popen([*under, *command], **options, start_new_session=True)
         try:
             code = process.wait(STAGES[name].seconds)

@@ -1,4 +1,4 @@
-"""Fills build/gpu, which travels beside the checkout: the package, and what such a machine may lack."""
+"""Fills build/gpu, which is copied with the checkout: the package, and peers that such a machine may lack."""
 
 from __future__ import annotations
 

@@ -66,7 +66,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def measure(job: Job) -> list[Record]:
-    """Compile what a case launches and read its code; ``error`` says why it did not compile."""
+    """Compile the kernels of a case and read their code; ``error`` is why one did not compile."""
     name, kind, target = job
     facts: Record = {"kind": "kernel", "label": name, "dtype": kind, "target": target, "error": ""}
     facts |= {"least_loads": 0, "least_stores": 0}

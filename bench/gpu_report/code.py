@@ -18,7 +18,7 @@ _AMD_BITS |= {"dwordx3": 96, "dwordx4": 128}
 
 @dataclass(frozen=True)
 class Code:
-    """What is read from a kernel's code.
+    """Properties of a kernel's machine code.
 
     Attributes:
         registers, spills: of a thread.

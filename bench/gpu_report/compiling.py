@@ -1,4 +1,4 @@
-"""Compiles what a call launches, as it is launched, for a GPU that need not be there."""
+"""Compiles the kernels of a call, as they are launched, for a GPU that need not be there."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class Launch(NamedTuple):
 
 
 class _Driver:
-    """What Triton asks of the GPU's driver before it compiles; each target is another device."""
+    """The part of a GPU's driver that Triton needs to compile; each target is another device."""
 
     def __init__(self, name: str) -> None:
         self._target, self._device = TARGETS[name], list(TARGETS).index(name)
@@ -97,7 +97,7 @@ def compiling_for(name: str) -> Iterator[list[Launch]]:
 
 
 def kinds_of(case: Case) -> list[str]:
-    """Return the kinds of data that a case is compiled for; "mixed" where momentum has a dtype of its own."""
+    """Return the kinds of data that a case is compiled for; "mixed" where momentum can have another dtype."""
     own = list(case.dtypes)
     return [*own, "mixed"] if "bf16" in own and case.op.removeprefix("foreach_").startswith("lion_") else own
 

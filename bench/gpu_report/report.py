@@ -1,4 +1,4 @@
-"""What must hold of the compiled code, and the table and picture of docs/results.md."""
+"""Claims about the compiled code, and the table and picture of docs/results.md."""
 
 from __future__ import annotations
 

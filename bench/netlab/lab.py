@@ -1,6 +1,6 @@
 """N hosts as network namespaces, joined by a bridge, every link shaped in both directions.
 
-The bridge has a namespace of its own, so nothing of the machine's own network is touched. A host's link is a veth
+The bridge has its own namespace, so nothing of the machine's own network is touched. A host's link is a veth
 pair; `tc` tbf shapes what leaves the host at its end and what comes to it at the bridge's. Several workers on one host
 talk over its loopback, which is not shaped. Each worker keeps to one core: where the kernel may move them, three share
 one for a tenth of a second while another has its own, and every exchange waits for the last. Namespaces are named
@@ -37,7 +37,7 @@ _LARGEST_SEGMENT = 64 * 1024
 
 
 class LabError(RuntimeError):
-    """The lab cannot be built or does not do what was asked; one line that says what to do."""
+    """The lab cannot be built or does not work; one line with what to do."""
 
 
 def parse_rate(text: str) -> int:
@@ -122,7 +122,7 @@ def build_commands(tag: str, hosts: int, rate: int) -> list[list[str]]:
     commands = [
         ["ip", "netns", "add", bridge],
         ["ip", "-n", bridge, "link", "add", "bridge0", "type", "bridge", "mcast_snooping", "0"],
-        # without an address of its own, nothing but the hosts' traffic is counted
+        # without an address, nothing but the hosts' traffic is counted
         ["ip", "-n", bridge, "link", "set", "bridge0", "addrgenmode", "none", "up"],
     ]
     for host in range(hosts):
@@ -166,7 +166,7 @@ def worker_environment(rank: int, hosts: int, per_host: int) -> dict[str, str]:
 
 def run(command: Sequence[str]) -> str:
     """Run ``command`` and return its standard output. Raises LabError with its own words where it fails."""
-    # a session of its own, so that Ctrl-C does not reach it and a step of cleaning up is done or not
+    # its own session, so that Ctrl-C does not reach it and a step of cleaning up is done or not
     done = subprocess.run(command, capture_output=True, text=True, check=False, start_new_session=True)
     if done.returncode != 0:
         words = " ".join((done.stderr or done.stdout).split()) or f"exit code {done.returncode}"

@@ -1,4 +1,4 @@
-"""One worker process of a cell: holds one model and times steps of the methods that it is asked for.
+"""One worker process of a cell: holds one model and times steps of the methods in its requests.
 
 Only public names of lioncub are used, so that the library of another checkout can be measured as well.
 """
@@ -176,7 +176,7 @@ class Worker:
         return step
 
     def _build(self, name: str) -> tuple[nn.Module, torch.optim.Optimizer]:
-        """Return module and optimizer on parameters of their own in the shared memory, so that hooks end with them."""
+        """Return module and optimizer with new parameters in the shared memory, so that hooks end with them."""
         with torch.device("meta"):
             model: nn.Module = self._model.build()
         model.load_state_dict(self._initial, assign=True)

@@ -28,7 +28,7 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[object]], *, t
 
 
 def insert(page: Path, name: str, text: str) -> None:
-    """Replace what stands between the marks ``<!-- NAME -->`` and ``<!-- /NAME -->`` of a page.
+    """Replace the text between the marks ``<!-- NAME -->`` and ``<!-- /NAME -->`` of a page.
 
     Raises ValueError where the page has no such marks.
     """

@@ -1,4 +1,4 @@
-"""Records as JSON lines, written as they come: the first says what ran where, every other one is a finding."""
+"""Records as JSON lines, written as they come: the first has commit, date and machine, every other one is a finding."""
 
 from __future__ import annotations
 

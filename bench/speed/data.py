@@ -1,4 +1,4 @@
-"""What benchmarks are made of: the tensors of one size and dtype, and a call that is ready to be timed."""
+"""Inputs of benchmarks: the tensors of one size and dtype, and a call that is ready to be timed."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def new(n: int, dtype: torch.dtype = torch.uint8) -> Tensor:
 
 @dataclass
 class Data:
-    """Tensors of n elements, a multiple of 4096, made on the device when they are asked for."""
+    """Tensors of n elements, a multiple of 4096, made on the device when they are first used."""
 
     n: int
     dtype: torch.dtype = torch.float32

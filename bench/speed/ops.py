@@ -139,7 +139,7 @@ def dequantize(data: Data, *, bits: int = 2, **options: Any) -> Call:
 
 
 def _levels(data: Data, scaled: bool, options: dict[str, Any]) -> dict[str, Any]:
-    """The options with a scale, or none where the op shall find it, and with an output of its own."""
+    """Return the options with a scale, or None where the op computes it, and with an output tensor."""
     return {**options, "scale": data.scale if scaled else None, "out": _bytes(data, options.get("bits", 2))}
 
 

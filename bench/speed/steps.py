@@ -53,7 +53,7 @@ STEPS = (
 
 
 def make_step(step: Step, shapes: list[tuple[int, ...]]) -> Call:
-    """A step of tensors of these shapes, each with storage of its own; flat ones of as many elements."""
+    """A step of tensors of these shapes, each with its own storage; flat ones of as many elements."""
     sizes = [torch.Size(shape).numel() for shape in shapes]
     if step.layout == FLAT:
         shapes = [(sum(sizes),)]

@@ -1,4 +1,4 @@
-"""Timing: before every round of a call the stream is timed, so that each round has a baseline of its own.
+"""Timing: before every round of a call the stream is timed, so that each round has its own baseline.
 
 Times are CPU times of the one thread that runs, so that other processes' turns are not counted; on a GPU, wall clock.
 Where a call moves more than a few MB, both start with caches full of unrelated, unmodified data: a kernel that only

@@ -1,4 +1,4 @@
-"""What is learnt: a byte-level GPT on text and a small ResNet on digits, with equal or skewed shards for the workers.
+"""Tasks: a byte-level GPT on text and a small ResNet on digits, with equal or skewed shards for the workers.
 
 Batches are functions of (task, seed, shards, workers, batch, rank, step) and nothing else, so that all methods see the
 same. Whatever the shards, workers together see every kind of data equally often.

@@ -1,4 +1,4 @@
-"""What is claimed of compiled kernels, and how machine code is read; tests/test_triton_compile.py compiles them."""
+"""Claims about compiled kernels, and the reading of machine code; tests/test_triton_compile.py compiles them."""
 
 from __future__ import annotations
 

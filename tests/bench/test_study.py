@@ -60,7 +60,7 @@ def test_skewed_text_differs_between_workers() -> None:
 
 
 @pytest.mark.parametrize("task", list(TASKS))
-def test_models_start_alike_and_leave_the_global_generator_alone(task: str) -> None:
+def test_models_of_a_seed_are_identical_and_leave_the_global_generator_alone(task: str) -> None:
     before = torch.get_rng_state()
     first, again, other = (TASKS[task].model(seed).state_dict() for seed in (0, 0, 1))
     assert torch.equal(torch.get_rng_state(), before)
