@@ -33,17 +33,15 @@ class Rows:
 
     def add(self, stage: str, name: str, **figures: Any) -> None:
         """Add a row; it replaces one of the same stage and name."""
-        is_new = not self.path.exists()
+        if not self.path.exists():
+            write_records(self.path, [run_record()])
         with Journal(self.path, append=True) as journal:
-            if is_new:
-                journal.write(run_record())
             journal.write({"kind": "row", "stage": stage, "name": name, **figures})
 
     def drop(self, stage: str) -> None:
-        """Remove the rows of an earlier run of a stage."""
-        if self.path.exists():
-            records = read_records(self.path)
-            write_records(self.path, [record for record in records if record.get("stage") != stage])
+        """Remove the rows of an earlier run of a stage, or begin the file."""
+        records = read_records(self.path) if self.path.exists() else [run_record()]
+        write_records(self.path, [record for record in records if record.get("stage") != stage])
 
 
 def markdown(rows: Sequence[Record], *, is_dry: bool) -> str:
