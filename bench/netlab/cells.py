@@ -18,6 +18,8 @@ from netlab.lab import MASTER_PORT, Lab, LabError, rate_name
 from netlab.worker import parse_method
 
 WARM_UP_RATE = 10**10
+# LionCub tries at most five plans, for six steps each
+SETTLING_STEPS = 32
 METHODS = ("no_communication", "ddp_fp32_lion_pytorch", "lioncub", "lioncub_overlap")
 # every machine should carry so much of rates up to this one
 GUARANTEED_RATE, LEAST_SHARE, GREATEST_SHARE = 10**9, 0.8, 1.1
@@ -44,7 +46,10 @@ class Turns:
                 raise ValueError(f"{name}: expected at least {least}, got {getattr(self, name)}")
 
     def untimed_of(self, method: str) -> int:
-        """Return the number of untimed steps, few for plain DDP: they can take seconds each."""
+        """Return the number of untimed steps: few for plain DDP, which can take seconds, more where votes settle."""
+        votes = parse_method(method)
+        if votes is not None and votes.settles:
+            return max(self.untimed, SETTLING_STEPS)
         return min(self.untimed, 2) if method.startswith(("ddp_fp32", "ddp_bf16")) else self.untimed
 
 
@@ -87,7 +92,7 @@ def run_session(
             print(f"{code}: {facts['library']}, {words}", flush=True)
             # compiles kernels
             for method in methods:
-                crews[code].ask("measure", method=method, untimed=turns.untimed_of(method), steps=1, seconds=1.0)
+                crews[code].ask("measure", method=method, untimed=turns.untimed, steps=1, seconds=1.0)
         for rate in rates:
             lab.set_rate(rate)
             share = _check(rate, crews["new"]) if session.per_host == 1 else None

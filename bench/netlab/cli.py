@@ -39,7 +39,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="cells | matrix")
     cells = commands.add_parser("cells", help="measure chosen methods at chosen rates, also against another checkout")
     add = cells.add_argument
-    names = "lioncub[_ALGORITHM][_overlap][:BUCKET_MB] or a peer; default: four"
+    names = "lioncub[_ALGORITHM][_overlap][_signs][:BUCKET_MB] or a peer; default: four"
     add("--rates", nargs="+", metavar="RATE", default=RATES[:2], help="default: 100mbit 1gbit")
     add("--methods", nargs="+", metavar="NAME", default=METHODS, help=names)
     add("--old", type=Path, metavar="CHECKOUT", help="measure its library too, turn by turn; print ratios")

@@ -55,12 +55,18 @@ ADAMW = ("ddp_fp32_adamw", "ddp_bf16_adamw")
 
 
 class Votes(NamedTuple):
-    """How LionCub exchanges votes: ``bucket_mb`` None is its default."""
+    """How LionCub exchanges votes: ``bucket_mb`` None is its default, as is the compression without ``signs``."""
 
     algorithm: str
     bucket_mb: float | None
     overlap: bool
     synced: bool
+    signs: bool
+
+    @property
+    def settles(self) -> bool:
+        """Whether the first steps try several ways of carrying votes."""
+        return self.algorithm == "auto" or (self.overlap and self.bucket_mb is None)
 
 
 def under_ddp(model: nn.Module, name: str) -> DistributedDataParallel:
@@ -79,14 +85,16 @@ def under_ddp(model: nn.Module, name: str) -> DistributedDataParallel:
 
 
 def lion_cub(params: Any, votes: Votes) -> torch.optim.Optimizer:
-    """Make a LionCub with one-bit votes on all tensors, by the arguments that the measured version has."""
+    """Make a LionCub, by the arguments that the measured version has."""
     transport: dict[str, Any] = {"algorithm": votes.algorithm}
     transport |= {} if votes.bucket_mb is None else {"bucket_mb": votes.bucket_mb}
     if "comm" in inspect.signature(lioncub.LionCub).parameters:
         transport = {"comm": lioncub.Comm(**transport)}
     if votes.synced:
         transport["momentum_sync"] = lioncub.MomentumSync(every=4, dtype="int8")
-    return lioncub.LionCub(params, compression=lioncub.SignVote(), overlap=votes.overlap, **transport, **OPTIONS)
+    if votes.signs:
+        transport["compression"] = lioncub.SignVote()
+    return lioncub.LionCub(params, overlap=votes.overlap, **transport, **OPTIONS)
 
 
 def peer(params: Any, method: str) -> torch.optim.Optimizer:
@@ -196,14 +204,15 @@ def parse_method(name: str) -> Votes | None:
         return None
     base, _, bucket_mb = name.partition(":")
     base, synced = base.removesuffix("_synced"), base.endswith("_synced")
+    base, signs = base.removesuffix("_signs"), base.endswith("_signs")
     base, overlap = base.removesuffix("_overlap"), base.endswith("_overlap")
     algorithm = base.removeprefix("lioncub").removeprefix("_") or "auto"
     if not base.startswith("lioncub") or algorithm not in ALGORITHMS:
         raise ValueError(
-            f"method: expected {', '.join((*OTHERS, *ADAMW))} or lioncub[_ALGORITHM][_overlap][_synced][:BUCKET_MB] "
-            f"with one of {', '.join(ALGORITHMS)}, got {name!r}"
+            f"method: expected {', '.join((*OTHERS, *ADAMW))} or lioncub[_ALGORITHM][_overlap][_signs][_synced]"
+            f"[:BUCKET_MB] with one of {', '.join(ALGORITHMS)}, got {name!r}"
         )
-    return Votes(algorithm, float(bucket_mb) if bucket_mb else None, overlap, synced)
+    return Votes(algorithm, float(bucket_mb) if bucket_mb else None, overlap, synced, signs)
 
 
 def _sent_bytes() -> float:

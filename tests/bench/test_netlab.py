@@ -160,11 +160,11 @@ def test_bad_arguments_are_refused(arguments: list[str], words: str, capsys: pyt
 @pytest.mark.parametrize(
     ("name", "parsed"),
     [
-        ("lioncub", ("auto", None, False, False)),
-        ("lioncub_overlap", ("auto", None, True, False)),
-        ("lioncub_reduce_scatter_overlap:0.25", ("reduce_scatter", 0.25, True, False)),
-        ("lioncub_overlap_synced", ("auto", None, True, True)),
-        *((f"lioncub_{name}", (name, None, False, False)) for name in ALGORITHMS),
+        ("lioncub", ("auto", None, False, False, False)),
+        ("lioncub_overlap_signs", ("auto", None, True, False, True)),
+        ("lioncub_reduce_scatter_overlap:0.25", ("reduce_scatter", 0.25, True, False, False)),
+        ("lioncub_overlap_synced", ("auto", None, True, True, False)),
+        *((f"lioncub_{name}", (name, None, False, False, False)) for name in ALGORITHMS),
         *((name, None) for name in (*OTHERS, *ADAMW)),
     ],
 )
@@ -178,9 +178,11 @@ def test_methods_that_do_not_exist_are_refused(name: str) -> None:
         parse_method(name)
 
 
-def test_plain_ddp_takes_few_untimed_steps() -> None:
+def test_plain_ddp_takes_few_untimed_steps_and_what_settles_many() -> None:
     turns = Turns(untimed=3)
-    assert [turns.untimed_of(name) for name in ("ddp_fp32", "ddp_powersgd", "lioncub")] == [2, 3, 3]
+    expected = {"ddp_fp32": 2, "ddp_powersgd": 3, "lioncub_all_gather": 3, "lioncub_all_gather_overlap:1": 3}
+    expected |= dict.fromkeys(("lioncub", "lioncub_overlap:1", "lioncub_all_gather_overlap"), 32)
+    assert {name: turns.untimed_of(name) for name in expected} == expected
     with pytest.raises(ValueError, match="2 or more"):
         Session(1)
 
