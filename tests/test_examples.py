@@ -8,14 +8,13 @@ import re
 import signal
 import subprocess
 import sys
-from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
-import torch.distributed as dist
-from gloo_workers import results_of
+from gloo_workers import on_ranks, same_on_all
+from programs import printed_by
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
@@ -47,13 +46,14 @@ def test_examples_are_short_and_use_public_names_alone(path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["signum", "ddp_hook"])
 def test_the_training_examples_learn(name: str, tmp_path: Path) -> None:
-    losses = [float(loss) for loss in re.findall(r"^step \d+: loss ([\d.]+)", _under_torchrun(name, 2, tmp_path), re.M)]
+    printed = printed_by(EXAMPLES / f"{name}.py", 2, tmp_path)
+    losses = [float(loss) for loss in re.findall(r"^step \d+: loss ([\d.]+)", printed, re.MULTILINE)]
     assert len(losses) == 5
     assert losses[-1] < 0.8 * losses[0]
 
 
 def test_the_two_level_vote_runs_as_a_program(tmp_path: Path) -> None:
-    printed = _under_torchrun("two_level_vote", 4, tmp_path)
+    printed = printed_by(EXAMPLES / "two_level_vote.py", 4, tmp_path)
     assert printed.splitlines() == [f"12504 bytes of votes, parity {parity}: the same result" for parity in range(2)]
 
 
@@ -92,16 +92,8 @@ def test_a_killed_run_resumes_with_the_losses_of_one_that_goes_on(tmp_path: Path
     assert sorted(path.name for path in (tmp_path / "run" / "step-000060").iterdir()) == ["rank-0.pt", "rank-1.pt"]
 
 
-def _under_torchrun(name: str, workers: int, folder: Path) -> str:
-    command = [*TORCHRUN, "--nproc-per-node", str(workers), str(EXAMPLES / f"{name}.py")]
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=200, check=False, cwd=folder, env=ENVIRONMENT
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-def signum_by_hand(rank: int, world_size: int) -> bool:
+@on_ranks(2, 3)
+def test_the_signum_example_is_signum(rank: int, world_size: int) -> None:
     """The example against all workers' steps in plain torch: zeros, ties, a parameter without gradient, odd sizes."""
     signum = _load("signum").Signum
     shapes = [(7, 19), (64,), (5,)]
@@ -127,19 +119,11 @@ def signum_by_hand(rank: int, world_size: int) -> bool:
         for p, x, m in zip(params, expected, momenta, strict=True):
             assert torch.equal(p, x), f"step {t}"
             assert torch.equal(opt.state[p]["exp_avg"], m[rank]), f"step {t}"
-    for p in params:
-        everyone = [torch.empty_like(p) for _ in range(world_size)]
-        dist.all_gather(everyone, p.detach())
-        assert all(torch.equal(replica, everyone[0]) for replica in everyone)
-    return True
+    assert same_on_all([p.tolist() for p in params])
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
-def test_the_signum_example_is_signum(world_size: int) -> None:
-    assert results_of(signum_by_hand, world_size) == [True] * world_size
-
-
-def two_levels_by_hand(rank: int, world_size: int) -> None:
+@on_ranks(4)
+def test_the_two_level_vote_is_the_majority(rank: int, world_size: int) -> None:
     example = _load("two_level_vote")
     for nodes in (1, 2, 4):
         mesh = init_device_mesh("cpu", (nodes, world_size // nodes), mesh_dim_names=("node", "place"))
@@ -152,13 +136,21 @@ def two_levels_by_hand(rank: int, world_size: int) -> None:
             assert torch.equal(pack_signs(majority.float()), voted), "pad codes must be 0"
 
 
-def test_the_two_level_vote_is_the_majority() -> None:
-    assert results_of(two_levels_by_hand, 4) == [None] * 4
+class Sum(nn.Module):
+    """Its gradient is what it is called with."""
+
+    def __init__(self, parameters: nn.ParameterList) -> None:
+        super().__init__()
+        self.weights = parameters
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.weights[0] * x).sum()
 
 
-def hook_by_hand(rank: int, world_size: int) -> float:
-    """Every step against levels drawn by the reference; gives how far the mean over steps is from the true mean."""
-    example, n, steps = _load("ddp_hook"), 700, 200
+@on_ranks(3)
+def test_the_hook_sends_what_it_says_and_is_unbiased(rank: int, world_size: int) -> None:
+    """Every step against levels drawn by the reference."""
+    example, n, steps = _load("ddp_hook"), 700, 50
     torch.manual_seed(0)
     grads = torch.randn(world_size, n) * torch.rand(n).square()
     parameter = nn.ParameterList([torch.zeros(n)])
@@ -184,22 +176,7 @@ def hook_by_hand(rank: int, world_size: int) -> float:
     assert state.bytes_sent == steps * (world_size - 1) * (packed_bytes(n, bits=2) + 4 * 3)
     # what one worker sends of an element has the variance s*|g| - g^2
     deviation = ((sizes * grads.abs() - grads.square()).sum(dim=0) / world_size**2 / steps).sqrt()
-    return float(((total / steps - grads.mean(dim=0)) / deviation.clamp(min=1e-6)).abs().max())
-
-
-class Sum(nn.Module):
-    """Its gradient is what it is called with."""
-
-    def __init__(self, parameters: nn.ParameterList) -> None:
-        super().__init__()
-        self.weights = parameters
-
-    def forward(self, x: Tensor) -> Tensor:
-        return (self.weights[0] * x).sum()
-
-
-def test_the_hook_sends_what_it_says_and_is_unbiased() -> None:
-    distances = results_of(hook_by_hand, 3)
-    assert all(a == b for a, b in pairwise(distances)), "all workers must have the same gradients"
+    distance = ((total / steps - grads.mean(dim=0)) / deviation.clamp(min=1e-6)).abs().max()
     # the largest of 700 normal variables is above 5 once in 2,500 runs; the draws are the same in each
-    assert distances[0] < 5
+    assert distance < 5
+    assert same_on_all(float(distance)), "all workers must have the same gradients"

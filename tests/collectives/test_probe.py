@@ -8,11 +8,12 @@ import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
-from gloo_workers import Raised, outcomes_of, results_of
+from gloo_workers import on_ranks, said_by, same_on_all
 from profiles import INTER, INTRA, points_of, profile_of
 
 from lioncub.collectives import Costs, Link, ProcessGroups, Profile, Topology
@@ -159,24 +160,19 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
         Profile.load(tmp_path / "binary.json")
 
 
-def probed(rank: int, world_size: int, local: int) -> tuple[Profile, list[float]]:
+@on_ranks(2, 4)
+def test_probe(rank: int, world_size: int) -> None:
+    local = world_size // 2
+    shape = Topology.even(2, local)
     seen: list[float] = []
-    groups = ProcessGroups.build(None, Topology.even(world_size // local, local))
+    groups = ProcessGroups.build(None, shape)
     profile = probe(groups, seconds=0.5, on_progress=lambda fraction, what: seen.append(fraction))
     # nothing is left in progress
     dist.barrier()
-    return profile, seen
-
-
-@pytest.mark.parametrize(("world_size", "local"), [(2, 1), (4, 2)])
-def test_probe(world_size: int, local: int) -> None:
-    answers = results_of(probed, world_size, local)
-    profile, seen = answers[0]
-    assert all(other == profile for other, _ in answers)
+    assert same_on_all(profile)
     # every rank took part in as many votes
-    assert len({len(fractions) for _, fractions in answers}) == 1
+    assert same_on_all(len(seen))
     # the first votes of all, which connect the ranks, are not measured
-    shape = Topology.even(world_size // local, local)
     expected = [("whole", name) for name in candidates(shape)]
     if shape.is_two_level:
         expected += [(level, name) for level in ("intra", "inter") for name in candidates(Topology.flat(2))]
@@ -207,43 +203,35 @@ class Clock:
         return self.now
 
 
-def measured(rank: int, world_size: int, local: int) -> list[tuple[Costs, float, int]]:
-    """The costs, how long they took and the votes for them, on a fast and a slow network."""
-    groups = ProcessGroups.build(None, Topology.even(world_size // local, local))
-    found = []
-    vote = probe_module._Run._vote
-    for tick in (1e-3, 60e-3):
-        clock, votes = Clock(tick), []
-        probe_module.time = clock
-        probe_module._Run._vote = lambda run, *what, votes=votes: votes.append(what) or vote(run, *what)
-        costs = measure_costs(groups, torch.device("cpu"))
-        found.append((costs, clock.now, len(votes)))
-    dist.barrier()
-    return found
+@on_ranks(2, 4)
+def test_costs_are_measured_in_half_a_second(rank: int, world_size: int) -> None:
+    plain = probe_module._Run._vote
+    for local in (1, 2) if world_size == 2 else (2,):
+        shape = Topology.even(world_size // local, local)
+        groups = ProcessGroups.build(None, shape)
+        counts, kinds = [], 2 * (3 if shape.is_two_level else 1)
+        # on a fast and a slow network
+        for tick in (1e-3, 60e-3):
+            clock, votes = Clock(tick), list[Any]()
+            counted = mock.patch.object(
+                probe_module._Run, "_vote", lambda run, *what, votes=votes: votes.append(what) or plain(run, *what)
+            )
+            with counted, mock.patch.object(probe_module, "time", clock):
+                costs = measure_costs(groups, torch.device("cpu"))
+            assert same_on_all((costs, clock.now, len(votes)))
+            assert costs.topology == shape
+            assert costs.is_measured
+            assert costs.source.startswith("measured at construction: ")
+            assert clock.now <= 0.5 or tick > 1e-3
+            counts.append(len(votes))
+        dist.barrier()
+        # all sizes, the first vote of each not counted
+        assert counts[0] >= kinds * 2 * len(QUICK_BYTES)
+        # where a single vote takes so long, two sizes, after one vote that is not counted
+        assert counts[1] == kinds * (1 + FEWEST_SIZES)
 
 
-@pytest.mark.parametrize(("world_size", "local"), [(2, 1), (2, 2), (4, 2)])
-def test_costs_are_measured_in_half_a_second(world_size: int, local: int) -> None:
-    answers = results_of(measured, world_size, local)
-    assert all(answer == answers[0] for answer in answers)
-    shape = Topology.even(world_size // local, local)
-    kinds = 2 * (3 if shape.is_two_level else 1)
-    (costs, seconds, votes), (_, _, fewest) = answers[0]
-    assert costs.topology == shape
-    assert costs.is_measured
-    assert costs.source.startswith("measured at construction: ")
-    assert seconds <= 0.5
-    # all sizes, the first vote of each not counted
-    assert votes >= kinds * 2 * len(QUICK_BYTES)
-    # where a single vote takes so long, two sizes, after one vote that is not counted
-    assert fewest == kinds * (1 + FEWEST_SIZES)
-
-
-def probed_alone(rank: int, world_size: int) -> None:
-    probe(ProcessGroups.flat())
-
-
-def test_one_rank_has_nothing_to_measure() -> None:
-    (answer,) = outcomes_of(probed_alone, 1)
-    assert isinstance(answer, Raised)
-    assert (answer.kind, answer.message) == ("ValueError", "groups: expected a group of at least 2 workers, got 1")
+@on_ranks(1)
+def test_one_rank_has_nothing_to_measure(rank: int, world_size: int) -> None:
+    said = said_by(lambda: probe(ProcessGroups.flat()))
+    assert said == "ValueError: groups: expected a group of at least 2 workers, got 1"

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from counting import Counting
-from gloo_workers import results_of
+from gloo_workers import on_ranks, results_of, same_on_all
 from samples import fields_of
 
 from lioncub.collectives import (
@@ -88,8 +88,22 @@ def check_format(
         assert torch.equal(step * found - offset, expected), what
 
 
-def results_of_formats(rank: int, world_size: int, groups: ProcessGroups | None) -> list[bytes]:
-    answers = []
+@on_ranks(1, 2, 3, 4, 5)
+def test_votes_are_those_on_unpacked_codes(rank: int, world_size: int) -> None:
+    found = [majorities(rank, world_size, algorithm) for algorithm in (*FLAT, "auto")]
+    assert found == [found[0]] * len(found)
+    assert same_on_all(found[0])
+
+
+def two_levels(world_size: int) -> dict[str, ProcessGroups | None]:
+    """The groups of each algorithm that is possible."""
+    flat: dict[str, ProcessGroups | None] = dict.fromkeys(FLAT)
+    return flat | ({"hierarchical": ProcessGroups.build(None, Topology.even(2, 2))} if world_size == 4 else {})
+
+
+@on_ranks(1, 2, 3, 4, 5)
+def test_votes_in_every_format(rank: int, world_size: int) -> None:
+    ways = two_levels(world_size)
     for form, n in itertools.product(FORMATS, (0, 1, 63, 64, 65, 1009)):
         packed = codes_of(rank, n, form)
         before = packed.clone()
@@ -98,17 +112,17 @@ def results_of_formats(rank: int, world_size: int, groups: ProcessGroups | None)
         total = step * fields_of(packed, form.bits)[:n] - offset
         dist.all_reduce(total)
         found = set()
-        for name in ALGORITHMS if groups else FLAT:
-            result = vote(packed, algorithm=name, form=form, groups=groups if name == "hierarchical" else None)
+        for name, groups in ways.items():
+            result = vote(packed, algorithm=name, form=form, groups=groups)
             check_format(result, form, n, total, world_size, (form, n, name))
             found.add(result.numpy().tobytes())
         assert len(found) == 1
+        assert same_on_all(found)
         assert torch.equal(packed, before)
-        answers += found
-    return answers
 
 
-def sent_eagerly_or_in_pairs(rank: int, world_size: int) -> None:
+@on_ranks(2, 3, 4, 5)
+def test_votes_are_sent_eagerly_or_in_pairs(rank: int, world_size: int) -> None:
     for n, eager in itertools.product(SIZES, (True, False)):
         packed = signs_of(rank, n)
         expected = vote(packed, algorithm="all_gather")
@@ -121,39 +135,18 @@ def sent_eagerly_or_in_pairs(rank: int, world_size: int) -> None:
             assert torch.equal(exchange.result().packed, expected), f"n={n}, eager: {eager}"
 
 
-def counted_bytes(rank: int, world_size: int, groups: ProcessGroups | None) -> list[tuple[str, int, int]]:
-    found = []
-    counting = Counting()
-    for form, n, name in itertools.product([CodeFormat(), *FORMATS], (64, 70001), ALGORITHMS if groups else FLAT):
-        counting.sent.clear()
-        used = groups if name == "hierarchical" else None
-        vote(codes_of(rank, n, form), algorithm=name, form=form, groups=used)
-        sent = sum(counting.sent.values()) - HANDSHAKE_BYTES * (world_size - 1)
-        topology = used.topology if used else Topology.flat(world_size)
-        found.append((f"{name} {form} {n}", sent, bytes_sent(name, packed_bytes(n), topology, form)))
-    return found
-
-
-def every_vote(rank: int, world_size: int) -> tuple[list[list[bytes]], list[bytes], list[tuple[str, int, int]]]:
-    groups = ProcessGroups.build(None, Topology.even(2, 2)) if world_size == 4 else None
-    signs = [majorities(rank, world_size, algorithm) for algorithm in (*FLAT, "auto")]
-    formats = results_of_formats(rank, world_size, groups)
-    if world_size > 1:
-        sent_eagerly_or_in_pairs(rank, world_size)
+@on_ranks(1, 2, 3, 4, 5)
+def test_bytes_are_those_that_are_predicted(rank: int, world_size: int) -> None:
+    for name, groups in two_levels(world_size).items():
+        topology = groups.topology if groups else Topology.flat(world_size)
+        for form, n in itertools.product([CodeFormat(), *FORMATS], (64, 70001)):
+            with Counting() as counting:
+                vote(codes_of(rank, n, form), algorithm=name, form=form, groups=groups)
+            sent = sum(counting.sent.values()) - HANDSHAKE_BYTES * (world_size - 1)
+            assert sent == bytes_sent(name, packed_bytes(n), topology, form), (name, form, n)
     for topology in (Topology.even(1, world_size), Topology.flat(world_size)):
         voter = Voter(64, groups=ProcessGroups(None, topology), device=CPU, algorithm="reduce_scatter")
         assert voter._spec.eager
-    return signs, formats, counted_bytes(rank, world_size, groups)
-
-
-@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 5])
-def test_votes_are_those_on_unpacked_codes_with_the_predicted_bytes(world_size: int) -> None:
-    answers = results_of(every_vote, world_size)
-    for signs, formats, counted in answers:
-        assert all(by_algorithm == answers[0][0][0] for by_algorithm in signs)
-        assert formats == answers[0][1]
-        for what, sent, predicted in counted:
-            assert sent == predicted, what
 
 
 # the last but one interleaves the nodes' ranks
@@ -170,8 +163,8 @@ Nodes = tuple[tuple[int, ...], ...]
 def in_two_levels(rank: int, world_size: int, nodes: Nodes) -> tuple[list[bytes], list[int], bool]:
     groups = ProcessGroups.build(None, Topology(nodes))
     answers = majorities(rank, world_size, "hierarchical", groups)
-    counting = Counting()
-    vote(signs_of(rank, 70001), algorithm="hierarchical", groups=groups)
+    with Counting() as counting:
+        vote(signs_of(rank, 70001), algorithm="hierarchical", groups=groups)
     sent = [counting.sent[id(groups.intra)], counting.sent[id(groups.inter)]]
     return answers, sent, Voter(64, groups=groups, device=CPU, algorithm="reduce_scatter")._spec.eager
 
@@ -185,34 +178,27 @@ def test_a_hierarchical_vote_is_the_flat_majority(nodes: Nodes) -> None:
     assert answers == [(answers[0][0], [levels["intra"], levels["inter"]], False)] * topology.workers
 
 
-def in_flight_together(rank: int, world_size: int) -> bool:
+@on_ranks(3)
+def test_votes_and_averages_can_be_in_flight_together(rank: int, world_size: int) -> None:
     sizes, algorithms = (640, 65, 1009, 8), ("reduce_scatter", "all_gather", "auto", "reduce_scatter")
     packed = [signs_of(rank, n) for n in sizes]
-    everyone = [
-        torch.randn(300, generator=torch.Generator().manual_seed(i * 100 + peer))
-        for i in range(2)
-        for peer in range(world_size)
-    ]
-    everyone = [torch.stack(everyone[:world_size]), torch.stack(everyone[world_size:])]
+    generators = [[torch.Generator().manual_seed(i * 100 + peer) for peer in range(world_size)] for i in range(2)]
+    rows_of = [torch.stack([torch.randn(300, generator=g) for g in row]) for row in generators]
     transport = Transport(None, CPU)
     handles = [vote_async(p, algorithm=a, parity=3) for p, a in zip(packed, algorithms, strict=True)]
     averages: list[Exchange[torch.Tensor]] = []
-    for i, rows in enumerate(everyone):
+    for i, rows in enumerate(rows_of):
         phases = average_phases(transport, 300, dtype="fp32", tag=SINGLE_AVERAGE + 1 + i, eager=bool(i))
         averages.append(Exchange(phases, 2))
         averages[-1].start(rows[rank])
     # another average, with a handshake, in the midst of them
-    values = everyone[0][rank].clone()
+    values = rows_of[0][rank].clone()
     average_(values)
     means = [exchange.result() for exchange in averages]
     got = [handle.wait() for handle in handles]
-    assert torch.equal(values, rank_order_mean(everyone[0]))
-    assert all(torch.equal(mean, rank_order_mean(rows)) for mean, rows in zip(means, everyone, strict=True))
-    return all(torch.equal(g, vote(p, parity=3)) for g, p in zip(got, packed, strict=True))
-
-
-def test_votes_and_averages_can_be_in_flight_together() -> None:
-    assert results_of(in_flight_together, 3) == [True] * 3
+    assert torch.equal(values, rank_order_mean(rows_of[0]))
+    assert all(torch.equal(mean, rank_order_mean(rows)) for mean, rows in zip(means, rows_of, strict=True))
+    assert all(torch.equal(g, vote(p, parity=3)) for g, p in zip(got, packed, strict=True))
 
 
 def test_bytes_of_formats_by_hand() -> None:

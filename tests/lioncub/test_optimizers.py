@@ -1,23 +1,16 @@
-"""Lion and LionCub in one process: arithmetic, torch.optim's protocol, and what they refuse."""
+"""Lion and LionCub in one process: arithmetic and torch.optim's protocol."""
 
 from __future__ import annotations
 
-import copy
 import math
-import pickle
 import warnings
-from collections.abc import Callable
-from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from lion_pytorch import Lion as LionPytorch
-from nets import Net, batch_of, bits_of, groups_of, momentum_of
+from nets import Net, all_bits, batch_of, groups_of
 from optimizers import Lion, LionCub
-from torch import Tensor, nn
-
-import lioncub
+from torch import Tensor
 
 BOTH = pytest.mark.parametrize("optimizer", [Lion, LionCub])
 
@@ -40,8 +33,7 @@ def test_one_worker_is_plain_lion_bit_for_bit() -> None:
     opts = Lion(groups_of(nets[0]), lr=1e-2), LionCub(groups_of(nets[1]), lr=1e-2)
     losses = [_descend(net, opt) for net, opt in zip(nets, opts, strict=True)]
     assert losses[0] == losses[1]
-    assert bits_of(nets[0]) == bits_of(nets[1])
-    assert momentum_of(opts[0]) == momentum_of(opts[1])
+    assert all_bits(opts[0]) == all_bits(opts[1])
     assert opts[1].stats().bytes_sent_per_step == 0
     assert nets[1].table.weight.grad is not None
     assert opts[1].stats().steps == 10
@@ -172,84 +164,6 @@ def test_gradients_are_read_in_place(optimizer: type) -> None:
     assert torch.equal(grad, bits)
 
 
-@pytest.mark.parametrize("where", ["gradient", "momentum"])
-def test_nonfinite_numbers_stop_a_single_worker_too(where: str) -> None:
-    p, q = torch.ones(100).requires_grad_(), torch.ones(5).requires_grad_()
-    opt = LionCub([("p", p), ("q", q)], lr=0.5)
-    for x in (p, q):
-        x.grad = torch.ones_like(x)
-    if where == "gradient":
-        q.grad[3] = math.inf
-    else:
-        opt.state[q]["exp_avg"][3] = math.nan
-    before = momentum_of(opt)
-    with pytest.raises(lioncub.NonFiniteError, match=r"step 0: .* first in parameter q on rank 0"):
-        opt.step()
-    assert p.tolist() == [1.0] * 100
-    assert momentum_of(opt) == before
-    assert opt.stats().steps == 0
-
-
-def test_an_exception_in_mid_step_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    params = [torch.ones(100).requires_grad_() for _ in range(3)]
-    opt = LionCub(params, lr=0.5, bucket_mb=1e-5)
-    assert len(opt.stats().buckets) == 3
-    for p in params:
-        p.grad = torch.ones(100)
-    params[2].data = torch.ones(50)
-    with pytest.raises(ValueError, match=r"\[2\]: expected .*as when the optimizer was built"):
-        opt.step()
-    assert params[0].tolist() == [1.0] * 100
-    assert not opt.state[params[0]]["exp_avg"].any()
-
-
-def test_lion_too_changes_nothing_when_a_later_group_is_refused() -> None:
-    p, q = (torch.ones(3).requires_grad_() for _ in range(2))
-    opt = Lion([{"params": [p]}, {"params": [q]}], lr=0.5)
-    p.grad = q.grad = torch.ones(3)
-    opt.param_groups[1]["lr"] = -1.0
-    with pytest.raises(ValueError, match="lr: expected"):
-        opt.step()
-    assert p.tolist() == [1.0] * 3
-    assert not opt.state[p]["exp_avg"].any()
-
-
-def test_a_step_interrupted_while_writing_is_not_continued(monkeypatch: pytest.MonkeyPatch) -> None:
-    params = [torch.ones(100).requires_grad_() for _ in range(2)]
-    opt = LionCub(params, lr=0.5, bucket_mb=1e-5)
-    saved = copy.deepcopy(opt.state_dict())
-    for p in params:
-        p.grad = torch.ones(100)
-    moves = iter([None, KeyboardInterrupt()])
-
-    def interrupted(*args: Any, **options: Any) -> None:
-        event = next(moves)
-        if event is not None:
-            raise event
-
-    with monkeypatch.context() as patched:
-        patched.setattr("lioncub.step.foreach_lion_step_", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            opt.step()
-    with pytest.raises(RuntimeError, match=r"interrupted while it wrote parameters.*load a checkpoint"):
-        opt.step()
-    opt.load_state_dict(saved)
-    opt.step()
-    assert params[1].tolist() == [0.5] * 100
-
-
-def test_lion_can_be_copied_and_lioncub_says_that_it_cannot() -> None:
-    p = torch.ones(3).requires_grad_()
-    twin = pickle.loads(pickle.dumps(Lion([p], lr=0.5)))
-    (q,) = twin.param_groups[0]["params"]
-    q.grad = torch.ones(3)
-    twin.step()
-    assert q.tolist() == [0.5] * 3
-    assert p.tolist() == [1.0] * 3
-    with pytest.raises(TypeError, match="cannot be copied or pickled"):
-        copy.deepcopy(LionCub([p]))
-
-
 def test_one_cycle_moves_the_betas() -> None:
     p = torch.ones(3).requires_grad_()
     opt = LionCub([p], lr=0.1)
@@ -284,116 +198,6 @@ def test_a_scaler_unscales_within_the_step() -> None:
     assert torch.equal(opt.state[p]["exp_avg"], expected)
     assert opt.stats().skipped_steps == 1
     assert opt.stats().steps == 3
-
-
-def test_a_step_that_raises_leaves_no_scale_behind() -> None:
-    p = torch.ones(4).requires_grad_()
-    opt = LionCub([p], lr=0.25)
-    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
-    scaler.scale(p.sum()).backward()
-    opt.state[p]["exp_avg"][1] = math.nan
-    with pytest.raises(lioncub.NonFiniteError):
-        scaler.step(opt)
-    opt.state[p]["exp_avg"].zero_()
-    scaler.update()
-    scaler.step(opt)
-    assert opt.state[p]["exp_avg"].tolist() == torch.full((4,), 1 - 0.99).tolist()
-
-
-@BOTH
-@pytest.mark.parametrize(
-    ("options", "error", "message"),
-    [
-        ({"lr": -1.0}, ValueError, "lr: expected a finite number >= 0, got -1.0"),
-        ({"lr": math.nan}, ValueError, "lr: expected a finite number >= 0, got nan"),
-        ({"lr": "fast"}, TypeError, "lr: expected a number or a 0-dim tensor, got 'fast'"),
-        ({"betas": (0.9, 1.0)}, ValueError, r"betas\[1\]: expected a number in \[0, 1\), got 1.0"),
-        ({"betas": 0.9}, ValueError, "betas: expected two numbers, got 0.9"),
-        ({"weight_decay": -0.1}, ValueError, "weight_decay: expected a finite number >= 0, got -0.1"),
-        ({"impl": "cuda"}, ValueError, "impl: expected one of .*, got 'cuda'"),
-    ],
-)
-def test_bad_arguments(optimizer: type, options: dict[str, Any], error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=message):
-        optimizer([torch.zeros(3).requires_grad_()], **options)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"algorithm": "ring"}, "algorithm: expected one of .*, got 'ring'"),
-        ({"on_nonfinite": "ignore"}, "on_nonfinite: expected 'raise' or 'skip', got 'ignore'"),
-        ({"bucket_mb": math.inf}, "bucket_mb: expected MiB of packed votes > 0, got inf"),
-        ({"bucket_mb": 0}, "bucket_mb: expected MiB of packed votes > 0, got 0"),
-    ],
-)
-def test_bad_arguments_of_lioncub(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        LionCub([torch.zeros(3).requires_grad_()], **options)
-
-
-def _overlapping() -> list[Tensor]:
-    base = torch.zeros(10)
-    return [base[:6].requires_grad_(), base[4:].detach().requires_grad_()]
-
-
-@BOTH
-@pytest.mark.parametrize(
-    ("make", "error", "message"),
-    [
-        (
-            lambda: [torch.zeros(3, dtype=torch.complex64).requires_grad_()],
-            TypeError,
-            "parameter .*got torch.complex64",
-        ),
-        (lambda: [torch.zeros(3, dtype=torch.float64).requires_grad_()], TypeError, "parameter .*got torch.float64"),
-        (
-            lambda: [torch.zeros(3, 3).to_sparse().requires_grad_()],
-            TypeError,
-            "parameter .*got layout torch.sparse_coo",
-        ),
-        (lambda: [torch.zeros(1).expand(5).requires_grad_()], ValueError, "parameter .*without gaps or overlaps"),
-        (lambda: [torch.zeros(10)[::2].requires_grad_()], ValueError, "parameter .*without gaps or overlaps"),
-        (_overlapping, ValueError, r"parameters .*\[0\] and .*\[1\]: expected separate memory"),
-    ],
-)
-def test_tensors_that_are_refused(
-    optimizer: type, make: Callable[[], list[Tensor]], error: type[Exception], message: str
-) -> None:
-    with pytest.raises(error, match=message):
-        optimizer(make())
-
-
-@BOTH
-def test_a_refused_group_changes_nothing(optimizer: type) -> None:
-    p = torch.zeros(3).requires_grad_()
-    opt = optimizer([p], lr=1.0)
-    with pytest.raises(ValueError, match="lr: expected"):
-        opt.add_param_group({"params": [torch.zeros(2).requires_grad_()], "lr": -1.0})
-    assert len(opt.param_groups) == 1
-    p.grad = torch.ones(3)
-    opt.step()
-    assert p.tolist() == [-1.0] * 3
-
-
-def test_shards_are_refused_by_name() -> None:
-    shard = torch.zeros(3).requires_grad_()
-    shard._is_flat_param = True
-    with pytest.raises(TypeError, match="parameter w: expected a whole tensor, got a shard"):
-        LionCub([("w", shard)])
-
-
-def test_dtensors_are_refused_by_name() -> None:
-    from torch.distributed.tensor import DTensor, Replicate, init_device_mesh
-
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    try:
-        mesh = init_device_mesh("cpu", (1,))
-        sharded = nn.Parameter(DTensor.from_local(torch.zeros(3), mesh, [Replicate()]))
-        with pytest.raises(TypeError, match="parameter w: expected a local tensor, got a DTensor"):
-            LionCub([("w", sharded)])
-    finally:
-        torch.distributed.destroy_process_group()
 
 
 @BOTH
@@ -435,11 +239,3 @@ def test_missing_gradients_share_one_buffer_of_zeros() -> None:
     first, _, last = bucket.gradients()[0]
     assert first.data_ptr() == last.data_ptr()
     assert [float(p.detach().mean()) for p in params] == [1.0, 0.5, 1.0]
-
-
-def test_numpy_numbers_are_numbers() -> None:
-    p = torch.ones(3).requires_grad_()
-    opt = LionCub([p], lr=np.float32(0.5))
-    p.grad = torch.ones(3)
-    opt.step()
-    assert p.tolist() == [0.5] * 3

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import pickle
 import re
 import warnings
 from pathlib import Path
@@ -11,20 +9,16 @@ from typing import Any
 
 import pytest
 import torch
-from gloo_workers import results_of, together
-from nets import Net, batch_of, bits_of, groups_of, train
+from gloo_workers import everyone, on_ranks, same_on_all
+from nets import Net, all_bits, batch_of, bits_of, groups_of, train
 from optimizers import Lion, LionCub
 from torch import Tensor, nn
-from torch._dynamo.testing import CompileCounterWithBackend
 
 from lioncub import (
     MomentumSync,
     Quantized,
     SignMean,
-    SignVote,
     TernaryVote,
-    WorkersDisagreeError,
-    broadcast_module,
     simulate,
 )
 
@@ -37,15 +31,6 @@ WAYS: dict[str, dict[str, Any]] = {
     "masters, bf16 momentum": {"master_weights": True, "momentum_dtype": torch.bfloat16},
 }
 each_way = pytest.mark.parametrize("way", list(WAYS))
-
-
-def bits(tensors: list[Tensor]) -> bytes:
-    return b"".join(t.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes() for t in tensors if t.numel())
-
-
-def state_bits(opt: torch.optim.Optimizer) -> bytes:
-    states = [opt.state[p] for group in opt.param_groups for p in group["params"]]
-    return bits([state[name] for state in states for name in sorted(state)])
 
 
 def descend(net: Net, opt: torch.optim.Optimizer, steps: range) -> None:
@@ -61,8 +46,7 @@ def test_one_worker_is_plain_lion_bit_for_bit(way: str) -> None:
     opts = [kind(groups_of(net), lr=1e-2, **WAYS[way]) for kind, net in zip((Lion, LionCub), nets, strict=True)]
     for net, opt in zip(nets, opts, strict=True):
         descend(net, opt, range(6))
-    assert bits_of(nets[0]) == bits_of(nets[1])
-    assert state_bits(opts[0]) == state_bits(opts[1])
+    assert all_bits(opts[0]) == all_bits(opts[1])
 
 
 @BOTH
@@ -99,7 +83,7 @@ def test_fp32_parameters_have_no_master_and_are_not_rounded(optimizer: type) -> 
             p.grad = p.detach().clone()
             opt.step()
         assert set(opt.state[p]) == {"exp_avg"}
-        results.append(bits([p, opt.state[p]["exp_avg"]]))
+        results.append(all_bits(opt))
     assert results == [results[0]] * 3
 
 
@@ -131,100 +115,6 @@ def test_the_warning_names_the_cures(optimizer: type) -> None:
         optimizer([p], lr=1e-5, momentum_dtype=torch.bfloat16)
 
 
-@BOTH
-def test_bad_arguments_are_named(optimizer: type) -> None:
-    cases: list[tuple[dict[str, Any], type[Exception], str]] = [
-        (
-            {"param_rounding": "up"},
-            ValueError,
-            r"^param_rounding: expected one of \('nearest', 'stochastic'\), got 'up'",
-        ),
-        ({"master_weights": 1}, TypeError, "^master_weights: expected True or False, got 1"),
-        ({"momentum_dtype": torch.float16}, ValueError, "^momentum_dtype: expected .*bfloat16, got torch.float16"),
-        ({"rounding_seed": 0.5}, TypeError, "^rounding_seed: expected an integer, got 0.5"),
-        (
-            {"master_weights": True, "param_rounding": "stochastic"},
-            ValueError,
-            "^param_rounding: expected 'nearest' with master_weights=True, .* got 'stochastic'",
-        ),
-    ]
-    for options, error, message in cases:
-        with pytest.raises(error, match=message):
-            optimizer([torch.ones(3).requires_grad_()], **options)
-
-
-def capturable_ways(rank: int, size: int) -> list[int]:
-    """Capturable steps, and traced ones, against ordinary ones; gives the number of graphs of each way."""
-    graphs = []
-    for options in WAYS.values():
-        torch._dynamo.reset()
-        nets = [Net(seed=rank) for _ in range(3)]
-        counter = CompileCounterWithBackend("eager")
-        ordinary, *capturable = (
-            LionCub(
-                net.named_parameters(),
-                lr=torch.tensor(1e-2),
-                capturable=i > 0,
-                bucket_mb=1e-4,
-                compression=SignVote(),
-                **options,
-            )
-            for i, net in enumerate(nets)
-        )
-        traced = torch.compile(capturable[1].step, fullgraph=True, backend=counter)
-        for step in range(4):
-            for net, take in zip(nets, (ordinary.step, capturable[0].step, traced), strict=True):
-                net.zero_grad()
-                net(*batch_of(100 * step + rank), use_all=True).backward()
-                take()
-        for net, opt in zip(nets[1:], capturable, strict=True):
-            assert bits_of(net) == bits_of(nets[0])
-            assert state_bits(opt) == state_bits(ordinary)
-            opt.check_replicas()
-            # what the user writes, masters take over
-            with torch.no_grad():
-                net.mix.weight.mul_(2)
-            opt.verify()
-            if options.get("master_weights"):
-                master = opt.state[net.mix.weight]["master"]
-                assert torch.equal(master, net.mix.weight.float())
-                assert not master.requires_grad
-        graphs.append(counter.frame_count)
-    return graphs
-
-
-@pytest.mark.parametrize("workers", [1, 2])
-def test_capturable_steps_are_the_ordinary_ones(workers: int) -> None:
-    assert results_of(capturable_ways, workers, timeout=200.0) == [[1] * len(WAYS)] * workers
-
-
-@BOTH
-@each_way
-def test_resume_gives_the_bits_of_never_stopping(optimizer: type, way: str) -> None:
-    straight, broken, resumed = Net(seed=0), Net(seed=0), Net(seed=9)
-    opts = [optimizer(groups_of(net), lr=1e-2, **WAYS[way]) for net in (straight, broken, resumed)]
-    descend(straight, opts[0], range(7))
-    descend(broken, opts[1], range(4))
-    saved = pickle.loads(pickle.dumps({"net": broken.state_dict(), "opt": opts[1].state_dict()}))
-    resumed.load_state_dict(saved["net"])
-    opts[2].load_state_dict(saved["opt"])
-    descend(resumed, opts[2], range(4, 7))
-    assert bits_of(straight) == bits_of(resumed)
-    assert state_bits(opts[0]) == state_bits(opts[2])
-
-
-@each_way
-def test_lion_can_be_copied_and_pickled(way: str) -> None:
-    net = Net(seed=0)
-    opt = Lion(groups_of(net), lr=1e-2, **WAYS[way])
-    descend(net, opt, range(2))
-    twin_net, twin = copy.deepcopy((net, opt))
-    descend(net, opt, range(2, 4))
-    descend(twin_net, twin, range(2, 4))
-    assert bits_of(net) == bits_of(twin_net)
-    assert state_bits(opt) == state_bits(twin)
-
-
 def with_masters(optimizer: type, value: float) -> tuple[Tensor, Any]:
     p = torch.full((5,), value, dtype=torch.bfloat16).requires_grad_()
     opt = optimizer([p], lr=1e-4, master_weights=True)
@@ -253,31 +143,6 @@ def test_a_parameter_that_was_changed_takes_its_master_along(optimizer: type) ->
 
 
 @BOTH
-def test_checkpoints_without_and_with_masters(optimizer: type) -> None:
-    p, opt = with_masters(optimizer, 1.0)
-    saved = copy.deepcopy(opt.state_dict())
-    without = copy.deepcopy(saved)
-    del without["state"][0]["master"]
-    q, other = with_masters(optimizer, 2.0)
-    other.load_state_dict(without)
-    assert torch.equal(other.state[q]["master"], q.float())
-    with torch.no_grad():
-        q.copy_(p)
-    other.load_state_dict(saved)
-    assert torch.equal(other.state[q]["master"], opt.state[p]["master"])
-    q.grad = p.grad = torch.ones_like(p)
-    opt.step()
-    other.step()
-    assert torch.equal(other.state[q]["master"], opt.state[p]["master"])
-    plain = optimizer([torch.ones(5, dtype=torch.bfloat16).requires_grad_()], lr=0.5)
-    with pytest.raises(ValueError, match=r"expected no master of parameter .*without master_weights=True, got one"):
-        plain.load_state_dict(saved)
-    half = optimizer([torch.ones(5, dtype=torch.bfloat16).requires_grad_()], lr=0.5, momentum_dtype=torch.bfloat16)
-    with pytest.raises(TypeError, match=r"exp_avg of parameter .* of dtype torch.bfloat16, got torch.float32"):
-        half.load_state_dict(optimizer([torch.ones(5, dtype=torch.bfloat16).requires_grad_()], lr=0.5).state_dict())
-
-
-@BOTH
 def test_added_groups_have_masters_and_the_step(optimizer: type) -> None:
     _, opt = with_masters(optimizer, 1.0)
     q = torch.full((5,), 2.0, dtype=torch.float16).requires_grad_()
@@ -288,19 +153,22 @@ def test_added_groups_have_masters_and_the_step(optimizer: type) -> None:
     assert [int(group["step"]) for group in opt.param_groups] == [2, 2]
 
 
-def same_on_all_workers(rank: int, size: int) -> list[bytes]:
-    """Every option with compressions, synchronization and overlap; gives the bits of all parameters of each."""
+CASES: list[dict[str, Any]] = [
+    STOCHASTIC | {"overlap": True},
+    STOCHASTIC | {"overlap": False},
+    STOCHASTIC | {"compression": Quantized(stochastic=True)},
+    STOCHASTIC | {"compression": SignMean(), "momentum_sync": MomentumSync(every=2), "drift_every": 2},
+    {"master_weights": True, "compression": TernaryVote(), "momentum_dtype": torch.bfloat16},
+    {"master_weights": True, "broadcast": True, "overlap": True},
+]
+
+
+@on_ranks(2, 3)
+def test_replicas_stay_bit_identical(rank: int, world_size: int) -> None:
+    """Every option with compressions, synchronization and overlap."""
     found = []
-    cases: list[dict[str, Any]] = [
-        STOCHASTIC | {"overlap": True},
-        STOCHASTIC | {"overlap": False},
-        STOCHASTIC | {"compression": Quantized(stochastic=True)},
-        STOCHASTIC | {"compression": SignMean(), "momentum_sync": MomentumSync(every=2), "drift_every": 2},
-        {"master_weights": True, "compression": TernaryVote(), "momentum_dtype": torch.bfloat16},
-        {"master_weights": True, "broadcast": True, "overlap": True},
-    ]
-    # one way with momentum averaged, one with masters, where there are more workers
-    for options in cases if size == 2 else cases[3:5]:
+    # where there are more workers, one with momentum averaged and one with masters
+    for options in CASES if world_size == 2 else CASES[3:5]:
         net = Net(seed=rank)
         opt = LionCub(groups_of(net), lr=1e-2, bucket_mb=1e-5, **options)
         train(net, opt, rank, range(4))
@@ -311,80 +179,17 @@ def same_on_all_workers(rank: int, size: int) -> list[bytes]:
         assert momentum.dtype == options.get("momentum_dtype", torch.float32)
         if options.get("master_weights"):
             assert torch.equal(opt.state[weight]["master"].bfloat16(), weight)
-        mine = momentum.float().clone()
-        everyone = [torch.empty_like(mine) for _ in range(size)]
-        torch.distributed.all_gather(everyone, mine)
+        momenta = everyone(momentum.float())
         if "momentum_sync" not in options:
-            assert not all(torch.equal(other, mine) for other in everyone), "momentum is a worker's own"
+            assert not torch.equal(momenta[0], momenta[1]), "momentum is a worker's own"
         opt.sync_momentum()
-        total = everyone[0]
-        for other in everyone[1:]:
+        total = momenta[0]
+        for other in momenta[1:]:
             total = total + other
-        assert torch.equal(momentum, (total / size).to(momentum.dtype))
-    return found
-
-
-def test_replicas_stay_bit_identical(of_two: Answers, of_three: Answers) -> None:
-    for answers in (of_two["same_on_all_workers"], of_three["same_on_all_workers"]):
-        assert answers == [answers[0]] * len(answers)
-    overlapped, plain = of_two["same_on_all_workers"][0][:2]
-    assert overlapped == plain
-
-
-def save_and_go_on(rank: int, size: int, folder: str) -> bool:
-    for way in ("stochastic, bf16 momentum", "masters, bf16 momentum"):
-        options = WAYS[way]
-        straight, broken, resumed = Net(seed=0), Net(seed=0), Net(seed=9)
-        opts = [LionCub(groups_of(net), lr=1e-2, **options) for net in (straight, broken, resumed)]
-        train(straight, opts[0], rank, range(3))
-        train(broken, opts[1], rank, range(3))
-        path = Path(folder) / f"{way} {rank}.pt"
-        torch.save({"net": broken.state_dict(), "opt": opts[1].state_dict()}, path)
-        saved = torch.load(path)
-        # in either order
-        opts[2].load_state_dict(saved["opt"])
-        resumed.load_state_dict(saved["net"])
-        for net, opt in ((straight, opts[0]), (resumed, opts[2])):
-            for group in opt.param_groups:
-                group["lr"] = 5e-3
-            train(net, opt, rank, range(3, 6))
-        assert bits_of(straight) == bits_of(resumed), way
-        assert state_bits(opts[0]) == state_bits(opts[2]), way
-    return True
-
-
-def test_workers_resume_with_the_bits_of_never_stopping(tmp_path: Path) -> None:
-    assert results_of(save_and_go_on, 2, str(tmp_path)) == [True] * 2
-
-
-def disagree(rank: int, size: int) -> str:
-    p = torch.ones(5, dtype=torch.bfloat16).requires_grad_()
-    with pytest.raises(WorkersDisagreeError) as caught:
-        LionCub([p], lr=0.5, param_rounding="stochastic", rounding_seed=rank)
-    return str(caught.value)
-
-
-def test_workers_that_disagree_are_told(of_two: Answers) -> None:
-    assert of_two["disagree"] == ["workers disagree on rounding_seed: rank 0: 0; rank 1: 1"] * 2
-
-
-def broadcast_later(rank: int, size: int) -> bytes:
-    model = nn.Linear(5, 3).bfloat16()
-    opt = LionCub(model.parameters(), lr=1e-4, master_weights=True)
-    with torch.no_grad():
-        model.weight.fill_(1.0 + rank)
-    broadcast_module(model)
-    for p in model.parameters():
-        p.grad = torch.ones_like(p)
-    opt.step()
-    assert torch.equal(opt.state[model.weight]["master"], torch.full((3, 5), 1.0) - torch.tensor(1e-4))
-    opt.check_replicas()
-    return bits(list(model.parameters()))
-
-
-def test_masters_follow_a_broadcast(of_two: Answers) -> None:
-    results = of_two["broadcast_later"]
-    assert results[0] == results[1]
+        assert torch.equal(momentum, (total / world_size).to(momentum.dtype))
+    assert same_on_all(found)
+    if world_size == 2:
+        assert found[0] == found[1], "overlap changes no bits"
 
 
 def test_momentum_that_is_averaged_is_rounded_to_nearest() -> None:
@@ -408,12 +213,6 @@ def test_momentum_that_is_averaged_is_rounded_to_nearest() -> None:
             assert torch.equal(opt.state[p]["exp_avg"], mean)
 
 
-def test_bf16_momentum_takes_half_the_memory_and_its_buckets_too() -> None:
-    p = torch.ones(64).requires_grad_()
-    opt = LionCub([p], lr=0.5, momentum_dtype=torch.bfloat16, compression=SignVote())
-    assert [bucket.exp_avg.dtype for bucket in opt._buckets.all] == [torch.bfloat16]
-
-
 def test_the_example_of_the_page_runs() -> None:
     page = (Path(__file__).parents[2] / "docs" / "low-precision.md").read_text()
     (block,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
@@ -426,16 +225,3 @@ def test_the_example_of_the_page_runs() -> None:
     opt.step()
     assert not torch.equal(small.weight, before)
     assert opt.state[small.weight]["exp_avg"].dtype == torch.bfloat16
-
-
-Answers = dict[str, list[Any]]
-
-
-@pytest.fixture(scope="module")
-def of_two() -> Answers:
-    return together(2, same_on_all_workers, disagree, broadcast_later)
-
-
-@pytest.fixture(scope="module")
-def of_three() -> Answers:
-    return together(3, same_on_all_workers)

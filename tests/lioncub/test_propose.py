@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from gloo_workers import results_of
-from nets import Net, batch_of, groups_of
+from gloo_workers import on_ranks, said_by
+from nets import Net, all_bits, batch_of, groups_of
 from optimizers import LionCub
 
-from lioncub import BySize, MomentumSync, NonFiniteError, Quantized, SignVote
+from lioncub import BySize, MomentumSync, Quantized, SignVote
 
 # all that a step writes: momentum, masters, drift and shared scales
 EVERYTHING: dict[str, Any] = {
@@ -28,17 +27,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-def said_by(call: Callable[[], Any]) -> str:
-    try:
-        call()
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-    return "no error"
-
-
 def build(**options: Any) -> tuple[Net, LionCub]:
     net = Net(seed=0)
-    return net, LionCub(groups_of(net), lr=1e-2, bucket_mb=2e-5, on_nonfinite="skip", **options)
+    return net, LionCub(groups_of(net), lr=1e-2, bucket_mb=2e-5, **{"on_nonfinite": "skip", **options})
 
 
 def backward(net: Net, opt: LionCub, step: int, rank: int, factor: float = 1.0) -> None:
@@ -47,21 +38,12 @@ def backward(net: Net, opt: LionCub, step: int, rank: int, factor: float = 1.0) 
     net(images * factor, tokens, use_all=rank != 1).backward()
 
 
-def tensors_of(net: Net, opt: LionCub) -> list[torch.Tensor]:
-    states = [opt.state[p] for p in net.parameters()]
-    return [*net.parameters(), *(state[name] for state in states for name in sorted(state))]
+OVER = "RuntimeError: commit, discard: expected a step that is pending, got one that has ended"
+PENDING = "RuntimeError: step: expected commit() or discard() of the step that was proposed, got another step"
+TOLD = "WorkersDisagreeError: step {} was taken by no worker, because of an error on rank 1 (reported there)"
 
 
-def copies_of(net: Net, opt: LionCub) -> list[torch.Tensor]:
-    return [tensor.detach().clone() for tensor in tensors_of(net, opt)]
-
-
-def are_equal(some: list[torch.Tensor], others: list[torch.Tensor]) -> bool:
-    pairs = zip(some, others, strict=True)
-    return all(torch.equal(a.nan_to_num(nan=7.0), b.nan_to_num(nan=7.0)) for a, b in pairs)
-
-
-def discarded(rank: int, world_size: int, name: str) -> None:
+def assert_discarding_is_skipping(rank: int, name: str) -> None:
     """Discard the fourth step of one optimizer; a NaN makes a twin skip it."""
     options = OPTIONS[name]
     (net, opt), (twin, other) = build(**options), build(**options)
@@ -69,13 +51,13 @@ def discarded(rank: int, world_size: int, name: str) -> None:
         backward(net, opt, step, rank)
         backward(twin, other, step, rank, torch.inf if step == 3 and rank == 0 else 1.0)
         if step == 3:
-            before = copies_of(net, opt)
+            before = all_bits(opt)
             pending = opt.propose()
             assert pending.takes_step is (None if name == "capturable" else True)
-            assert are_equal(before, copies_of(net, opt)), "proposing must change nothing"
+            assert before == all_bits(opt), "proposing must change nothing"
             assert opt.stats().steps == 3
             pending.discard()
-            assert are_equal(before, copies_of(net, opt)), "discarding must change nothing"
+            assert before == all_bits(opt), "discarding must change nothing"
             skipped = other.propose()
             assert skipped.takes_step is (None if name == "capturable" else False)
             skipped.commit()
@@ -85,7 +67,7 @@ def discarded(rank: int, world_size: int, name: str) -> None:
         else:
             opt.step()
             other.propose().commit()
-        assert are_equal(tensors_of(net, opt), tensors_of(twin, other)), f"{name}, step {step}"
+        assert all_bits(opt) == all_bits(other), f"{name}, step {step}"
         assert opt.stats().steps == other.stats().steps == step + 1
         assert opt.stats().skipped_steps == other.stats().skipped_steps == int(step >= 3)
     opt.check_replicas()
@@ -93,22 +75,29 @@ def discarded(rank: int, world_size: int, name: str) -> None:
         each.close()
 
 
-def ended_twice(rank: int, world_size: int, overlap: bool) -> list[str]:
-    said = []
+@on_ranks(2, 3)
+def test_a_step_that_is_proposed_happens_as_a_whole_or_not_at_all(rank: int, world_size: int) -> None:
+    for name in OPTIONS:
+        assert_discarding_is_skipping(rank, name)
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+@on_ranks(2, 3)
+def test_a_step_ends_once(rank: int, world_size: int, overlap: bool) -> None:
     net, opt = build(overlap=overlap)
     for step, ends in enumerate((("commit", "commit"), ("commit", "discard"), ("discard", "commit"))):
         backward(net, opt, step, rank)
         pending = opt.propose()
         getattr(pending, ends[0])()
-        after = copies_of(net, opt)
-        said.append(said_by(getattr(pending, ends[1])))
-        assert are_equal(after, tensors_of(net, opt))
+        after = all_bits(opt)
+        assert said_by(getattr(pending, ends[1])) == OVER
+        assert after == all_bits(opt)
         assert (opt.stats().steps, opt.stats().skipped_steps) == (step + 1, int(step == 2))
     # a step while another is pending, on all ranks: neither is taken
     backward(net, opt, 3, rank)
-    before, pending = copies_of(net, opt), opt.propose()
-    said += [said_by(opt.propose), said_by(pending.commit)]
-    assert are_equal(before, tensors_of(net, opt))
+    before, pending = all_bits(opt), opt.propose()
+    assert [said_by(opt.propose), said_by(pending.commit)] == [PENDING, OVER]
+    assert before == all_bits(opt)
     backward(net, opt, 3, rank)
     opt.step()
     opt.check_replicas()
@@ -118,66 +107,46 @@ def ended_twice(rank: int, world_size: int, overlap: bool) -> list[str]:
     pending = opt.propose()
     if rank != 1:
         pending.discard()
-    before = copies_of(net, opt)
-    said.append(said_by(opt.step))
-    assert are_equal(before, tensors_of(net, opt))
+    before = all_bits(opt)
+    assert said_by(opt.step) == (PENDING if rank == 1 else TOLD.format(5))
+    assert before == all_bits(opt)
     opt.close()
-    return said
 
 
-def failed(rank: int, world_size: int, overlap: bool) -> list[str]:
-    """One rank fails in propose: all raise, nothing changes, and the next step is that of a rank that never failed."""
-    said = []
+@pytest.mark.parametrize("overlap", [False, True])
+@on_ranks(2, 3)
+def test_what_fails_in_propose_is_raised_by_all_and_changes_nothing(rank: int, world_size: int, overlap: bool) -> None:
+    """The next step is that of a rank that never failed."""
     (net, opt), (twin, other) = build(overlap=overlap), build(overlap=overlap)
+    others = "ranks 0, 2: 0.01; rank 1: 0.5" if world_size == 3 else "rank 0: 0.01; rank 1: 0.5"
+    differ = f"WorkersDisagreeError: workers disagree on the hyperparameters (lr of param group 0) at step 3: {others}"
+    own = "TypeError: lr: expected a number or a 0-dim tensor, got 'fast'"
     for step in range(4):
         backward(twin, other, step, rank)
         other.step()
         if step >= 2:
             backward(net, opt, step, rank)
-            before, lr = copies_of(net, opt), opt.param_groups[0]["lr"]
+            before, lr = all_bits(opt), opt.param_groups[0]["lr"]
             if rank == 1:
                 opt.param_groups[0]["lr"] = "fast" if step == 2 else 0.5
-            said.append(said_by(opt.propose))
+            expected = differ if step == 3 else own if rank == 1 else TOLD.format(2)
+            assert said_by(opt.propose) == expected
             opt.param_groups[0]["lr"] = lr
-            assert are_equal(before, tensors_of(net, opt))
+            assert before == all_bits(opt)
             assert opt.stats().steps == step
         backward(net, opt, step, rank)
         opt.propose().commit()
-        assert are_equal(tensors_of(net, opt), tensors_of(twin, other))
-    opt._on_nonfinite = "raise"
-    backward(net, opt, 4, rank, torch.inf if rank == 0 else 1.0)
-    with pytest.raises(NonFiniteError, match=r"step 4: .* on rank 0"):
-        opt.propose()
-    for each in (opt, other):
+        assert all_bits(opt) == all_bits(other)
+    raising, again = build(overlap=overlap, on_nonfinite="raise")
+    backward(raising, again, 0, rank, torch.inf if rank == 0 else 1.0)
+    assert said_by(again.propose).startswith("NonFiniteError: step 0: ")
+    for each in (opt, other, again):
         each.close()
-    return said
-
-
-def everything(rank: int, world_size: int) -> list[tuple[list[str], list[str]]]:
-    for name in OPTIONS:
-        discarded(rank, world_size, name)
-    return [(ended_twice(rank, world_size, way), failed(rank, world_size, way)) for way in (False, True)]
-
-
-OVER = "RuntimeError: commit, discard: expected a step that is pending, got one that has ended"
-PENDING = "RuntimeError: step: expected commit() or discard() of the step that was proposed, got another step"
-TOLD = "WorkersDisagreeError: step {} was taken by no worker, because of an error on rank 1 (reported there)"
-
-
-@pytest.mark.parametrize("world_size", [2, 3])
-def test_a_step_that_is_proposed_happens_as_a_whole_or_not_at_all(world_size: int) -> None:
-    for rank, answer in enumerate(results_of(everything, world_size, timeout=120.0)):
-        for ended, failures in answer:
-            assert ended == [OVER] * 3 + [PENDING, OVER, PENDING if rank == 1 else TOLD.format(5)]
-            own = "TypeError: lr: expected a number or a 0-dim tensor, got 'fast'"
-            others = "ranks 0, 2: 0.01; rank 1: 0.5" if world_size == 3 else "rank 0: 0.01; rank 1: 0.5"
-            values = f"workers disagree on the hyperparameters (lr of param group 0) at step 3: {others}"
-            assert failures == [own if rank == 1 else TOLD.format(2), f"WorkersDisagreeError: {values}"]
 
 
 def test_one_rank_alone() -> None:
-    discarded(0, 1, "ordinary")
-    discarded(0, 1, "capturable")
+    assert_discarding_is_skipping(0, "ordinary")
+    assert_discarding_is_skipping(0, "capturable")
     p = torch.ones(3).requires_grad_()
     opt = LionCub([p], lr=0.5)
     p.grad = torch.ones(3)

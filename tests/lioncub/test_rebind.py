@@ -10,14 +10,13 @@ from operator import le
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 import torch.distributed as dist
-from gloo_workers import results_of
-from nets import Net, batch_of, bits_of, groups_of, momentum_of
+from gloo_workers import everyone, on_ranks, said_by
+from nets import Net, all_bits, batch_of, bits_of, groups_of, momentum_of
 from optimizers import Lion, LionCub
 
-from lioncub import MomentumSync, Quantized, SignVote, WorkersDisagreeError
+from lioncub import MomentumSync, Quantized, SignVote
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "signs": {"compression": SignVote(), "algorithm": "reduce_scatter"},
@@ -40,31 +39,17 @@ def train(net: Net, opt: LionCub | Lion, rank: int, steps: range) -> None:
         opt.step()
 
 
-def state_of(net: Net, opt: torch.optim.Optimizer) -> list[torch.Tensor]:
-    states = [opt.state[p] for p in net.parameters()]
-    return [*net.parameters(), *(state[name] for state in states for name in sorted(state))]
-
-
-def copies_of(net: Net, opt: torch.optim.Optimizer) -> list[torch.Tensor]:
-    return [tensor.detach().clone() for tensor in state_of(net, opt)]
-
-
-def are_equal(some: list[torch.Tensor], others: list[torch.Tensor]) -> bool:
-    pairs = zip(some, others, strict=True)
-    return all(torch.equal(a.nan_to_num(nan=7.0), b.nan_to_num(nan=7.0)) for a, b in pairs)
-
-
-def steps_of_a_fresh_one(net: Net, opt: LionCub, group: Group, name: str, rank: int, steps: range) -> None:
+def assert_steps_of_a_fresh_one(net: Net, opt: LionCub, group: Group, name: str, rank: int, steps: range) -> None:
     """Train on with a rebound optimizer and with a new one that has its state, bit for bit the same."""
     twin = copy.deepcopy(net)
     # the bits are the same without overlap
     fresh = build(twin, group, name, overlap=False)
     fresh.load_state_dict(copy.deepcopy(opt.state_dict()))
-    assert are_equal(state_of(net, opt), state_of(twin, fresh))
+    assert all_bits(opt) == all_bits(fresh)
     for step in steps:
         train(net, opt, rank, range(step, step + 1))
         train(twin, fresh, rank, range(step, step + 1))
-        assert are_equal(state_of(net, opt), state_of(twin, fresh)), f"{name}, step {step}"
+        assert all_bits(opt) == all_bits(fresh), f"{name}, step {step}"
     mine, theirs = opt.stats(), fresh.stats()
     assert mine.steps == theirs.steps == steps.stop
     assert sum(bucket.bytes_sent for bucket in mine.buckets) == sum(bucket.bytes_sent for bucket in theirs.buckets)
@@ -72,75 +57,66 @@ def steps_of_a_fresh_one(net: Net, opt: LionCub, group: Group, name: str, rank: 
     fresh.close()
 
 
-def three_of_four(rank: int, world_size: int, name: str, three: Group) -> None:
-    net = Net(seed=0)
-    opt = build(net, None, name)
-    train(net, opt, rank, range(3))
-    if rank < 3:
-        before = copies_of(net, opt)
-        opt.rebind(three)
-        # a shared scale that is no longer shared, or newly, is the only thing that may change
-        assert are_equal(before, copies_of(net, opt))
-        steps_of_a_fresh_one(net, opt, three, name, rank, range(3, 6))
-    # the fourth comes back with the parameters of the others
-    for p in net.parameters():
-        dist.broadcast(p.detach(), src=0)
-    state = [opt.state_dict()]
-    dist.broadcast_object_list(state, src=0)
-    if rank == 3:
-        opt.load_state_dict(state[0])
-    before = copies_of(net, opt)
-    opt.rebind(None)
-    assert are_equal(before, copies_of(net, opt))
-    steps_of_a_fresh_one(net, opt, None, name, rank, range(6, 9))
-    opt.close()
-
-
-def every_option(rank: int, world_size: int) -> bool:
+@on_ranks(4)
+def test_from_four_ranks_to_three_and_back(rank: int, world_size: int) -> None:
     three = dist.new_group([0, 1, 2])
     for name in OPTIONS:
-        three_of_four(rank, world_size, name, three)
-    return True
-
-
-def test_from_four_ranks_to_three_and_back() -> None:
-    assert results_of(every_option, 4, timeout=120.0) == [True] * 4
-
-
-def alone_and_back(rank: int, world_size: int, name: str) -> str:
-    alone = dist.new_group([rank], use_local_synchronization=True)
-    net = Net(seed=0)
-    opt = build(net, None, name)
-    train(net, opt, rank, range(3))
-    opt.rebind(alone)
-    plain = copy.deepcopy(net)
-    lion = Lion(groups_of(plain), lr=1e-2, master_weights=OPTIONS[name].get("master_weights", False))
-    saved = copy.deepcopy(opt.state_dict())
-    for state in saved["state"].values():
-        state.pop("drift", None)
-    lion.load_state_dict(saved)
-    train(net, opt, rank, range(3, 5))
-    train(plain, lion, rank, range(3, 5))
-    assert bits_of(net) == bits_of(plain)
-    assert opt.stats().bytes_sent_per_step == 0
-    # every rank has gone its own way
-    before = bits_of(net), momentum_of(opt)
-    with pytest.raises(WorkersDisagreeError) as caught:
+        net = Net(seed=0)
+        opt = build(net, None, name)
+        train(net, opt, rank, range(3))
+        if rank < 3:
+            before = all_bits(opt)
+            opt.rebind(three)
+            assert before == all_bits(opt)
+            assert_steps_of_a_fresh_one(net, opt, three, name, rank, range(3, 6))
+        # the fourth comes back with the parameters of the others
+        for p in net.parameters():
+            dist.broadcast(p.detach(), src=0)
+        state = everyone(opt.state_dict())[0]
+        if rank == 3:
+            opt.load_state_dict(state)
+        before = all_bits(opt)
         opt.rebind(None)
-    assert before == (bits_of(net), momentum_of(opt))
-    for p in net.parameters():
-        dist.broadcast(p.detach(), src=0)
-    for _, p in opt._masters.named(opt._named_parameters()):
-        dist.broadcast(p, src=0)
-    opt.rebind(None)
-    opt.zero_grad()
-    steps_of_a_fresh_one(net, opt, None, name, rank, range(5, 8))
-    opt.close()
-    return str(caught.value)
+        assert before == all_bits(opt)
+        assert_steps_of_a_fresh_one(net, opt, None, name, rank, range(6, 9))
+        opt.close()
 
 
-def refused(rank: int, world_size: int) -> list[str]:
-    """What cannot be rebound changes nothing, and goes on with the old ranks."""
+@on_ranks(2)
+def test_to_one_rank_and_back(rank: int, world_size: int) -> None:
+    alone = dist.new_group([rank], use_local_synchronization=True)
+    for name in ("signs", "default", "overlap"):
+        net = Net(seed=0)
+        opt = build(net, None, name)
+        train(net, opt, rank, range(3))
+        opt.rebind(alone)
+        plain = copy.deepcopy(net)
+        lion = Lion(groups_of(plain), lr=1e-2, master_weights=OPTIONS[name].get("master_weights", False))
+        saved = copy.deepcopy(opt.state_dict())
+        for state in saved["state"].values():
+            state.pop("drift", None)
+        lion.load_state_dict(saved)
+        train(net, opt, rank, range(3, 5))
+        train(plain, lion, rank, range(3, 5))
+        assert bits_of(net) == bits_of(plain)
+        assert opt.stats().bytes_sent_per_step == 0
+        # every rank has gone its own way
+        # a scale that is no longer shared is the only thing that may change
+        before = bits_of(net), momentum_of(opt)
+        assert " differs between workers: rank 0: hash " in said_by(lambda opt=opt: opt.rebind(None))  # type: ignore[misc]
+        assert before == (bits_of(net), momentum_of(opt))
+        for p in net.parameters():
+            dist.broadcast(p.detach(), src=0)
+            if "master" in opt.state[p]:
+                dist.broadcast(opt.state[p]["master"], src=0)
+        opt.rebind(None)
+        opt.zero_grad()
+        assert_steps_of_a_fresh_one(net, opt, None, name, rank, range(5, 8))
+        opt.close()
+
+
+@on_ranks(2)
+def test_what_cannot_be_rebound_changes_nothing_and_goes_on_with_the_old_ranks(rank: int, world_size: int) -> None:
     net, twin = Net(seed=0), Net(seed=0)
     opt, other = build(net, None, "signs"), build(twin, None, "signs")
     said = []
@@ -153,19 +129,30 @@ def refused(rank: int, world_size: int) -> list[str]:
             opt.param_groups[0]["step"] += rank
         if step == 2 and rank == 0:
             pending = pending.discard() if pending else None
-        try:
-            opt.rebind(None)
-        except Exception as error:
-            said.append(f"{type(error).__name__}: {error}")
+        said.append(said_by(lambda: opt.rebind(None)))
         if pending is not None:
             pending.discard()
-        opt.param_groups[0]["step"] = other.param_groups[0]["step"] = opt.param_groups[1]["step"] = step + 1
-        other.param_groups[1]["step"] = step + 1
-        assert are_equal(state_of(net, opt), state_of(twin, other)), step
+        for group in (*opt.param_groups, *other.param_groups):
+            group["step"] = step + 1
+        assert all_bits(opt) == all_bits(other), step
     train(net, opt, rank, range(3, 4))
     train(twin, other, rank, range(3, 4))
-    assert are_equal(state_of(net, opt), state_of(twin, other))
-    return said
+    assert all_bits(opt) == all_bits(other)
+    own = "RuntimeError: rebind: expected no step between propose and commit, got one"
+    told = f"WorkersDisagreeError: no worker went on, because of an error on rank 1: {own}"
+    differ = "WorkersDisagreeError: workers disagree on the step: rank 0: 2; rank 1: 3"
+    assert said == [own, differ, own if rank else told]
+
+
+@on_ranks(2)
+def test_ranks_with_other_parameters_take_no_step(rank: int, world_size: int) -> None:
+    p = torch.zeros(9).requires_grad_()
+    opt = LionCub([p], lr=0.5)
+    p.grad = torch.ones(9)
+    opt.step()
+    p.data[3] += rank
+    assert said_by(lambda: opt.rebind(None)).startswith("WorkersDisagreeError")
+    assert " differs between workers: rank 0: hash " in said_by(opt.step)
 
 
 def resources() -> tuple[int, int, int]:
@@ -185,7 +172,8 @@ def settles(threads: int, carriers: int, descriptors: int) -> bool:
     return False
 
 
-def nothing_is_left(rank: int, world_size: int) -> None:
+@on_ranks(2, alone=True)
+def test_nothing_is_left_of_the_old_ranks(rank: int, world_size: int) -> None:
     alone = dist.new_group([rank], use_local_synchronization=True)
     net = Net(seed=0)
     opt = build(net, None, "overlap")
@@ -202,38 +190,3 @@ def nothing_is_left(rank: int, world_size: int) -> None:
     opt.rebind(alone)
     assert settles(threads - 1, 0, descriptors - 1), (threads, descriptors, resources())
     opt.close()
-
-
-def of_two(rank: int, world_size: int) -> tuple[list[str], list[str]]:
-    differ = [alone_and_back(rank, world_size, name) for name in ("signs", "default", "overlap")]
-    said = refused(rank, world_size)
-    nothing_is_left(rank, world_size)
-    return differ, said
-
-
-def test_to_one_rank_and_back_and_what_is_refused() -> None:
-    for rank, (errors, said) in enumerate(results_of(of_two, 2, timeout=120.0)):
-        assert all(" differs between workers: rank 0: hash " in error for error in errors)
-        pending = "RuntimeError: rebind: expected no step between propose and commit, got one"
-        told = f"WorkersDisagreeError: no worker went on, because of an error on rank 1: {pending}"
-        differ = "WorkersDisagreeError: workers disagree on the step: rank 0: 2; rank 1: 3"
-        assert said == [pending, differ, pending if rank else told]
-
-
-def unequal(rank: int, world_size: int) -> str:
-    p = torch.zeros(9).requires_grad_()
-    opt = LionCub([p], lr=0.5)
-    p.grad = torch.ones(9)
-    opt.step()
-    p.data[3] += rank
-    with pytest.raises(WorkersDisagreeError):
-        opt.rebind(None)
-    try:
-        opt.step()
-    except WorkersDisagreeError as error:
-        return str(error)
-    return "no error"
-
-
-def test_ranks_with_other_parameters_take_no_step() -> None:
-    assert all(" differs between workers: rank 0: hash " in said for said in results_of(unequal, 2))

@@ -1,4 +1,4 @@
-"""Counts what travels."""
+"""Counts the bytes that a rank sends."""
 
 from __future__ import annotations
 
@@ -11,19 +11,27 @@ from lioncub.collectives import transport
 
 
 class Counting:
-    """Counts the bytes that are handed to torch.distributed for other workers, by the group's size."""
+    """Within it, counts the bytes that are handed to torch.distributed for other ranks, by the group."""
 
     def __init__(self) -> None:
         self.sent: dict[int, int] = {}
+
+    def __enter__(self) -> Counting:
         self._all_gather, self._all_reduce = transport._all_gather, dist.all_reduce
         transport._all_gather, dist.all_reduce = self.all_gather, self.all_reduce
-        send = dist.ProcessGroup.send
+        # as the class holds it: what attribute access gives could not be put back
+        self._send, send = vars(dist.ProcessGroup)["send"], dist.ProcessGroup.send
 
         def counted(group: dist.ProcessGroup, messages: list[torch.Tensor], target: int, tag: int) -> Any:
             self._add(group, sum(message.numel() * message.element_size() for message in messages))
             return send(group, messages, target, tag)
 
         dist.ProcessGroup.send = counted
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        transport._all_gather, dist.all_reduce = self._all_gather, self._all_reduce
+        dist.ProcessGroup.send = self._send
 
     def _add(self, group: Any, n_bytes: int) -> None:
         key = -1 if group in (None, dist.group.WORLD) else id(group)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
-from optimizers import LionCub
 from torch import Tensor, nn
 
 
@@ -48,7 +48,7 @@ def groups_of(net: nn.Module) -> list[dict[str, Any]]:
     ]
 
 
-def train(net: Net, opt: LionCub, rank: int, steps: range, seed: int = 0) -> None:
+def train(net: Net, opt: torch.optim.Optimizer, rank: int, steps: range, seed: int = 0) -> None:
     schedule = torch.optim.lr_scheduler.LambdaLR(opt, lambda t: 1.0 / (1 + t), last_epoch=-1)
     for step in steps:
         opt.zero_grad()
@@ -57,11 +57,47 @@ def train(net: Net, opt: LionCub, rank: int, steps: range, seed: int = 0) -> Non
         schedule.step()
 
 
+def bits(tensors: Iterable[Tensor]) -> bytes:
+    """All bits of contiguous copies."""
+    flat = [t.detach().contiguous().view(-1).view(torch.uint8) for t in tensors if t.numel()]
+    return b"".join(t.numpy().tobytes() for t in flat)
+
+
 def bits_of(net: nn.Module) -> bytes:
-    return b"".join(p.detach().contiguous().view(torch.uint8).numpy().tobytes() for p in net.parameters() if p.numel())
+    return bits(net.parameters())
+
+
+def _states_of(opt: torch.optim.Optimizer) -> list[dict[str, Tensor]]:
+    return [opt.state[p] for group in opt.param_groups for p in group["params"]]
 
 
 def momentum_of(opt: torch.optim.Optimizer) -> bytes:
-    return b"".join(
-        opt.state[p]["exp_avg"].contiguous().numpy().tobytes() for group in opt.param_groups for p in group["params"]
-    )
+    return bits(state["exp_avg"] for state in _states_of(opt))
+
+
+def state_of(opt: torch.optim.Optimizer) -> bytes:
+    """All bits of what the optimizer keeps for its parameters."""
+    return bits(state[name] for state in _states_of(opt) for name in sorted(state))
+
+
+def all_bits(opt: torch.optim.Optimizer) -> tuple[bytes, bytes]:
+    """Those of the parameters, and of what is kept for them."""
+    return bits(p for group in opt.param_groups for p in group["params"]), state_of(opt)
+
+
+def randn(*shape: int, seed: int = 0) -> Tensor:
+    # the same whatever torch.set_default_dtype and torch.set_default_device say
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
+
+
+def two_groups() -> tuple[list[Tensor], list[dict[str, Any]]]:
+    """Three small parameters, the last in bf16, and groups of them by name."""
+    params = [randn(4, 3, 2, 2), randn(300, seed=1), randn(9, seed=2).bfloat16()]
+    named = list(zip("abc", [p.requires_grad_() for p in params], strict=True))
+    return params, [{"params": named[:2]}, {"params": named[2:], "lr": 0.5}]
+
+
+def give_gradients(params: Iterable[Tensor], seed: int = 1) -> None:
+    for i, p in enumerate(params):
+        p.grad = randn(*p.shape, seed=100 * seed + i).to(p.dtype)

@@ -23,9 +23,10 @@ def grouped(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class LionCub(lioncub.LionCub):
-    """`lioncub.LionCub` with plain options."""
+    """`lioncub.LionCub` with plain options, by one algorithm: "auto" measures the links, half a second each time."""
 
     def __init__(self, params: Any, *args: Any, **options: Any) -> None:
+        options.setdefault("algorithm", "reduce_scatter")
         super().__init__(params, *args, **grouped(options))
 
 
