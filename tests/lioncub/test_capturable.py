@@ -155,6 +155,18 @@ def test_what_went_wrong_is_told_by_the_next_step_or_on_demand(rank: int, world_
     assert opt.stats().skipped_steps == 2
 
 
+def test_masters_take_over_what_the_user_writes() -> None:
+    p = nn.Parameter(torch.ones(5, dtype=torch.bfloat16))
+    opt = LionCub([p], lr=0.5, capturable=True, master_weights=True)
+    p.grad = torch.ones_like(p)
+    opt.step()
+    with torch.no_grad():
+        p.mul_(4)
+    opt.verify()
+    assert opt.state[p]["master"].tolist() == [2.0] * 5
+    assert not opt.state[p]["master"].requires_grad
+
+
 def test_steps_that_are_not_finite_can_be_skipped() -> None:
     param = nn.Parameter(torch.ones(3))
     opt = LionCub([param], lr=0.5, capturable=True, on_nonfinite="skip")

@@ -15,27 +15,18 @@ from torch import Tensor
 BOTH = pytest.mark.parametrize("optimizer", [Lion, LionCub])
 
 
-def _descend(net: Net, opt: torch.optim.Optimizer, steps: int = 10) -> list[float]:
-    losses = []
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(opt, steps)
-    for step in range(steps):
-        opt.zero_grad()
-        loss = net(*batch_of(step), use_all=step % 3 == 0)
-        loss.backward()
-        opt.step()
-        schedule.step()
-        losses.append(loss.item())
-    return losses
-
-
 def test_one_worker_is_plain_lion_bit_for_bit() -> None:
     nets = Net(seed=0), Net(seed=0)
     opts = Lion(groups_of(nets[0]), lr=1e-2), LionCub(groups_of(nets[1]), lr=1e-2)
-    losses = [_descend(net, opt) for net, opt in zip(nets, opts, strict=True)]
-    assert losses[0] == losses[1]
+    for net, opt in zip(nets, opts, strict=True):
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(opt, 10)
+        for step in range(10):
+            opt.zero_grad()
+            net(*batch_of(step), use_all=step % 3 == 0).backward()
+            opt.step()
+            schedule.step()
     assert all_bits(opts[0]) == all_bits(opts[1])
     assert opts[1].stats().bytes_sent_per_step == 0
-    assert nets[1].table.weight.grad is not None
     assert opts[1].stats().steps == 10
 
 
@@ -56,20 +47,6 @@ def test_against_lion_pytorch(optimizer: type, impl: str) -> None:
         peer.step()
     # 20 steps of at most 3 roundings of numbers below 8
     torch.testing.assert_close(mine, theirs, rtol=0, atol=60 * 2.0**-22)
-
-
-@BOTH
-def test_losses_go_down(optimizer: type) -> None:
-    net = Net(seed=0)
-    opt = optimizer(net.named_parameters(), lr=1e-2)
-    losses = []
-    for _ in range(30):
-        opt.zero_grad()
-        loss = net(*batch_of(0), use_all=True)
-        loss.backward()
-        opt.step()
-        losses.append(loss.item())
-    assert losses[-1] < 0.5 * losses[0]
 
 
 @BOTH
@@ -203,9 +180,11 @@ def test_a_scaler_unscales_within_the_step() -> None:
 @BOTH
 def test_an_lr_too_small_for_bf16_warns_once(optimizer: type) -> None:
     params = [torch.ones(100, dtype=torch.bfloat16).requires_grad_() for _ in range(2)]
-    with pytest.warns(UserWarning, match="lr 1e-05 is too small for parameters of torch.bfloat16: 100%") as caught:
-        opt = optimizer(params, lr=1e-5)
-    assert len(caught) == 1
+    cures = r"Precision\(param_rounding='stochastic'\) or Precision\(master_weights=True\), fp32 parameters or"
+    for options in ({"momentum_dtype": torch.bfloat16}, {}):
+        with pytest.warns(UserWarning, match=rf"lr 1e-05 is .* of torch.bfloat16: 100%.*{cures}") as caught:
+            opt = optimizer(params, lr=1e-5, **options)
+        assert len(caught) == 1
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for p in params:

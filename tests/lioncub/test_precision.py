@@ -105,16 +105,6 @@ def test_what_is_stuck_when_rounded_to_nearest_learns(optimizer: type) -> None:
     assert ends == pytest.approx(dict.fromkeys(ends, 0.9), abs=4e-3)
 
 
-@BOTH
-def test_the_warning_names_the_cures(optimizer: type) -> None:
-    p = torch.ones(100, dtype=torch.bfloat16).requires_grad_()
-    cures = r"Precision\(param_rounding='stochastic'\) or Precision\(master_weights=True\), fp32 parameters or"
-    with pytest.warns(UserWarning, match=cures):
-        optimizer([p], lr=1e-5)
-    with pytest.warns(UserWarning, match="lr 1e-05 is too small"):
-        optimizer([p], lr=1e-5, momentum_dtype=torch.bfloat16)
-
-
 def with_masters(optimizer: type, value: float) -> tuple[Tensor, Any]:
     p = torch.full((5,), value, dtype=torch.bfloat16).requires_grad_()
     opt = optimizer([p], lr=1e-4, master_weights=True)

@@ -9,8 +9,8 @@ from optimizers import Lion, LionCub
 
 from lioncub import SignVote
 
-# by "auto" the first steps try plans
-WAYS = (("all_gather", 1.0, 10), ("reduce_scatter", 1.0, 10), ("all_reduce", 1.0, 10), ("auto", 1e-5, 50))
+# that results depend on neither is also in tests/golden; by "auto" the first steps try plans
+WAYS = (("all_gather", 1.0, 10), ("auto", 1e-5, 50))
 
 
 @on_ranks(2, 3, 4, 5)
