@@ -28,123 +28,102 @@ class Broken(nn.Module):
         self.weight = nn.Parameter(torch.zeros(2, 3, device="meta"))
 
 
-# what all ranks but one call, what that one calls, and the start of that one's error; "" for an error of all
-# of every case: the kind of error, its text, seconds until it came
-Answers = dict[str, tuple[str, str, float]]
-Case = tuple[Callable[[], Any], Callable[[], Any], str]
-CASES: dict[str, Case] = {
-    "vote by an implementation that there is none of": (
-        lambda: vote(BYTES),
-        lambda: vote(BYTES, impl="metal"),
-        "ValueError: impl: expected one of",
-    ),
-    "vote on floats": (lambda: vote(BYTES), lambda: vote(BYTES.float()), "TypeError: packed: expected a uint8"),
-    "vote on a list": (lambda: vote(BYTES), lambda: vote([1, 2]), "TypeError: packed: expected a uint8"),  # type: ignore[arg-type]
-    "vote on a matrix": (lambda: vote(BYTES), lambda: vote(BYTES.view(8, 8)), "ValueError: packed: expected a contig"),
-    "vote on bytes that are no words": (lambda: vote(BYTES), lambda: vote(BYTES[:9]), "ValueError: packed: expected"),
-    "vote on nothing": (lambda: vote(BYTES), lambda: vote(BYTES.to("meta")), "ValueError: packed: expected a tensor w"),
-    "vote by another name": (
-        lambda: vote(BYTES),
-        lambda: vote(BYTES, algorithm="gossip"),
-        "ValueError: algorithm: expected",
-    ),
-    "vote with a parity of half": (
-        lambda: vote(BYTES),
-        lambda: vote(BYTES, parity=0.5),  # type: ignore[arg-type]
-        "TypeError: parity: expected an integer",
-    ),
-    "vote on no format": (
-        lambda: vote(BYTES, form=CodeFormat(2, "sum")),
-        lambda: vote(BYTES, form=2),  # type: ignore[arg-type]
-        "TypeError: form: expected CodeFormat",
-    ),
-    "vote on more": (lambda: vote(BYTES), lambda: vote(torch.cat([BYTES, BYTES])), ""),
-    "vote by another algorithm": (
-        lambda: vote(BYTES, algorithm="all_gather"),
-        lambda: vote(BYTES, algorithm="reduce_scatter"),
-        "",
-    ),
-    "vote with another parity": (lambda: vote(BYTES, parity=1), lambda: vote(BYTES, parity=4), ""),
-    "vote in another format": (
-        lambda: vote(BYTES, form=CodeFormat(1, "ternary")),
-        lambda: vote(BYTES, form=CodeFormat(2, "ternary")),
-        "",
-    ),
-    "average more": (lambda: average_(torch.zeros(100)), lambda: average_(torch.zeros(1000)), ""),
-    "average otherwise": (lambda: average_(torch.zeros(100)), lambda: average_(torch.zeros(100), dtype="bf16"), ""),
-    "average integers": (
-        lambda: average_(torch.zeros(100)),
-        lambda: average_(torch.zeros(100, dtype=torch.int32)),
-        "ValueError: values: expected a contiguous float32",
-    ),
-    "average by no dtype": (
-        lambda: average_(torch.zeros(100)),
-        lambda: average_(torch.zeros(100), dtype="fp8"),
-        "ValueError: dtype: expected one of",
-    ),
-    "groups of other workers": (
-        lambda: ProcessGroups.build(None, Topology(((0, 1), (2,)))),
-        lambda: ProcessGroups.build(None, Topology.even(2, 2)),
-        "ValueError: topology: expected one of the group's 3 workers",
-    ),
-    "groups of other nodes": (
-        lambda: ProcessGroups.build(None, Topology(((0, 1), (2,)))),
-        lambda: ProcessGroups.build(None, Topology.flat(3)),
-        "",
-    ),
-    "groups of a mesh that is none": (
-        lambda: ProcessGroups.of_mesh(MESH()),
-        lambda: ProcessGroups.of_mesh("mesh"),  # type: ignore[arg-type]
-        "TypeError: mesh: expected a DeviceMesh",
-    ),
-    "probe for no time": (
-        lambda: probe(ProcessGroups.flat(), seconds=0.0),
-        lambda: probe(ProcessGroups.flat(), seconds="1"),  # type: ignore[arg-type]
-        "TypeError: seconds: expected a number",
-    ),
-    "broadcast another module": (
-        lambda: lioncub.broadcast_module(nn.Linear(3, 2)),
-        lambda: lioncub.broadcast_module(nn.Linear(2, 3)),
-        "",
-    ),
-    "broadcast a module in another dtype": (
-        lambda: lioncub.broadcast_module(nn.Linear(3, 2)),
-        lambda: lioncub.broadcast_module(nn.Linear(3, 2).half()),
-        "",
-    ),
-    "broadcast a module with more": (
-        lambda: lioncub.broadcast_module(nn.Linear(3, 2)),
-        lambda: lioncub.broadcast_module(nn.Linear(3, 2, bias=False)),
-        "",
-    ),
-    "broadcast no module": (
-        lambda: lioncub.broadcast_module(nn.Linear(3, 2)),
-        lambda: lioncub.broadcast_module([torch.zeros(2, 3), torch.zeros(2)]),  # type: ignore[arg-type]
-        "TypeError: module: expected a torch.nn.Module",
-    ),
-    "broadcast what has no data": (
-        lambda: lioncub.broadcast_module(nn.Linear(3, 2, bias=False)),
-        lambda: lioncub.broadcast_module(Broken()),
-        "ValueError: weight: expected a dense tensor with data",
-    ),
-    "broadcast fewer tensors": (
-        lambda: broadcast_tensors([torch.zeros(3), torch.zeros(4)]),
-        lambda: broadcast_tensors([torch.zeros(3)]),
-        "",
-    ),
-    "compare what cannot be read": (
-        lambda: check_equal([("a", torch.zeros(3))]),
-        lambda: check_equal([("a", META)]),
-        "RuntimeError: ",
-    ),
-    "compare fewer": (lambda: check_equal([("a", torch.zeros(3))]), lambda: check_equal([]), ""),
-}
-
-
-def MESH() -> Any:  # noqa: N802
+def mesh_of_three() -> Any:
     from torch.distributed.device_mesh import DeviceMesh
 
     return DeviceMesh("cpu", torch.arange(3).view(3, 1), _init_backend=False)
+
+
+# of every case: the kind of error, its text, seconds until it came
+Answers = dict[str, tuple[str, str, float]]
+# what all ranks but one call, what that one calls, and the start of that one's error; "" for an error of all
+Case = tuple[Callable[[], Any], Callable[[], Any], str]
+UNEVEN = Topology(((0, 1), (2,)))
+
+
+def cases_of(call: Callable[..., Any], right: Any, **wrong: tuple[Any, str]) -> dict[str, Case]:
+    """Cases of one argument, which is made on each rank; ``call`` takes it."""
+    name = getattr(call, "__name__", "call")
+    return {
+        f"{name} {what}": (lambda: call(right()), lambda value=value: call(value()), error)  # type: ignore[misc]
+        for what, (value, error) in wrong.items()
+    }
+
+
+def vote_with(options: dict[str, Any]) -> Any:
+    return vote(options.pop("packed", BYTES), **options)
+
+
+def average_with(options: dict[str, Any]) -> Any:
+    return average_(options.pop("values", torch.zeros(100)), **options)
+
+
+def groups_of(topology: Topology) -> Any:
+    return ProcessGroups.build(None, topology)
+
+
+def probe_for(seconds: Any) -> Any:
+    return probe(ProcessGroups.flat(), seconds=seconds)
+
+
+CASES: dict[str, Case] = {
+    **cases_of(
+        vote_with,
+        dict,
+        impl=(lambda: {"impl": "metal"}, "ValueError: impl: expected one of"),
+        floats=(lambda: {"packed": BYTES.float()}, "TypeError: packed: expected a uint8"),
+        list=(lambda: {"packed": [1, 2]}, "TypeError: packed: expected a uint8"),
+        matrix=(lambda: {"packed": BYTES.view(8, 8)}, "ValueError: packed: expected a contig"),
+        parts_of_words=(lambda: {"packed": BYTES[:9]}, "ValueError: packed: expected"),
+        meta=(lambda: {"packed": BYTES.to("meta")}, "ValueError: packed: expected a tensor w"),
+        name=(lambda: {"algorithm": "gossip"}, "ValueError: algorithm: expected"),
+        half=(lambda: {"parity": 0.5}, "TypeError: parity: expected an integer"),
+        more=(lambda: {"packed": torch.cat([BYTES, BYTES])}, ""),
+    ),
+    **cases_of(vote_with, lambda: {"algorithm": "all_gather"}, algorithm=(lambda: {"algorithm": "reduce_scatter"}, "")),
+    **cases_of(vote_with, lambda: {"parity": 1}, parity=(lambda: {"parity": 4}, "")),
+    **cases_of(
+        vote_with,
+        lambda: {"form": CodeFormat(1, "ternary")},
+        format=(lambda: {"form": CodeFormat(2, "ternary")}, ""),
+        no_format=(lambda: {"form": 2}, "TypeError: form: expected CodeFormat"),
+    ),
+    **cases_of(
+        average_with,
+        dict,
+        more=(lambda: {"values": torch.zeros(1000)}, ""),
+        dtype=(lambda: {"dtype": "bf16"}, ""),
+        no_dtype=(lambda: {"dtype": "fp8"}, "ValueError: dtype: expected one of"),
+        integers=(
+            lambda: {"values": torch.zeros(100, dtype=torch.int32)},
+            "ValueError: values: expected a contiguous float32",
+        ),
+    ),
+    **cases_of(
+        groups_of,
+        lambda: UNEVEN,
+        workers=(lambda: Topology.even(2, 2), "ValueError: topology: expected one of the group's 3 workers"),
+        nodes=(lambda: Topology.flat(3), ""),
+    ),
+    **cases_of(ProcessGroups.of_mesh, mesh_of_three, string=(lambda: "mesh", "TypeError: mesh: expected a DeviceMesh")),
+    **cases_of(probe_for, lambda: 0.0, string=(lambda: "1", "TypeError: seconds: expected a number")),
+    **cases_of(
+        lioncub.broadcast_module,
+        lambda: nn.Linear(3, 2),
+        shape=(lambda: nn.Linear(2, 3), ""),
+        dtype=(lambda: nn.Linear(3, 2).half(), ""),
+        less=(lambda: nn.Linear(3, 2, bias=False), ""),
+        list=(lambda: [torch.zeros(2, 3), torch.zeros(2)], "TypeError: module: expected a torch.nn.Module"),
+        meta=(Broken, "ValueError: weight: expected a dense tensor with data"),
+    ),
+    **cases_of(broadcast_tensors, lambda: [torch.zeros(3), torch.zeros(4)], fewer=(lambda: [torch.zeros(3)], "")),
+    **cases_of(
+        check_equal,
+        lambda: [("a", torch.zeros(3))],
+        meta=(lambda: [("a", META)], "RuntimeError: "),
+        fewer=(list, ""),
+    ),
+}
 
 
 def _call_wrongly(rank: int, world_size: int) -> Answers:
@@ -187,10 +166,10 @@ def test_all_ranks_raise_where_one_call_is_wrong(name: str, answers: list[Answer
 
 # of cases in which all disagree: on what, the value of most ranks and that of one
 TEXTS = {
-    "vote on more": ("the bytes of the message", "64", "128"),
-    "vote by another algorithm": ("the algorithm", "all_gather", "reduce_scatter"),
-    "vote with another parity": ("the parity", "1", "0"),
-    "vote in another format": (
+    "vote_with more": ("the bytes of the message", "64", "128"),
+    "vote_with algorithm": ("the algorithm", "all_gather", "reduce_scatter"),
+    "vote_with parity": ("the parity", "1", "0"),
+    "vote_with format": (
         "the format of codes",
         "CodeFormat(bits=1, result='ternary')",
         "CodeFormat(bits=2, result='ternary')",
