@@ -14,19 +14,8 @@ from lioncub.collectives.cost import EFFICIENCY, Link
 from lioncub.collectives.groups import Topology
 from lioncub.plan import BASELINE, Cluster, Row, amount, forecast, milliseconds, notes, over_worlds
 
-FLAGS = [
-    "plan",
-    "--params",
-    "1.3e9",
-    "--nodes",
-    "64",
-    "--gpus-per-node",
-    "8",
-    "--inter",
-    "10gbit",
-    "--intra",
-    "400gbit",
-]
+CLUSTER = ["--nodes", "64", "--gpus-per-node", "8", "--inter", "10gbit", "--intra", "400gbit"]
+FLAGS = ["plan", "--params", "1.3e9", *CLUSTER]
 
 
 def by_method(rows: tuple[Row, ...]) -> dict[str, Row]:
@@ -180,38 +169,23 @@ def test_command_with_a_profile(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "Based on links as given: 1 Gb/s, 7 us per message" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["--params", "25x", "--nodes", "2"], "argument --params: expected a whole number of parameters"),
-        (
-            ["--params", "25M", "--nodes", "2", "--inter", "10"],
-            "argument --inter: expected a bandwidth such as 100mbit",
-        ),
-        (
-            ["--params", "25M", "--nodes", "2"],
-            "lioncub plan: --inter: expected a bandwidth such as 10gbit, or a --profile",
-        ),
-        (
-            ["--params", "25M", "--nodes", "2", "--inter", "1gbit", "--gpus-per-node", "2"],
-            "lioncub plan: --intra: expected",
-        ),
-        (["--params", "25M", "--nodes", "1", "--inter", "1gbit"], "with at least 2 workers in all, got 1 and 1"),
-        (
-            ["--params", "25M", "--nodes", "2", "--inter", "1gbit", "--latency-us", "-1"],
-            "lioncub plan: --latency-us: expected a number >= 0, got -1",
-        ),
-        (
-            ["--params", "25M", "--nodes", "2", "--inter", "1gbit", "--compute-ms", "nan"],
-            "--compute-ms: expected a finite",
-        ),
-    ],
-)
-def test_bad_arguments(flags: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+BAD = {
+    "--params 25x --nodes 2": "argument --params: expected a whole number of parameters",
+    "--params 25M --nodes 2 --inter 10": "argument --inter: expected a bandwidth such as 100mbit",
+    "--params 25M --nodes 2": "lioncub plan: --inter: expected a bandwidth such as 10gbit, or a --profile",
+    "--params 25M --nodes 2 --inter 1gbit --gpus-per-node 2": "lioncub plan: --intra: expected",
+    "--params 25M --nodes 1 --inter 1gbit": "with at least 2 workers in all, got 1 and 1",
+    "--params 25M --nodes 2 --inter 1gbit --latency-us -1": "plan: --latency-us: expected a number >= 0, got -1",
+    "--params 25M --nodes 2 --inter 1gbit --compute-ms nan": "--compute-ms: expected a finite",
+}
+
+
+@pytest.mark.parametrize("flags", BAD)
+def test_bad_arguments(flags: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
-        main(["plan", *flags])
+        main(["plan", *flags.split()])
     assert ended.value.code == 2
-    assert message in capsys.readouterr().err
+    assert BAD[flags] in capsys.readouterr().err
 
 
 def test_bad_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -222,16 +196,13 @@ def test_bad_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "expected a file in a folder that exists" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("n_bytes", "text"),
-    [
-        (0, "0 B"),
-        (999, "999 B"),
-        (1500, "1.5 kB"),
-        (802_000_000, "802 MB"),
-        (83 * 10**9, "83 GB"),
-        (2 * 10**12, "2,000 GB"),
-    ],
-)
-def test_amounts(n_bytes: int, text: str) -> None:
-    assert amount(n_bytes) == text
+def test_amounts() -> None:
+    amounts = {
+        0: "0 B",
+        999: "999 B",
+        1500: "1.5 kB",
+        802_000_000: "802 MB",
+        83 * 10**9: "83 GB",
+        2 * 10**12: "2,000 GB",
+    }
+    assert {n_bytes: amount(n_bytes) for n_bytes in amounts} == amounts
