@@ -129,7 +129,7 @@ def test_the_training_example_runs(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not hasattr(torch._dynamo.config, "trace_autograd_ops"), reason="needs torch 2.13")
 def test_the_compiled_example_runs(tmp_path: Path) -> None:
-    # machine code of a whole training step is made in tests/lioncub/test_compiled.py, of one with fewer kernels
+    # machine code, which takes a minute, is made of steps in tests/lioncub/test_compiled.py
     lines = re.findall(STEP, printed_by(DOCS / "examples" / "compiled.py", 2, tmp_path, backend="aot_eager"))
     assert [int(step) for step, *_ in lines] == [20, 40, 60, 80, 100]
     assert float(lines[-1][1]) < 0.7 * float(lines[0][1]), "it must have learnt something"

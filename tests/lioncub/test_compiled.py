@@ -59,10 +59,10 @@ class Small(nn.Module):
         return (images[:, 0, :, :].reshape(-1, 9) @ self.weight + self.bias).square().mean()
 
 
-def assert_one_graph_and_the_eager_steps(rank: int, backend: str, **options: Any) -> None:
+def assert_one_graph_and_the_eager_steps(rank: int, backend: str, nets: Any = Net, **options: Any) -> None:
     """An ordinary, a capturable and a compiled optimizer under a schedule."""
     reset()
-    nets = [Small(rank) if backend == "inductor" else Net(seed=rank) for _ in range(3)]
+    nets = [nets(seed=rank) for _ in range(3)]
     options = {"bucket_mb": 1e-4, "compression": SignVote(), **options}
     opts = [
         LionCub(net.named_parameters(), lr=torch.tensor(0.01), capturable=i > 0, **options)
@@ -97,14 +97,14 @@ def test_steps_of_one_rank(rank: int, world_size: int) -> None:
     assert_one_graph_and_the_eager_steps(rank, "eager", **PRECISIONS["stochastic, bf16 momentum"])
 
 
-# machine code takes each rank half a minute and a trace five seconds; on neither has their number any influence
 @on_ranks(2)
 def test_steps_of_several_ranks(rank: int, world_size: int) -> None:
-    # the compiler sets variables; headers and processes made in advance take longer than the few kernels here
+    # one rank alone makes machine code; the compiler sets variables, and headers and processes made in advance take
+    # longer than the few kernels here
     from torch._inductor import config
 
     with mock.patch.dict(os.environ), config.patch(cpp_cache_precompile_headers=False, compile_threads=1):
-        assert_one_graph_and_the_eager_steps(rank, "inductor", algorithm="reduce_scatter", bucket_mb=2e-5)
+        assert_one_graph_and_the_eager_steps(rank, "eager" if rank else "inductor", nets=Small, bucket_mb=2e-5)
     assert_one_graph_and_the_eager_steps(rank, "eager", algorithm="all_gather", **PRECISIONS["stochastic"])
     assert_one_graph_and_the_eager_steps(rank, "eager", algorithm="all_reduce", **PRECISIONS["masters, bf16 momentum"])
 
@@ -123,7 +123,7 @@ def test_a_whole_training_step_is_one_graph(rank: int, world_size: int) -> None:
         opt.step()
         return loss.detach()
 
-    # the compiler's own forward and backward differ in the last bits; docs/examples/compiled.py runs with them
+    # in machine code, forward and backward differ in the last bits
     fast, counter = compiled(lambda x, y: train(nets[1], opts[1], x, y), "aot_eager")
     for t in range(20):
         x = torch.randn(8, 9, generator=torch.Generator().manual_seed(100 * t + rank))
