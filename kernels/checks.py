@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+_META = torch.device("meta")
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -19,15 +20,14 @@ def check_float(name: str, tensor: Tensor) -> None:
 
 def check_dense(name: str, tensor: Tensor, dtypes: Sequence[torch.dtype]) -> None:
     """Raise TypeError unless ``tensor`` is a dense tensor of one of ``dtypes``, ValueError where it has no data."""
-    names = [_name_of(dtype) for dtype in dtypes]
-    kind = f"a {names[0]} tensor" if len(names) == 1 else "a torch.Tensor"
     if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name}: expected {kind}, got {type(tensor).__name__}")
+        raise TypeError(f"{name}: expected {_tensor_of(dtypes, 'a torch.Tensor')}, got {type(tensor).__name__}")
     if tensor.layout != torch.strided:
         raise TypeError(f"{name}: expected a dense tensor, got layout {tensor.layout}")
     if tensor.dtype not in dtypes:
-        expected = kind if len(names) == 1 else f"dtype {', '.join(names[:-1])} or {names[-1]}"
-        raise TypeError(f"{name}: expected {expected}, got {tensor.dtype}")
+        *others, last = map(_name_of, dtypes)
+        several = f"dtype {', '.join(others)} or {last}"
+        raise TypeError(f"{name}: expected {_tensor_of(dtypes, several)}, got {tensor.dtype}")
     if tensor.device.type == "meta":
         raise ValueError(f"{name}: expected a tensor with data, got one on the meta device")
 
@@ -58,37 +58,36 @@ def packed_out(out: Tensor | None, n_bytes: int, source: str, tensor: Tensor) ->
     """``out`` if it can hold ``n_bytes`` of codes of ``tensor``, whose name is ``source``; a new tensor for None."""
     if out is None:
         return torch.empty(n_bytes, dtype=torch.uint8, device=tensor.device)
-    check_packed("out", out, n_bytes)
-    check_device("out", out, source, tensor)
+    check_flat("out", out, torch.uint8, n_bytes, source, tensor)
     return out
 
 
-def check_packed(name: str, packed: Tensor, n_bytes: int | None) -> None:
-    """Raise unless ``packed`` is a contiguous uint8 tensor of exactly ``n_bytes`` bytes, of any number for None."""
-    check_dense(name, packed, (torch.uint8,))
-    check_flat(name, packed, torch.uint8, packed.numel() if n_bytes is None else n_bytes)
-
-
-def check_flat(name: str, tensor: Tensor, dtype: torch.dtype, count: int) -> None:
-    """Raise unless ``tensor`` is a contiguous tensor of ``dtype`` and shape [count]."""
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name}: expected a {_name_of(dtype)} tensor of shape ({count},), got {type(tensor).__name__}")
-    is_dense_one = tensor.layout == torch.strided and tensor.dtype == dtype
-    if not is_dense_one or tensor.shape != (count,) or not tensor.is_contiguous():
-        kind = "" if tensor.dtype == dtype else f"{tensor.dtype} of "
-        strides = f"with strides {tensor.stride()}" if tensor.layout == torch.strided else f"in {tensor.layout}"
+def check_flat(
+    name: str, tensor: Tensor | None, dtype: torch.dtype, count: int, peer_name: str = "", peer: Tensor | None = None
+) -> None:
+    """Raise unless ``tensor`` is None or contiguous, of ``dtype`` and shape [count], and on the device of ``peer``."""
+    if tensor is None:
+        return
+    is_right = type(tensor) is Tensor and tensor.dtype == dtype and tensor.shape == (count,) and tensor.is_contiguous()
+    if is_right and peer is not None and tensor.device == peer.device != _META:
+        return
+    check_dense(name, tensor, (dtype,))
+    if tensor.shape != (count,) or not tensor.is_contiguous():
         raise ValueError(
             f"{name}: expected a contiguous {_name_of(dtype)} tensor of shape ({count},), "
-            f"got {kind}shape {tuple(tensor.shape)} {strides}"
+            f"got shape {tuple(tensor.shape)} with strides {tensor.stride()}"
         )
-    check_dense(name, tensor, (dtype,))
+    if peer is not None:
+        check_device(name, tensor, peer_name, peer)
 
 
-def check_counts(counts: Tensor | None, peer_name: str, peer: Tensor) -> None:
-    """Raise unless ``counts`` is None or a contiguous int64[2] on ``peer``'s device."""
-    if counts is not None:
-        check_flat("counts", counts, torch.int64, 2)
-        check_device("counts", counts, peer_name, peer)
+def check_bytes(name: str, packed: Tensor, multiple: int = 1) -> int:
+    """The bytes of ``packed``; raise unless it is a contiguous 1-d uint8 tensor of a multiple of ``multiple`` bytes."""
+    check_dense(name, packed, (torch.uint8,))
+    check_flat(name, packed, torch.uint8, packed.numel())
+    if packed.numel() % multiple:
+        raise ValueError(f"{name}: expected a multiple of {multiple} bytes, got {packed.numel()}")
+    return packed.numel()
 
 
 def check_rows(name: str, tensor: Tensor, axes: str) -> None:
@@ -99,14 +98,6 @@ def check_rows(name: str, tensor: Tensor, axes: str) -> None:
         raise ValueError(f"{name}: expected shape [{axes}] with {leading} >= 1, got {tuple(tensor.shape)}")
     if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
         raise ValueError(f"{name}: expected rows of adjacent bytes, got strides {tensor.stride()}")
-
-
-def check_per_tensor(name: str, flags: Tensor | None, count: int, peer_name: str, peer: Tensor | None) -> None:
-    """Raise unless ``flags`` is None or a contiguous int32[count], one per tensor, on the device of ``peer``."""
-    if flags is not None:
-        check_flat(name, flags, torch.int32, count)
-        if peer is not None:
-            check_device(name, flags, peer_name, peer)
 
 
 def check_integer(name: str, value: Any, least: int | None = 0, most: int | None = None) -> None:
@@ -152,6 +143,10 @@ def is_dense(shape: Sequence[int], stride: Sequence[int]) -> bool:
             return False
         expected *= size
     return True
+
+
+def _tensor_of(dtypes: Sequence[torch.dtype], several: str) -> str:
+    return f"a {_name_of(dtypes[0])} tensor" if len(dtypes) == 1 else several
 
 
 def _name_of(dtype: torch.dtype) -> str:

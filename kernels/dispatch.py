@@ -17,6 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lioncub.kernels.lists import check_apart
+from lioncub.kernels.scalars import parity_of
+
 IMPLS = ("auto", "triton", "cpu", "reference")
 _MODULES = {
     "triton": "lioncub.kernels.triton_gpu",
@@ -36,6 +39,7 @@ def resolve_impl(impl: str, device: torch.device) -> str:
     return _resolve(impl, device.type)
 
 
+@functools.cache
 def backend(impl: str, device: torch.device) -> ModuleType:
     """The module that implements every op for ``impl`` on ``device``; errors as in `resolve_impl`."""
     return _load(_resolve(impl, device.type))
@@ -92,19 +96,42 @@ def _require_triton(device_type: str) -> None:
         )
 
 
-def register(schema: str, kernel: Callable[..., None]) -> Any:
+def register(schema: str, kernel: Callable[..., None] | None = None) -> Any:
     """Define op ``lioncub::<schema>`` whose only effects are on its mutated arguments; return its overload.
 
     Ops return nothing: the public wrappers allocate, so a fake has nothing to do. The low-level interface is
     used because its call costs 3 us where `torch.library.custom_op` costs 36 us (measured, torch 2.13).
+
+    Without ``kernel`` the op is one on single tensors: the first is read, the last argument is ``impl``, and every
+    backend has a function of the op's name that takes the others.
     """
     name = schema.split("(", 1)[0]
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))  # type: ignore[no-untyped-call]
-    _LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
     op = getattr(torch.ops.lioncub, name).default
-    arguments = [argument.name for argument in op._schema.arguments]
-    torch.library.register_fake(f"lioncub::{name}", functools.partial(_fake, arguments), lib=_LIBRARY)
+    arguments = op._schema.arguments
+    kernel = kernel or functools.partial(_run_on_tensors, name, arguments)
+    _LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+    fake = functools.partial(_fake, [argument.name for argument in arguments])
+    torch.library.register_fake(f"lioncub::{name}", fake, lib=_LIBRARY)
     return op
+
+
+def _run_on_tensors(name: str, arguments: Sequence[Any], *values: Any) -> None:
+    """Call the backend's function, where there is anything to write and it is apart from what is read."""
+    run = backend(values[-1], values[0].device)
+    written: dict[str, Tensor] = {}
+    read: dict[str, Tensor] = {}
+    given = []
+    for argument, value in zip(arguments, values, strict=True):
+        if argument.name == "parity":
+            value = parity_of(value)
+        elif isinstance(value, Tensor):
+            (read if argument.alias_info is None else written)[argument.name] = value
+        given.append(value)
+    check_apart(written, read)
+    if all(tensor.numel() for tensor in written.values()):
+        getattr(run, name)(*given[:-1])
+    mark_written(*written.values())
 
 
 def mark_written(*written: Tensor | Sequence[Tensor] | None) -> None:

@@ -8,7 +8,7 @@ Pure arithmetic, shared by kernels, collectives, cost model and tests.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
 
 CODE_BITS = (1, 2, 4, 8)
 FIELD_BITS = (1, 2, 4, 8, 16)
@@ -31,9 +31,10 @@ def packed_bytes(n: int, bits: int = 1, chunks: int = 1) -> int:
     return -(-words // chunks) * chunks * WORD_BYTES
 
 
-def code_bytes(sizes: Sequence[int], bits: int = 1) -> list[int]:
-    """``bits * packed_bytes(size)`` for each size, without a call for each."""
-    return [(size + 63) // 64 * 8 * bits for size in sizes]
+@functools.lru_cache(maxsize=256)
+def code_bytes(sizes: tuple[int, ...], bits: int = 1, multiple: int = 1) -> tuple[int, ...]:
+    """A ``multiple`` of `packed_bytes` for each of a list of tensors."""
+    return tuple([multiple * packed_bytes(size, bits) for size in sizes])
 
 
 def largest_level(bits: int) -> int:

@@ -12,42 +12,23 @@ compiler then sees two buffers that are written, instead of a view of them for e
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from lioncub.kernels.checks import (
-    check_all_or_none,
-    check_choice,
-    check_float,
-    check_per_tensor,
-    check_same_storage_order,
-)
-from lioncub.kernels.dispatch import backend, mark_written, register, resolve_impl
+from lioncub.kernels.checks import check_all_or_none, check_choice, check_flat, check_float, check_same_storage_order
+from lioncub.kernels.dispatch import backend, mark_written, register
 from lioncub.kernels.layout import FIELD_BITS, code_bytes
 from lioncub.kernels.lists import (
-    TensorList,
     Tensors,
-    check_flat_list,
-    check_float_lists,
-    check_list_types,
     check_lists_apart,
-    check_starts,
-    code_parts,
-    float_parts,
-    one_or_list,
+    firsts_of,
+    flat_list,
+    float_list,
+    tensor_lists,
 )
-from lioncub.kernels.rounding import Rounding, Streams, rounding_arguments, streams_of
-from lioncub.kernels.scalars import (
-    Scalar,
-    beta_scalar,
-    decay_of,
-    factor_scalar,
-    mix_of,
-    rate_of,
-    rate_scalars,
-)
+from lioncub.kernels.rounding import NO_STREAM, Rounding, rounding_arguments, streams_of
+from lioncub.kernels.scalars import Scalar, float_scalar, mix_of, rate_scalars, rates_of
 
 
 def lion_apply_(
@@ -153,7 +134,7 @@ def lion_ema(exp_avg: Tensor, grad: Tensor, *, beta: Scalar, grad_scale: Scalar 
     check_float("grad", grad)
     check_float("exp_avg", exp_avg)
     check_same_storage_order("exp_avg", exp_avg, "grad", grad)
-    kept, new = mix_of(beta_scalar("beta", beta), factor_scalar("grad_scale", grad_scale))
+    kept, new = mix_of(float_scalar("beta", beta, 0.0, 1.0), float_scalar("grad_scale", grad_scale))
     return torch.add(kept * exp_avg.float(), new * grad.float())
 
 
@@ -182,22 +163,21 @@ def foreach_lion_apply_(
     Where int32[n] ``active`` is zero, a parameter and its momentum stay as they are. ``param_ids`` select the streams
     to round by; they are the places in the list unless given.
     """
-    check_list_types(param=param)
-    check_starts(starts, param)
-    packed = one_or_list("packed", packed, starts)
-    _check_format(bits, step, offset, divisor)
-    check_per_tensor("active", active, len(param), "param", None)
-    how = rounding_arguments(rounding, param_ids, param)
-    rates = rate_scalars(lr, weight_decay)
-    scale = factor_scalar("grad_scale", grad_scale)
     check_all_or_none(grad=grad, exp_avg=exp_avg, beta2=beta2)
-    g: Sequence[Tensor] = ()
-    m: Sequence[Tensor] = ()
-    b2 = None
-    if grad is not None and exp_avg is not None and beta2 is not None:
-        check_list_types(grad=grad)
-        g, m, b2 = grad, one_or_list("exp_avg", exp_avg, starts), beta_scalar("beta2", beta2)
-    _APPLY(param, packed, bits, step, offset, divisor, *rates, g, m, b2, scale, active, *how, starts, impl)
+    lists: dict[str, object] = {"param": param}
+    flats: dict[str, object] = {"packed": packed}
+    if beta2 is None:
+        (x, codes), b2 = tensor_lists(lists, flats, starts), None
+        g: Sequence[Tensor] = ()
+        m: Sequence[Tensor] = ()
+    else:
+        x, g, codes, m = tensor_lists({**lists, "grad": grad}, {**flats, "exp_avg": exp_avg}, starts)
+        b2 = float_scalar("beta2", beta2, 0.0, 1.0)
+    _check_format(bits, step, offset, divisor)
+    check_flat("active", active, torch.int32, len(x), "param", x[0] if x else None)
+    rates, scale = rate_scalars(lr, weight_decay), float_scalar("grad_scale", grad_scale)
+    how = NO_STREAM if rounding is None else rounding_arguments(rounding, param_ids, x)
+    _APPLY(x, codes, bits, step, offset, divisor, *rates, g, m, b2, scale, active, *how, starts, impl)
 
 
 def foreach_lion_step_(
@@ -217,14 +197,12 @@ def foreach_lion_step_(
     impl: str = "auto",
 ) -> None:
     """`lion_step_` of lists; ``active``, ``param_ids`` and ``starts`` as in `foreach_lion_apply_`."""
-    check_list_types(param=param, grad=grad)
-    check_starts(starts, param)
-    exp_avg = one_or_list("exp_avg", exp_avg, starts)
-    how = rounding_arguments(rounding, param_ids, param)
-    check_per_tensor("active", active, len(param), "param", None)
-    rates = rate_scalars(lr, weight_decay)
-    betas = beta_scalar("beta1", beta1), beta_scalar("beta2", beta2)
-    _STEP(param, grad, exp_avg, *rates, *betas, factor_scalar("grad_scale", grad_scale), active, *how, starts, impl)
+    x, g, m = tensor_lists({"param": param, "grad": grad}, {"exp_avg": exp_avg}, starts)
+    check_flat("active", active, torch.int32, len(x), "param", x[0] if x else None)
+    rates, scale = rate_scalars(lr, weight_decay), float_scalar("grad_scale", grad_scale)
+    betas = float_scalar("beta1", beta1, 0.0, 1.0), float_scalar("beta2", beta2, 0.0, 1.0)
+    how = NO_STREAM if rounding is None else rounding_arguments(rounding, param_ids, x)
+    _STEP(x, g, m, *rates, *betas, scale, active, *how, starts, impl)
 
 
 def _check_format(bits: int, step: int, offset: int, divisor: int) -> None:
@@ -234,25 +212,6 @@ def _check_format(bits: int, step: int, offset: int, divisor: int) -> None:
             raise ValueError(f"{name}: expected an integer >= {least}, got {value!r}")
     if max(step * (2**bits - 1) - offset, offset) > 2**24:
         raise ValueError(f"step, offset: expected step*code - offset within 2^24, got {step} and {offset}")
-
-
-def select_active(
-    active: Tensor | None, streams: Streams | None, impl: str, *lists: TensorList
-) -> tuple[dict[str, Any], Sequence[TensorList]]:
-    """A backend's options and lists: Triton reads ``active`` on the device, others get the active tensors alone.
-
-    Without ``streams`` everything is rounded to nearest. Lists of nothing stay as they are.
-    """
-    options: dict[str, Any] = {} if streams is None else {"rounding": streams}
-    if active is None or not len(lists[0]):
-        return options, lists
-    if resolve_impl(impl, lists[0].device) == "triton":
-        return options | {"active": active}, lists
-    chosen = active.tolist()
-    if streams is not None:
-        param_ids = [param_id for param_id, flag in zip(streams.param_ids, chosen, strict=True) if flag]
-        options = {"rounding": streams._replace(param_ids=param_ids)}
-    return options, [tensors.where(chosen) if len(tensors) else tensors for tensors in lists]
 
 
 def _apply(
@@ -275,23 +234,18 @@ def _apply(
     starts: Sequence[int] | None,
     impl: str,
 ) -> None:
-    x = TensorList(param)
-    sizes = code_bytes(x.sizes, bits)
-    codes, floats = code_parts("packed", packed, starts, bits, sizes), {"param": x}
-    g, m = TensorList(grad), TensorList(exp_avg)
+    places = None if starts is None else tuple(starts)
+    x, g, m, mix = float_list("param", param), None, None, None
     if beta2 is not None:
-        m = float_parts("exp_avg", exp_avg, starts, x)
-        floats |= {"grad": g, "exp_avg": m}
-    check_float_lists(**floats)
-    check_flat_list("packed", codes, torch.uint8, sizes, "param", x)
-    check_per_tensor("active", active, len(x), "param", param[0] if param else None)
-    check_lists_apart({"param": x, "exp_avg": m}, {"packed": codes, "grad": g})
-    streams = streams_of(rounding, rounding_step, param_ids)
-    options, (x, codes, g, m) = select_active(active, streams, impl, x, codes, g, m)
-    if len(x):
-        rates = rate_of(lr, divisor), decay_of(lr, weight_decay)
-        momentum = (None, None, None) if beta2 is None else (g, m, mix_of(beta2, grad_scale))
-        backend(impl, x.device).lion_apply_(x, codes, bits, step, offset, *rates, *momentum, **options)
+        g, m = float_list("grad", grad, x), float_list("exp_avg", exp_avg, x, firsts_of(places, x.sizes))
+        mix = mix_of(beta2, grad_scale)
+    firsts = firsts_of(places, x.sizes, bits)
+    codes = flat_list("packed", packed, torch.uint8, code_bytes(x.sizes, multiple=bits), x, firsts)
+    check_lists_apart([x] if m is None else [x, m], [codes] if g is None else [codes, g])
+    if param:
+        rates = rates_of(lr, weight_decay, divisor)
+        streams = None if rounding is None else streams_of(rounding, rounding_step, param_ids)
+        backend(impl, param[0].device).lion_apply_(x, codes, bits, step, offset, *rates, g, m, mix, active, streams)
     mark_written(param, exp_avg)
 
 
@@ -311,15 +265,14 @@ def _step(
     starts: Sequence[int] | None,
     impl: str,
 ) -> None:
-    x, g = TensorList(param), TensorList(grad)
-    m = float_parts("exp_avg", exp_avg, starts, x)
-    check_float_lists(param=x, grad=g, exp_avg=m)
-    check_per_tensor("active", active, len(x), "param", param[0] if param else None)
-    check_lists_apart({"param": x, "exp_avg": m}, {"grad": g})
-    options, (x, g, m) = select_active(active, streams_of(rounding, rounding_step, param_ids), impl, x, g, m)
-    if len(x):
-        rates, betas = (rate_of(lr), decay_of(lr, weight_decay)), (mix_of(beta1, grad_scale), mix_of(beta2, grad_scale))
-        backend(impl, x.device).lion_step_(x, g, m, *rates, *betas, **options)
+    x = float_list("param", param)
+    firsts = None if starts is None else firsts_of(tuple(starts), x.sizes)
+    g, m = float_list("grad", grad, x), float_list("exp_avg", exp_avg, x, firsts)
+    check_lists_apart([x, m], [g])
+    if param:
+        rates, betas = rates_of(lr, weight_decay), (mix_of(beta1, grad_scale), mix_of(beta2, grad_scale))
+        streams = None if rounding is None else streams_of(rounding, rounding_step, param_ids)
+        backend(impl, param[0].device).lion_step_(x, g, m, *rates, *betas, active, streams)
     mark_written(param, exp_avg)
 
 

@@ -2,11 +2,12 @@
 
 An optimizer makes the checks in every step, and a call per tensor takes longer than the kernels themselves where
 tensors are small. While all is well they are a few methods of C mapped over each list; the fault, and its place, is
-looked for only where there is one.
+looked for only where there is one. What addresses and sizes alone decide is remembered.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,6 +19,7 @@ from lioncub.kernels.checks import (
     FLOAT_DTYPES,
     check_dense,
     check_device,
+    check_flat,
     check_integer,
     check_same_storage_order,
     is_dense,
@@ -28,83 +30,59 @@ from lioncub.kernels.layout import WORD_SIGNS
 _DTYPE: Callable[[Tensor], torch.dtype] = Tensor.dtype.__get__  # type: ignore[attr-defined]
 _SHAPE: Callable[[Tensor], torch.Size] = Tensor.shape.__get__  # type: ignore[attr-defined]
 _IS_CPU: Callable[[Tensor], bool] = Tensor.is_cpu.__get__  # type: ignore[attr-defined]
+_WIDTH: Callable[[torch.dtype], int] = torch.dtype.itemsize.__get__  # type: ignore[attr-defined]
 _PLAIN = frozenset((Tensor, torch.nn.Parameter))
 # a list of tensors or, with ``starts``, one flat buffer
 Tensors = Sequence[Tensor] | Tensor
+# name, addresses, sizes and dtypes of a list
+_Spans = tuple[str, tuple[int, ...], tuple[int, ...], tuple[torch.dtype, ...]]
+# lists whose addresses are remembered; an optimizer has a few for each bucket
+KEPT = 256
 
 
 class TensorList:
     """Tensors of one call of an op, which nobody changes meanwhile; each item is 1-d, in storage order.
 
     Attributes:
-        given: the tensors, or the buffer, as the op was given them.
+        name: of the argument.
+        given: the tensors, or a list of the one buffer, as the op was given them.
         sizes: numbers of elements.
         dtypes: of each tensor.
+        addresses: of each tensor's first element; 0 for an empty one.
     """
 
-    _addresses: list[int] | None = None
+    addresses: tuple[int, ...]
 
-    def __init__(self, given: Sequence[Tensor]) -> None:
-        self.given = given
-        self.sizes = list(map(Tensor.numel, given))
-        self.dtypes = list(map(_DTYPE, given))
+    def __init__(
+        self,
+        name: str,
+        given: Sequence[Tensor],
+        sizes: tuple[int, ...] | None = None,
+        firsts: tuple[int, ...] | None = None,
+    ) -> None:
+        """With ``firsts``, the tensors are consecutive parts of one buffer, each of a first element and a size."""
+        self.name, self.given, self._firsts = name, given, firsts
+        if firsts is None or sizes is None:
+            self.sizes = tuple(map(Tensor.numel, given))
+            self.dtypes = tuple(map(_DTYPE, given))
+        else:
+            self.sizes, self.dtypes = sizes, (given[0].dtype,) * len(sizes)
+            self.addresses = _part_addresses(given[0].data_ptr(), given[0].element_size(), firsts, sizes)
 
     def __len__(self) -> int:
         return len(self.sizes)
 
     def __getitem__(self, i: int) -> Tensor:
-        return storage_order_view("tensor", self.given[i])
-
-    def __iter__(self) -> Iterator[Tensor]:
-        return (self[i] for i in range(len(self)))
-
-    @property
-    def device(self) -> torch.device:
-        """Of all tensors."""
-        return self.given[0].device
-
-    @property
-    def addresses(self) -> list[int]:
-        """Of each tensor's first element; 0 for an empty one. Tensors that are not dense have none."""
-        if self._addresses is None:
-            self._addresses = list(map(Tensor.data_ptr, self.given))
-        return self._addresses
-
-    @property
-    def ends(self) -> list[int]:
-        """Addresses behind each dense tensor's last element."""
-        if self.dtypes and self.dtypes.count(self.dtypes[0]) == len(self.dtypes):
-            width = self.dtypes[0].itemsize
-            return list(map(operator.add, self.addresses, map(width.__mul__, self.sizes)))
-        rows = zip(self.addresses, self.sizes, self.dtypes, strict=True)
-        return [start + dtype.itemsize * size for start, size, dtype in rows]
-
-    def where(self, chosen: Sequence[int]) -> TensorList:
-        """The tensors whose flag is not zero."""
-        return TensorList(list(itertools.compress(self.given, chosen)))
-
-
-class BufferParts(TensorList):
-    """Consecutive parts of one flat buffer, each of a given first element and size."""
-
-    def __init__(self, buffer: Tensor, firsts: Sequence[int], sizes: Sequence[int]) -> None:
-        self.given, self._firsts, self.sizes = [buffer], firsts, list(sizes)
-        self.dtypes = [buffer.dtype] * len(sizes)
-        base, width = buffer.data_ptr(), buffer.element_size()
-        self._addresses = [base + width * first if n else 0 for first, n in zip(firsts, sizes, strict=True)]
-
-    def __getitem__(self, i: int) -> Tensor:
+        if self._firsts is None:
+            return storage_order_view(self.name, self.given[i])
         return self.given[0][self._firsts[i] : self._firsts[i] + self.sizes[i]]
 
-    def where(self, chosen: Sequence[int]) -> BufferParts:
-        """See `TensorList.where`."""
-        firsts, sizes = (list(itertools.compress(numbers, chosen)) for numbers in (self._firsts, self.sizes))
-        return BufferParts(self.given[0], firsts, sizes)
+    def __iter__(self) -> Iterator[Tensor]:
+        return map(self.__getitem__, range(len(self.sizes)))
 
-
-def tensor_list(tensors: Sequence[Tensor] | TensorList) -> TensorList:
-    """``tensors`` as a `TensorList`; one that it is already stays."""
-    return tensors if isinstance(tensors, TensorList) else TensorList(tensors)
+    def place(self, i: int) -> str:
+        """How an error names the i-th tensor."""
+        return place(self.name, i, len(self.sizes))
 
 
 def place(name: str, i: int, count: int) -> str:
@@ -112,124 +90,131 @@ def place(name: str, i: int, count: int) -> str:
     return name if count == 1 else f"{name}[{i}]"
 
 
-def check_list_types(**lists: object) -> None:
-    """Raise TypeError unless each argument is a sequence of tensors."""
-    for name, tensors in lists.items():
+def tensor_lists(
+    lists: Mapping[str, object], flats: Mapping[str, object], starts: Sequence[int] | None
+) -> list[Sequence[Tensor]]:
+    """The arguments as an op takes them: ``lists`` and, with ``starts``, ``flats`` as lists of one buffer each.
+
+    Raises TypeError for an argument that is no list of tensors, or no tensor where a buffer is expected.
+    """
+    found: list[Sequence[Tensor]] = []
+    for name, tensors in lists.items() if starts is not None else {**lists, **flats}.items():
         if isinstance(tensors, Tensor) or not isinstance(tensors, Sequence):
             raise TypeError(f"{name}: expected a list of tensors, got {type(tensors).__name__}")
-        if _PLAIN.issuperset(map(type, tensors)):
-            continue
-        for i, tensor in enumerate(tensors):
-            if not isinstance(tensor, Tensor):
-                where = place(name, i, len(tensors))
-                raise TypeError(f"{where}: expected a torch.Tensor, got {type(tensor).__name__}")
+        if not _PLAIN.issuperset(map(type, tensors)):
+            for i, tensor in enumerate(tensors):
+                if not isinstance(tensor, Tensor):
+                    where = place(name, i, len(tensors))
+                    raise TypeError(f"{where}: expected a torch.Tensor, got {type(tensor).__name__}")
+        found.append(tensors)
+    if starts is not None:
+        for i, start in enumerate(starts):
+            if type(start) is not int:
+                check_integer(f"starts[{i}]", start)
+        for name, buffer in flats.items():
+            if not isinstance(buffer, Tensor):
+                raise TypeError(f"{name}: expected one flat tensor with starts, got {type(buffer).__name__}")
+            found.append([buffer])
+    return found
 
 
-def one_or_list(name: str, tensors: Tensors, starts: Sequence[int] | None) -> Sequence[Tensor]:
-    """A list as an op takes it: ``tensors`` or, with ``starts``, one flat buffer. Raises TypeError for other types."""
-    if starts is None:
-        check_list_types(**{name: tensors})
-        assert not isinstance(tensors, Tensor)
-        return tensors
-    if not isinstance(tensors, Tensor):
-        raise TypeError(f"{name}: expected one flat tensor with starts, got {type(tensors).__name__}")
-    return [tensors]
-
-
-def check_starts(starts: Sequence[int] | None, like: Sequence[Tensor]) -> None:
-    """Raise unless ``starts`` is None or has an ascending multiple of 64 for each tensor, behind the one before."""
-    if starts is None:
-        return
-    if len(starts) != len(like):
-        raise ValueError(f"starts: expected {len(like)} numbers, one per tensor, got {len(starts)}")
-    end = 0
-    for i, (start, tensor) in enumerate(zip(starts, like, strict=True)):
-        check_integer(f"starts[{i}]", start, least=end)
-        if start % WORD_SIGNS:
-            raise ValueError(f"starts[{i}]: expected a multiple of {WORD_SIGNS}, got {start}")
-        end = start + tensor.numel()
-
-
-def float_parts(name: str, given: Sequence[Tensor], starts: Sequence[int] | None, peers: TensorList) -> TensorList:
-    """``given`` itself or, with ``starts``, the parts of the flat buffer in it that belong to ``peers``."""
-    return TensorList(given) if starts is None else _parts(name, given, starts, peers.sizes, FLOAT_DTYPES)
-
-
-def code_parts(
-    name: str, given: Sequence[Tensor], starts: Sequence[int] | None, bits: int, sizes: Sequence[int]
+def float_list(
+    name: str, given: Sequence[Tensor], peers: TensorList | None = None, firsts: tuple[int, ...] | None = None
 ) -> TensorList:
-    """``given`` itself or, with ``starts``, parts of ``sizes`` bytes of the flat buffer of codes in it."""
-    if starts is None:
-        return TensorList(given)
-    return _parts(name, given, [start * bits // 8 for start in starts], sizes, (torch.uint8,))
+    """``given`` or, with ``firsts``, the parts of the one buffer in it that belong to ``peers``.
+
+    Raise TypeError or ValueError unless they are dense fp32, bf16 or fp16 tensors on one device, and those at one place
+    of the shape and storage order of the peer there; those that are 1-d are in storage order already, and only as many
+    elements.
+    """
+    if peers is not None and firsts is not None:
+        return _parts(name, given, firsts, peers.sizes, FLOAT_DTYPES, peers)
+    found = TensorList(name, given)
+    like = found if peers is None else peers
+    is_alike = like is found or set(map(Tensor.dim, given)) == {1} or _shapes(given) == _shapes(like.given)
+    if not (is_alike and _is_plain(found, FLOAT_DTYPES, like.sizes, like)):
+        _check_count(found, like)
+        for i, (tensor, peer) in enumerate(zip(given, like.given, strict=True)):
+            _check_float(found.place(i), tensor, like.place(i), peer)
+            check_device(found.place(i), tensor, like.name, like.given[0])
+    found.addresses = tuple(map(Tensor.data_ptr, given))
+    return found
 
 
-def scale_parts(
-    given: Sequence[Tensor], starts: Sequence[int] | None, counts: Sequence[int], firsts: Sequence[int]
+def flat_list(
+    name: str,
+    given: Sequence[Tensor],
+    dtype: torch.dtype,
+    sizes: tuple[int, ...],
+    peers: TensorList,
+    firsts: tuple[int, ...] | None = None,
 ) -> TensorList:
-    """``given`` itself or, with ``starts`` and one buffer, its parts of ``counts`` elements from ``firsts`` on."""
-    if starts is None or len(given) != 1:
-        return TensorList(given)
-    return _parts("scale", given, firsts, counts, (torch.float32,))
+    """``given`` or, with ``firsts``, the parts of ``sizes`` elements of the one buffer in it.
+
+    Raise unless all are contiguous, of ``dtype``, on the device of ``peers`` and of so many elements.
+    """
+    if firsts is not None:
+        return _parts(name, given, firsts, sizes, (dtype,), peers)
+    found = TensorList(name, given)
+    if not (set(map(Tensor.dim, given)) == {1} and _is_plain(found, (dtype,), sizes, peers)):
+        _check_count(found, peers)
+        for i, (tensor, size) in enumerate(zip(given, sizes, strict=True)):
+            check_flat(found.place(i), tensor, dtype, size, peers.name, peers.given[0])
+    found.addresses = tuple(map(Tensor.data_ptr, given))
+    return found
 
 
 def _parts(
-    name: str, given: Sequence[Tensor], firsts: Sequence[int], sizes: Sequence[int], dtypes: Sequence[torch.dtype]
-) -> BufferParts:
+    name: str,
+    given: Sequence[Tensor],
+    firsts: tuple[int, ...],
+    sizes: tuple[int, ...],
+    dtypes: Sequence[torch.dtype],
+    peers: TensorList,
+) -> TensorList:
     (buffer,) = given
-    check_dense(name, buffer, dtypes)
-    least = max([first + size for first, size in zip(firsts, sizes, strict=True)], default=0)
-    if buffer.dim() != 1 or not buffer.is_contiguous() or buffer.numel() < least:
-        raise ValueError(
-            f"{name}: expected a contiguous tensor of shape [n] with n >= {least}, got shape {tuple(buffer.shape)} "
-            f"with strides {buffer.stride()}"
-        )
-    return BufferParts(buffer, firsts, sizes)
+    least = max(map(operator.add, firsts, sizes), default=0)
+    is_flat = buffer.dtype in dtypes and buffer.dim() == 1 and buffer.is_contiguous() and buffer.numel() >= least
+    if not (is_flat and (not peers.given or buffer.device == peers.given[0].device)):
+        check_dense(name, buffer, dtypes)
+        if not is_flat:
+            raise ValueError(
+                f"{name}: expected a contiguous tensor of shape [n] with n >= {least}, got shape {tuple(buffer.shape)} "
+                f"with strides {buffer.stride()}"
+            )
+        check_device(name, buffer, peers.name, peers.given[0])
+    return TensorList(name, given, sizes, firsts)
 
 
-def check_float_lists(**lists: TensorList) -> None:
-    """Raise TypeError or ValueError unless all lists are as long as the first, and tensors of one place alike.
+@functools.lru_cache(maxsize=KEPT)
+def firsts_of(starts: tuple[int, ...] | None, sizes: tuple[int, ...], bits: int = 8) -> tuple[int, ...] | None:
+    """Where in a flat buffer each tensor begins: at which element or, of codes of ``bits``, at which byte.
 
-    They are dense fp32, bf16 or fp16 tensors on one device, of one shape and storage order; those that are 1-d are in
-    storage order already, and only as many elements.
+    Raise ValueError unless ``starts`` are ascending multiples of 64, one for each tensor and behind the one before.
     """
-    peer_name, peers = next(iter(lists.items()))
-    for name, tensors in lists.items():
-        _check_count(name, tensors, peers.sizes, peer_name)
-        if not peers.sizes:
-            continue
-        if isinstance(tensors, BufferParts):
-            check_device(name, tensors.given[0], peer_name, peers.given[0])
-        elif not (_is_plain(tensors, FLOAT_DTYPES, peers.sizes, peers.given[0]) and _are_alike(tensors, peers)):
-            for i, (tensor, peer) in enumerate(zip(tensors.given, peers.given, strict=True)):
-                _check_float(place(name, i, len(tensors)), tensor, place(peer_name, i, len(tensors)), peer)
-                check_device(place(name, i, len(tensors)), tensor, peer_name, peers.given[0])
+    if starts is None:
+        return None
+    if len(starts) != len(sizes):
+        raise ValueError(f"starts: expected {len(sizes)} numbers, one per tensor, got {len(starts)}")
+    end = 0
+    for i, (start, size) in enumerate(zip(starts, sizes, strict=True)):
+        check_integer(f"starts[{i}]", start, least=end)
+        if start % WORD_SIGNS:
+            raise ValueError(f"starts[{i}]: expected a multiple of {WORD_SIGNS}, got {start}")
+        end = start + size
+    return tuple([start * bits // 8 for start in starts])
 
 
-def check_flat_list(
-    name: str, tensors: TensorList, dtype: torch.dtype, sizes: Sequence[int], peer_name: str, peers: TensorList
-) -> None:
-    """Raise unless ``tensors`` are contiguous, of ``dtype``, on the device of ``peers`` and of so many elements."""
-    _check_count(name, tensors, sizes, peer_name)
-    if not sizes:
-        return
-    if isinstance(tensors, BufferParts):
-        check_device(name, tensors.given[0], peer_name, peers.given[0])
-    elif not (_is_plain(tensors, (dtype,), sizes, peers.given[0]) and _are_flat(tensors)):
-        for i, (tensor, size) in enumerate(zip(tensors.given, sizes, strict=True)):
-            where = place(name, i, len(tensors))
-            check_dense(where, tensor, (dtype,))
-            if tensor.dim() != 1 or not tensor.is_contiguous() or tensor.numel() != size:
-                raise ValueError(
-                    f"{where}: expected a contiguous {str(dtype).removeprefix('torch.')} tensor of shape ({size},), "
-                    f"got shape {tuple(tensor.shape)} with strides {tensor.stride()}"
-                )
-            check_device(where, tensor, peer_name, peers.given[0])
+@functools.lru_cache(maxsize=KEPT)
+def _part_addresses(base: int, width: int, firsts: tuple[int, ...], sizes: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple([base + width * first if n else 0 for first, n in zip(firsts, sizes, strict=True)])
 
 
-def _check_count(name: str, tensors: TensorList, sizes: Sequence[int], peer_name: str) -> None:
-    if len(tensors) != len(sizes):
-        raise ValueError(f"{name}: expected {len(sizes)} tensors, one for each of {peer_name}, got {len(tensors)}")
+def _check_count(tensors: TensorList, peers: TensorList) -> None:
+    if len(tensors) != len(peers):
+        raise ValueError(
+            f"{tensors.name}: expected {len(peers)} tensors, one for each of {peers.name}, got {len(tensors)}"
+        )
 
 
 def _check_float(name: str, tensor: Tensor, peer_name: str, peer: Tensor) -> None:
@@ -240,24 +225,22 @@ def _check_float(name: str, tensor: Tensor, peer_name: str, peer: Tensor) -> Non
         storage_order_view(name, tensor)
 
 
-def _is_plain(tensors: TensorList, dtypes: Sequence[torch.dtype], sizes: Sequence[int], first: Tensor) -> bool:
-    """Whether all tensors are contiguous, of these dtypes and sizes, and on the device of ``first``."""
+def _is_plain(tensors: TensorList, dtypes: Sequence[torch.dtype], sizes: tuple[int, ...], peers: TensorList) -> bool:
+    """Whether all tensors are contiguous, of these dtypes and sizes, and on the device of ``peers``."""
     given = tensors.given
+    if tensors.sizes != sizes or not given:
+        return False
+    first = peers.given[0]
     return (
-        tensors.sizes == sizes
-        and set(tensors.dtypes).issubset(dtypes)
+        set(tensors.dtypes).issubset(dtypes)
         and all(map(Tensor.is_contiguous, given))
         # an index of -1 is that of several devices
         and (all(map(_IS_CPU, given)) if first.is_cpu else _index_of(given) == first.get_device() >= 0)
     )
 
 
-def _are_flat(tensors: TensorList) -> bool:
-    return list(map(Tensor.dim, tensors.given)).count(1) == len(tensors)
-
-
-def _are_alike(tensors: TensorList, peers: TensorList) -> bool:
-    return _are_flat(tensors) or list(map(_SHAPE, tensors.given)) == list(map(_SHAPE, peers.given))
+def _shapes(tensors: Sequence[Tensor]) -> list[torch.Size]:
+    return list(map(_SHAPE, tensors))
 
 
 def _index_of(tensors: Sequence[Tensor]) -> int:
@@ -266,13 +249,12 @@ def _index_of(tensors: Sequence[Tensor]) -> int:
     return indices.pop() if len(indices) == 1 else -1
 
 
-def check_apart(written: Mapping[str, Tensor | None], read: Mapping[str, Tensor | None]) -> None:
+def check_apart(written: Mapping[str, Tensor], read: Mapping[str, Tensor]) -> None:
     """Raise ValueError, naming both, where a written tensor overlaps another one, or has no memory.
 
     Rows that lie apart may have others between them.
     """
-    given = [(name, tensor) for name, tensor in {**written, **read}.items() if tensor is not None and tensor.numel()]
-    spans = [(name, tensor, _hull(tensor)) for name, tensor in given]
+    spans = [(name, tensor, _hull(tensor)) for name, tensor in {**written, **read}.items() if tensor.numel()]
     for name, _, (start, end) in spans:
         _check_memory(name, start, end)
     for (name, one, hull), (other_name, other, other_hull) in itertools.combinations(spans, 2):
@@ -281,31 +263,39 @@ def check_apart(written: Mapping[str, Tensor | None], read: Mapping[str, Tensor 
             raise ValueError(f"{first}: expected memory apart from that of {second}, got memory that overlaps it")
 
 
-def check_lists_apart(written: Mapping[str, TensorList], read: Mapping[str, TensorList]) -> None:
+def check_lists_apart(written: Sequence[TensorList], read: Sequence[TensorList]) -> None:
     """`check_apart` of lists of dense tensors; of one list that is written, also its tensors among themselves."""
+    facts = [(each.name, each.addresses, each.sizes, each.dtypes) for each in (*written, *read)]
+    _check_spans_apart(len(written), *facts)
+
+
+@functools.lru_cache(maxsize=KEPT)
+def _check_spans_apart(n_written: int, *lists: _Spans) -> None:
+    """Of lists of names, addresses, sizes and dtypes; several may share what is only read."""
     starts: list[int] = []
     ends: list[int] = []
-    for tensors in written.values():
-        starts += tensors.addresses
-        ends += tensors.ends
-    # zeros in place of missing gradients share their start: of those the longest is enough
-    pairs = (zip(tensors.addresses, tensors.ends, strict=True) for tensors in read.values())
-    spans = dict(sorted(itertools.chain.from_iterable(pairs)))
-    starts += spans.keys()
-    ends += spans.values()
+    for number, (_, addresses, sizes, dtypes) in enumerate(lists):
+        own_ends = map(operator.add, addresses, map(operator.mul, sizes, map(_WIDTH, dtypes)))
+        if number < n_written:
+            starts += addresses
+            ends += own_ends
+        else:
+            # zeros in place of missing gradients share their start: of those the longest is enough
+            spans_read = dict(sorted(zip(addresses, own_ends, strict=True)))
+            starts += spans_read.keys()
+            ends += spans_read.values()
     # an empty tensor has no address
     starts, ends = sorted(filter(None, starts)), sorted(filter(None, ends))
     # nothing overlaps where every span but the first begins behind as many ends as there are spans before it
     if len(starts) != len(ends) or not all(map(operator.le, ends, starts[1:])):
-        _check_named(written, read)
+        _find_overlap(n_written, lists)
 
 
-def _check_named(written: Mapping[str, TensorList], read: Mapping[str, TensorList]) -> None:
-    """`check_lists_apart` tensor by tensor: several may share what is only read."""
+def _find_overlap(n_written: int, lists: Sequence[_Spans]) -> None:
     spans = [
-        (start, end, name in written, place(name, i, len(tensors)))
-        for name, tensors in {**written, **read}.items()
-        for i, (start, end, size) in enumerate(zip(tensors.addresses, tensors.ends, tensors.sizes, strict=True))
+        (start, start + size * dtype.itemsize, number < n_written, place(name, i, len(sizes)))
+        for number, (name, addresses, sizes, dtypes) in enumerate(lists)
+        for i, (start, size, dtype) in enumerate(zip(addresses, sizes, dtypes, strict=True))
         if size
     ]
     # behind what has been seen: the end of all of it, and of what is written, with its name

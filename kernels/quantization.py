@@ -5,47 +5,32 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from lioncub.kernels.checks import (
-    FLOAT_DTYPES,
-    check_choice,
-    check_device,
-    check_flat,
-    check_float,
-    check_integer,
-    check_packed,
-    check_per_tensor,
-    packed_out,
-    storage_order_view,
-)
+from lioncub.kernels.checks import FLOAT_DTYPES, check_choice, check_flat, check_float, check_integer
 from lioncub.kernels.dispatch import backend, mark_written, register
-from lioncub.kernels.layout import packed_bytes
+from lioncub.kernels.layout import code_bytes, packed_bytes
 from lioncub.kernels.lists import (
+    KEPT,
     TensorList,
     Tensors,
-    check_apart,
-    check_flat_list,
-    check_float_lists,
-    check_list_types,
     check_lists_apart,
-    check_starts,
-    code_parts,
-    float_parts,
-    one_or_list,
-    scale_parts,
+    firsts_of,
+    flat_list,
+    float_list,
+    tensor_lists,
 )
-from lioncub.kernels.rounding import MAX_ELEMENTS, Arguments, stream_arguments, streams_of
-from lioncub.kernels.scalars import Scalar, beta_scalar, factor_scalar, mix_of
+from lioncub.kernels.rounding import MAX_ELEMENTS, NO_STREAM, Arguments, stream_arguments, streams_of
+from lioncub.kernels.scalars import NO_MIX, Mix, Scalar, float_scalar, mix_of
 
 FIELD_BITS = (2, 4, 8)
 # gain*K*x/scale is rounded; with 1/2 and K = 1 every "linf" code would be zero
 GAINS = {"l1": 0.5, "l2": 0.5, "linf": 1.0}
-_NO_STREAM: Arguments = (None, None, ())
 
 
 def quantize(
@@ -83,16 +68,13 @@ def quantize(
         (``out``, fp32[blocks]).
     """
     check_float("x", x)
-    flat = storage_order_view("x", x)
-    size = check_fields(bits, norm, block, flat.numel(), stochastic)
-    stream = stream_arguments("stochastic", seed, worker, step, [param_id], [flat]) if stochastic else _NO_STREAM
-    if scale is None:
-        scale = _empty_scale([flat], size)
-        _SCALE(flat, scale, norm, size, impl)
-    check_flat("scale", scale, torch.float32, scale_count(flat.numel(), size))
-    check_device("scale", scale, "data", flat)
-    out = packed_out(out, packed_bytes(flat.numel(), bits), "x", x)
-    _QUANTIZE(flat, scale, *stream, out, bits, norm, size, impl)
+    size = check_fields(bits, norm, block, x.numel(), stochastic)
+    stream = stream_arguments("stochastic", seed, worker, step, [param_id], [x]) if stochastic else NO_STREAM
+    if out is None:
+        out = torch.empty(packed_bytes(x.numel(), bits), dtype=torch.uint8, device=x.device)
+    given = None if scale is None else [scale]
+    tensor_lists({"out": [out]} if given is None else {"out": [out], "scale": given}, {}, None)
+    (scale,) = _quantize_lists([x], [], (None, None), given, stream, [out], None, (bits, norm, size), None, impl)
     return out, scale
 
 
@@ -171,21 +153,36 @@ def foreach_lion_quantize(
     tensor on the device. With ``starts`` momentum, codes and new scales are flat; given scales may be a list. The
     result is then a list of the one buffer.
     """
-    check_list_types(grad=grad)
-    check_starts(starts, grad)
-    size = check_fields(bits, norm, block, max([g.numel() for g in grad], default=0), stochastic)
-    exp_avg, out = one_or_list("exp_avg", exp_avg, starts), one_or_list("out", out, starts)
-    check_per_tensor("nonfinite", nonfinite, len(grad), "grad", None)
-    streams = stream_arguments("stochastic", seed, worker, step, param_ids, grad) if stochastic else _NO_STREAM
-    b1, multiplier = beta_scalar("beta1", beta1), factor_scalar("grad_scale", grad_scale)
-    scales: Sequence[Tensor]
+    (g, m, codes), size = tensor_lists({"grad": grad}, {"exp_avg": exp_avg, "out": out}, starts), block or 0
+    check_fields(bits, norm, block, max([each.numel() for each in g], default=0), stochastic)
+    check_flat("nonfinite", nonfinite, torch.int32, len(g), "grad", g[0] if g else None)
+    given = [scale] if isinstance(scale, Tensor) and starts is not None else scale
+    if given is not None:
+        (given,) = tensor_lists({"scale": given}, {}, None)
+    streams = stream_arguments("stochastic", seed, worker, step, param_ids, g) if stochastic else NO_STREAM
+    mix = float_scalar("beta1", beta1, 0.0, 1.0), float_scalar("grad_scale", grad_scale)
+    return _quantize_lists(m, g, mix, given, streams, codes, nonfinite, (bits, norm, size), starts, impl)
+
+
+def _quantize_lists(
+    x: Sequence[Tensor],
+    grad: Sequence[Tensor],
+    mix: tuple[Tensor | None, Tensor | None],
+    scale: Sequence[Tensor] | None,
+    streams: Arguments,
+    out: Sequence[Tensor],
+    nonfinite: Tensor | None,
+    form: tuple[int, str, int],
+    starts: Sequence[int] | None,
+    impl: str,
+) -> Sequence[Tensor]:
+    """Run the ops, the scales' first unless they are given; return the scales."""
+    bits, norm, block = form
     if scale is None:
-        scales = _new_scales(grad, size, starts)
-        _LION_SCALE(exp_avg, grad, b1, multiplier, scales, norm, size, starts, impl)
-    else:
-        scales = [scale] if isinstance(scale, Tensor) and starts is not None else one_or_list("scale", scale, None)
-    _LION_QUANTIZE(exp_avg, grad, b1, multiplier, scales, *streams, out, nonfinite, bits, norm, size, starts, impl)
-    return scales
+        scale = _new_scales(grad or x, block, starts)
+        _SCALE(x, grad, *mix, scale, norm, block, starts, impl)
+    _QUANTIZE(x, grad, *mix, scale, *streams, out, nonfinite, bits, norm, block, starts, impl)
+    return scale
 
 
 def foreach_lion_scale(
@@ -200,12 +197,10 @@ def foreach_lion_scale(
     impl: str = "auto",
 ) -> Sequence[Tensor]:
     """The scales of Lion's updates, fp32[blocks] of each, as `foreach_lion_quantize` takes and gives them."""
-    check_list_types(grad=grad)
-    check_starts(starts, grad)
     check_format(2, norm, block)
-    exp_avg, scales = one_or_list("exp_avg", exp_avg, starts), _new_scales(grad, block or 0, starts)
-    b1, multiplier = beta_scalar("beta1", beta1), factor_scalar("grad_scale", grad_scale)
-    _LION_SCALE(exp_avg, grad, b1, multiplier, scales, norm, block or 0, starts, impl)
+    g, m = tensor_lists({"grad": grad}, {"exp_avg": exp_avg}, starts)
+    scales, mix = _new_scales(g, block or 0, starts), (float_scalar("beta1", beta1, 0.0, 1.0),)
+    _SCALE(m, g, *mix, float_scalar("grad_scale", grad_scale), scales, norm, block or 0, starts, impl)
     return scales
 
 
@@ -229,14 +224,12 @@ def dequantize(
         raise TypeError(f"dtype: expected float32, bfloat16 or float16, got {dtype}")
     check_integer("n", n)
     size = check_fields(bits, norm, block, n, False)
-    check_packed("packed", packed, packed_bytes(n, bits))
+    check_flat("packed", packed, torch.uint8, packed_bytes(n, bits))
     if out is None:
         out = torch.empty(n, dtype=dtype, device=packed.device)
-    check_flat("out", out, dtype, n)
-    check_device("out", out, "packed", packed)
-    check_flat("scale", scale, torch.float32, scale_count(n, size))
-    check_device("scale", scale, "data", out)
-    _DEQUANTIZE(packed, scale, out, bits, norm, size, impl)
+    check_flat("out", out, dtype, n, "packed", packed)
+    check_flat("scale", scale, torch.float32, scale_count(n, size), "packed", packed)
+    _DEQUANTIZE(packed, scale, GAINS[norm], size, bits, out, impl)
     return out
 
 
@@ -265,106 +258,78 @@ def scale_count(n: int, block: int) -> int:
     return max(-(-n // block), 1) if block else 1
 
 
+@functools.lru_cache(maxsize=KEPT)
+def _scale_counts(sizes: tuple[int, ...], block: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """`scale_count` of each of a list of tensors, and their `scale_starts`."""
+    counts = tuple([scale_count(size, block) for size in sizes])
+    return counts, tuple(scale_starts(counts))
+
+
 def scale_starts(counts: Sequence[int]) -> list[int]:
     """Where each tensor's scales start in one buffer, a multiple of 16 bytes, and behind them the buffer's size."""
     return [0, *itertools.accumulate(-(-count // 4) * 4 for count in counts)]
-
-
-def _empty_scale(likes: Sequence[Tensor], block: int) -> Tensor:
-    """Memory for the scales of each tensor, one behind the other."""
-    counts = [scale_count(like.numel(), block) for like in likes]
-    size = scale_starts(counts)[-1] if len(counts) > 1 else sum(counts)
-    return torch.empty(size, dtype=torch.float32, device=likes[0].device)
 
 
 def _new_scales(likes: Sequence[Tensor], block: int, starts: Sequence[int] | None) -> list[Tensor]:
     """Scales of each tensor, fp32[blocks], in one allocation; with ``starts`` that alone."""
     if not likes:
         return []
-    memory = _empty_scale(likes, block)
+    counts = [scale_count(like.numel(), block) for like in likes]
+    firsts = scale_starts(counts)
+    size = firsts[-1] if len(counts) > 1 else counts[0]
+    # no kernel writes the scale of an empty tensor, which is 0
+    make = torch.empty if all(map(Tensor.numel, likes)) else torch.zeros
+    memory = make(size, dtype=torch.float32, device=likes[0].device)
     if starts is not None or len(likes) == 1:
         return [memory]
-    counts = [scale_count(like.numel(), block) for like in likes]
-    return [memory[first : first + n] for first, n in zip(scale_starts(counts), counts, strict=False)]
+    return [memory[first : first + n] for first, n in zip(firsts, counts, strict=False)]
 
 
-def _scale(x: Tensor, scale: Tensor, norm: str, block: int, impl: str) -> None:
-    run = backend(impl, x.device)
-    if x.numel():
-        run.block_scale(x, norm, block, scale)
+def _values(
+    exp_avg: Sequence[Tensor],
+    grad: Sequence[Tensor],
+    beta1: Tensor | None,
+    grad_scale: Tensor | None,
+    scale: Sequence[Tensor],
+    block: int,
+    places: tuple[int, ...] | None,
+) -> tuple[TensorList, TensorList | None, Mix, TensorList]:
+    """The lists of values, or of momentum and gradients where there is a beta1, and of their scales."""
+    if beta1 is None:
+        peers = m = float_list("x", exp_avg)
+        g, mix = None, NO_MIX
     else:
-        scale.zero_()
+        peers = g = float_list("grad", grad)
+        m, mix = float_list("exp_avg", exp_avg, g, firsts_of(places, g.sizes)), mix_of(beta1, grad_scale)
+    counts, firsts = _scale_counts(peers.sizes, block)
+    is_buffer = places is not None and len(scale) == 1
+    return m, g, mix, flat_list("scale", scale, torch.float32, counts, peers, firsts[:-1] if is_buffer else None)
+
+
+def _scale(
+    exp_avg: Sequence[Tensor],
+    grad: Sequence[Tensor],
+    beta1: Tensor | None,
+    grad_scale: Tensor | None,
+    scale: Sequence[Tensor],
+    norm: str,
+    block: int,
+    starts: Sequence[int] | None,
+    impl: str,
+) -> None:
+    places = None if starts is None else tuple(starts)
+    m, g, mix, scales = _values(exp_avg, grad, beta1, grad_scale, scale, block, places)
+    check_lists_apart([scales], [m] if g is None else [m, g])
+    if m.sizes:
+        backend(impl, exp_avg[0].device).lion_block_scale(m, g, mix, norm, block, scales)
     mark_written(scale)
 
 
 def _quantize(
-    x: Tensor,
-    scale: Tensor,
-    stream: Tensor | None,
-    stream_step: Tensor | None,
-    param_ids: Sequence[int],
-    out: Tensor,
-    bits: int,
-    norm: str,
-    block: int,
-    impl: str,
-) -> None:
-    run = backend(impl, x.device)
-    check_apart({"out": out}, {"x": x, "scale": scale})
-    if x.numel():
-        run.quantize(x, scale, GAINS[norm], block, bits, streams_of(stream, stream_step, param_ids), out)
-    mark_written(out)
-
-
-def _dequantize(packed: Tensor, scale: Tensor, out: Tensor, bits: int, norm: str, block: int, impl: str) -> None:
-    run = backend(impl, packed.device)
-    check_apart({"out": out}, {"packed": packed, "scale": scale})
-    if out.numel():
-        run.dequantize(packed, scale, GAINS[norm], block, bits, out)
-    mark_written(out)
-
-
-def _check_updates(
     exp_avg: Sequence[Tensor],
     grad: Sequence[Tensor],
-    scale: Sequence[Tensor],
-    block: int,
-    starts: Sequence[int] | None,
-) -> tuple[TensorList, TensorList, TensorList]:
-    g = TensorList(grad)
-    m, counts = float_parts("exp_avg", exp_avg, starts, g), [scale_count(size, block) for size in g.sizes]
-    scales = scale_parts(scale, starts, counts, scale_starts(counts)[:-1])
-    check_float_lists(grad=g, exp_avg=m)
-    check_flat_list("scale", scales, torch.float32, counts, "grad", g)
-    return m, g, scales
-
-
-def _lion_scale(
-    exp_avg: Sequence[Tensor],
-    grad: Sequence[Tensor],
-    beta1: Tensor,
-    grad_scale: Tensor,
-    scale: Sequence[Tensor],
-    norm: str,
-    block: int,
-    starts: Sequence[int] | None,
-    impl: str,
-) -> None:
-    m, g, scales = _check_updates(exp_avg, grad, scale, block, starts)
-    check_lists_apart({"scale": scales}, {"grad": g, "exp_avg": m})
-    if grad:
-        backend(impl, g.device).lion_block_scale(m, g, mix_of(beta1, grad_scale), norm, block, scales)
-    for i, size in enumerate(g.sizes):
-        if not size:
-            scales[i].zero_()
-    mark_written(scale)
-
-
-def _lion_quantize(
-    exp_avg: Sequence[Tensor],
-    grad: Sequence[Tensor],
-    beta1: Tensor,
-    grad_scale: Tensor,
+    beta1: Tensor | None,
+    grad_scale: Tensor | None,
     scale: Sequence[Tensor],
     stream: Tensor | None,
     stream_step: Tensor | None,
@@ -377,36 +342,28 @@ def _lion_quantize(
     starts: Sequence[int] | None,
     impl: str,
 ) -> None:
-    m, g, scales = _check_updates(exp_avg, grad, scale, block, starts)
-    sizes = [(size * bits + 63) // 64 * 8 for size in g.sizes]
-    codes = code_parts("out", out, starts, bits, sizes)
-    check_flat_list("out", codes, torch.uint8, sizes, "grad", g)
-    check_per_tensor("nonfinite", nonfinite, len(g), "grad", grad[0] if grad else None)
-    check_lists_apart({"out": codes}, {"grad": g, "exp_avg": m, "scale": scales})
-    if grad:
-        streams, mix = streams_of(stream, stream_step, param_ids), mix_of(beta1, grad_scale)
-        backend(impl, g.device).lion_quantize(m, g, mix, scales, GAINS[norm], block, bits, streams, codes, nonfinite)
+    places = None if starts is None else tuple(starts)
+    m, g, mix, scales = _values(exp_avg, grad, beta1, grad_scale, scale, block, places)
+    firsts = firsts_of(places, m.sizes, bits)
+    codes = flat_list("out", out, torch.uint8, code_bytes(m.sizes, bits), m if g is None else g, firsts)
+    check_lists_apart([codes], [m, scales] if g is None else [m, g, scales])
+    if m.sizes:
+        run, streams = backend(impl, exp_avg[0].device), streams_of(stream, stream_step, param_ids)
+        run.lion_quantize(m, g, mix, scales, GAINS[norm], block, bits, streams, codes, nonfinite)
     mark_written(out, nonfinite)
 
 
-_SCALE = register("block_scale(Tensor x, Tensor(a!) scale, str norm, int block, str impl) -> ()", _scale)
+_SCALE = register(
+    "lion_block_scale(Tensor[] exp_avg, Tensor[] grad, Tensor? beta1, Tensor? grad_scale, Tensor(a!)[] scale, "
+    "str norm, int block, int[]? starts, str impl) -> ()",
+    _scale,
+)
 _QUANTIZE = register(
-    "quantize(Tensor x, Tensor scale, Tensor? stream, Tensor? stream_step, int[] param_ids, Tensor(a!) out, int bits, "
-    "str norm, int block, str impl) -> ()",
+    "lion_quantize(Tensor[] exp_avg, Tensor[] grad, Tensor? beta1, Tensor? grad_scale, Tensor[] scale, Tensor? stream, "
+    "Tensor? stream_step, int[] param_ids, Tensor(a!)[] out, Tensor(b!)? nonfinite, int bits, str norm, int block, "
+    "int[]? starts, str impl) -> ()",
     _quantize,
 )
 _DEQUANTIZE = register(
-    "dequantize(Tensor packed, Tensor scale, Tensor(a!) out, int bits, str norm, int block, str impl) -> ()",
-    _dequantize,
-)
-_LION_SCALE = register(
-    "lion_block_scale(Tensor[] exp_avg, Tensor[] grad, Tensor beta1, Tensor grad_scale, Tensor(a!)[] scale, str norm, "
-    "int block, int[]? starts, str impl) -> ()",
-    _lion_scale,
-)
-_LION_QUANTIZE = register(
-    "lion_quantize(Tensor[] exp_avg, Tensor[] grad, Tensor beta1, Tensor grad_scale, Tensor[] scale, Tensor? stream, "
-    "Tensor? stream_step, int[] param_ids, Tensor(a!)[] out, Tensor(b!)? nonfinite, int bits, str norm, int block, "
-    "int[]? starts, str impl) -> ()",
-    _lion_quantize,
+    "dequantize(Tensor packed, Tensor scale, float gain, int block, int bits, Tensor(a!) out, str impl) -> ()"
 )

@@ -17,11 +17,6 @@ from lioncub.kernels.rounding import Stream, Streams, random_words, round_stocha
 from lioncub.kernels.scalars import Mix, round_to_float32
 
 
-def pack_signs(x: Tensor, parity: int, out: Tensor) -> None:
-    """out[packed_bytes(n)] = one bit per element of x[n]: 1 where > 0, parity bit where 0 or NaN (rules 2, 3)."""
-    _pack_fields(_sign_codes(x, parity), 1, out)
-
-
 def unpack_signs(packed: Tensor, out: Tensor) -> None:
     """out[n] = +1 where the bit is set, else -1."""
     out.copy_(_unpack_fields(packed, out.numel(), 1).to(torch.int8) * 2 - 1)
@@ -29,34 +24,24 @@ def unpack_signs(packed: Tensor, out: Tensor) -> None:
 
 def lion_encode(
     exp_avg: Sequence[Tensor],
-    grad: Sequence[Tensor],
+    grad: Sequence[Tensor] | None,
     beta1: Mix,
     parity: int,
     out: Sequence[Tensor],
     nonfinite: Tensor | None,
+    beta2: Mix | None = None,
 ) -> None:
-    """out[i] = packed sign codes of tensor i's update; nonfinite[i] = 1 where an element of it is not finite."""
-    for i, (m, g, packed) in enumerate(zip(exp_avg, grad, out, strict=True)):
-        update = _ema(beta1, m, g)
-        _flag_nonfinite(update, nonfinite, i)
-        pack_signs(update, parity, packed)
+    """out[i] = one bit per element of tensor i's update: 1 where > 0, parity bit where 0 or NaN (rules 2, 3).
 
-
-def lion_encode_(
-    exp_avg: Sequence[Tensor],
-    grad: Sequence[Tensor],
-    beta1: Mix,
-    beta2: Mix,
-    parity: int,
-    out: Sequence[Tensor],
-    nonfinite: Tensor | None,
-) -> None:
-    """lion_encode, and exp_avg advances; an element whose update is not finite keeps its momentum."""
-    for i, (m, g, packed) in enumerate(zip(exp_avg, grad, out, strict=True)):
-        update = _ema(beta1, m, g)
+    Without ``grad`` the signs are those of exp_avg itself. nonfinite[i] = 1 where an element of the update is not
+    finite. With ``beta2`` exp_avg advances too; an element whose update is not finite keeps its momentum.
+    """
+    for i, (m, packed) in enumerate(zip(exp_avg, out, strict=True)):
+        update = m if grad is None else _ema(beta1, m, grad[i])
         _flag_nonfinite(update, nonfinite, i)
-        pack_signs(update, parity, packed)
-        m.copy_(torch.where(update.isfinite(), _ema(beta2, m, g), m.float()))
+        _pack_fields(_sign_codes(update, parity), 1, packed)
+        if beta2 is not None and grad is not None:
+            m.copy_(torch.where(update.isfinite(), _ema(beta2, m, grad[i]), m.float()))
 
 
 def majority_vote(packed: Tensor, parity: int, out: Tensor, counts: Tensor | None) -> None:
@@ -76,12 +61,6 @@ def majority_of_counts(planes: Tensor, voters: int, parity: int, out: Tensor, co
     ones = sum(_count_ones(column) << k for k, column in enumerate(planes.unbind(1)))
     assert isinstance(ones, Tensor)
     _pack_majority(ones, voters, parity, out, counts)
-
-
-def spread_codes(packed: Tensor, bits: int, field_bits: int, out: Tensor) -> None:
-    """out[B*field_bits//bits] = each code of packed[B] in a field of field_bits bits."""
-    codes = _unpack_fields(packed, packed.numel() * 8 // bits, bits)
-    _pack_fields(codes, field_bits, out)
 
 
 def majority_of_fields(
@@ -123,13 +102,21 @@ def lion_apply_(
     grad: Sequence[Tensor] | None,
     exp_avg: Sequence[Tensor] | None,
     beta2: Mix | None,
+    active: Tensor | None = None,
     rounding: Streams | None = None,
 ) -> None:
-    """param = param*decay - (step*code - offset)*rate; where given, exp_avg = beta2*exp_avg + (1-beta2)*grad."""
+    """param = param*decay - (step*code - offset)*rate; where given, exp_avg = beta2*exp_avg + (1-beta2)*grad.
+
+    A tensor and its momentum stay as they are where int32[n] ``active`` is zero.
+    """
     for i, (x, codes) in enumerate(zip(param, packed, strict=True)):
+        if active is not None and not active[i]:
+            continue
         direction = _unpack_fields(codes, x.numel(), bits).to(torch.int32) * step - offset
         _store(x, x.float() * decay - direction.float() * rate, None if rounding is None else rounding.of_param(i))
-    _advance(grad, exp_avg, beta2, rounding)
+        if grad is not None and exp_avg is not None and beta2 is not None:
+            moved = _ema(beta2, exp_avg[i], grad[i])
+            _store(exp_avg[i], moved, None if rounding is None else rounding.of_worker(i))
 
 
 def lion_step_(
@@ -140,10 +127,13 @@ def lion_step_(
     decay: float,
     beta1: Mix,
     beta2: Mix,
+    active: Tensor | None = None,
     rounding: Streams | None = None,
 ) -> None:
-    """The whole Lion step of one worker; the sign of zero and of NaN is 0."""
+    """The whole Lion step of one worker; the sign of zero and of NaN is 0. ``active`` as in lion_apply_."""
     for i, (x, g, m) in enumerate(zip(param, grad, exp_avg, strict=True)):
+        if active is not None and not active[i]:
+            continue
         update = _ema(beta1, m, g)
         rate = torch.full_like(update, lr)
         step = torch.where(update > 0, rate, 0.0) - torch.where(update < 0, rate, 0.0)
@@ -151,8 +141,23 @@ def lion_step_(
         _store(m, _ema(beta2, m, g), None if rounding is None else rounding.of_worker(i))
 
 
-def block_scale(x: Tensor, norm: str, block: int, scale: Tensor) -> None:
-    """scale[blocks] = norm of each block of |x|: mean ("l1"), root mean square ("l2") or maximum ("linf")."""
+def lion_block_scale(
+    exp_avg: Sequence[Tensor],
+    grad: Sequence[Tensor] | None,
+    beta1: Mix,
+    norm: str,
+    block: int,
+    scale: Sequence[Tensor],
+) -> None:
+    """scale[i] = norm of each block of |update i|: mean ("l1"), root mean square ("l2") or maximum ("linf").
+
+    Without ``grad`` the norms are those of exp_avg itself. Those of an empty tensor are 0.
+    """
+    for i, (m, out) in enumerate(zip(exp_avg, scale, strict=True)):
+        _store_norms(m if grad is None else _ema(beta1, m, grad[i]), norm, block, out)
+
+
+def _store_norms(x: Tensor, norm: str, block: int, scale: Tensor) -> None:
     n, blocks = x.numel(), scale.numel()
     size = block or max(n, 1)
     magnitude = torch.zeros(blocks * size, dtype=torch.float64, device=x.device)
@@ -168,36 +173,9 @@ def block_scale(x: Tensor, norm: str, block: int, scale: Tensor) -> None:
     scale.copy_(mean if norm == "l1" else mean.sqrt())
 
 
-def lion_block_scale(
-    exp_avg: Sequence[Tensor], grad: Sequence[Tensor], beta1: Mix, norm: str, block: int, scale: Sequence[Tensor]
-) -> None:
-    """block_scale of each update."""
-    for m, g, s in zip(exp_avg, grad, scale, strict=True):
-        block_scale(_ema(beta1, m, g), norm, block, s)
-
-
-def quantize(
-    x: Tensor, scale: Tensor, gain: float, block: int, bits: int, streams: Streams | None, out: Tensor, i: int = 0
-) -> None:
-    """out = packed codes q + K of x[n], q = gain*K*x/scale rounded to even or, with streams, by the i-th one."""
-    level = largest_level(bits)
-    factor = torch.where(scale == 0, 0.0, torch.full_like(scale, gain * level) / scale)
-    ratio = x.float() * _per_element(factor, block, x.numel())
-    ratio = torch.where(ratio.isnan(), 0.0, ratio).clamp(-level, level)
-    stream = None if streams is None else streams.of_worker(i)
-    if stream is None:
-        q = ratio.round()
-    else:
-        magnitude = ratio.abs()
-        whole = magnitude.floor()
-        uniform = (random_words(stream, x.numel(), x.device) >> 8).float() * 2.0**-24
-        q = torch.copysign(whole + (uniform < magnitude - whole), ratio)
-    _pack_fields((q + level).to(torch.uint8), bits, out)
-
-
 def lion_quantize(
     exp_avg: Sequence[Tensor],
-    grad: Sequence[Tensor],
+    grad: Sequence[Tensor] | None,
     beta1: Mix,
     scale: Sequence[Tensor],
     gain: float,
@@ -207,11 +185,28 @@ def lion_quantize(
     out: Sequence[Tensor],
     nonfinite: Tensor | None,
 ) -> None:
-    """quantize of each update; nonfinite[i] = 1 where an element of update i is not finite."""
-    for i, (m, g) in enumerate(zip(exp_avg, grad, strict=True)):
-        update = _ema(beta1, m, g)
+    """out[i] = packed codes q + K of update i, q = gain*K*update/scale[i] rounded to even or, with streams, by its own.
+
+    Without ``grad`` exp_avg itself is quantized. nonfinite[i] = 1 where an element of update i is not finite.
+    """
+    for i, (m, packed) in enumerate(zip(exp_avg, out, strict=True)):
+        update = m if grad is None else _ema(beta1, m, grad[i])
         _flag_nonfinite(update, nonfinite, i)
-        quantize(update, scale[i], gain, block, bits, streams, out[i], i)
+        level = largest_level(bits)
+        factor = torch.where(scale[i] == 0, 0.0, torch.full_like(scale[i], gain * level) / scale[i])
+        ratio = update.float() * _per_element(factor, block, update.numel())
+        ratio = torch.where(ratio.isnan(), 0.0, ratio).clamp(-level, level)
+        q = _round_levels(ratio, None if streams is None else streams.of_worker(i))
+        _pack_fields((q + level).to(torch.uint8), bits, packed)
+
+
+def _round_levels(ratio: Tensor, stream: Stream | None) -> Tensor:
+    if stream is None:
+        return ratio.round()
+    magnitude = ratio.abs()
+    whole = magnitude.floor()
+    uniform = (random_words(stream, ratio.numel(), ratio.device) >> 8).float() * 2.0**-24
+    return torch.copysign(whole + (uniform < magnitude - whole), ratio)
 
 
 def dequantize(packed: Tensor, scale: Tensor, gain: float, block: int, bits: int, out: Tensor) -> None:
@@ -225,15 +220,6 @@ def dequantize(packed: Tensor, scale: Tensor, gain: float, block: int, bits: int
 def _ema(mix: Mix, state: Tensor, incoming: Tensor) -> Tensor:
     """fl(fl(kept*state) + fl(new*incoming)) in fp32 (rule 1): two products, one sum, never fused."""
     return mix.kept * state.float() + mix.new * incoming.float()
-
-
-def _advance(
-    grad: Sequence[Tensor] | None, exp_avg: Sequence[Tensor] | None, beta2: Mix | None, rounding: Streams | None
-) -> None:
-    """exp_avg = beta2*exp_avg + (1-beta2)*grad, where there are any."""
-    if grad is not None and exp_avg is not None and beta2 is not None:
-        for i, (m, g) in enumerate(zip(exp_avg, grad, strict=True)):
-            _store(m, _ema(beta2, m, g), None if rounding is None else rounding.of_worker(i))
 
 
 def _store(out: Tensor, value: Tensor, stream: Stream | None) -> None:

@@ -16,7 +16,7 @@ from einops import rearrange
 from torch import Tensor
 
 from lioncub.kernels.checks import check_integer
-from lioncub.kernels.scalars import count_scalar, is_elsewhere
+from lioncub.kernels.scalars import count_scalar
 
 ROUNDS = 10
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -116,6 +116,7 @@ class Streams(NamedTuple):
 
 # a registered op's arguments: int64 [seed, worker], the step, and the parameters' ids; streams_of is the inverse
 Arguments = tuple[Tensor | None, Tensor | None, Sequence[int]]
+NO_STREAM: Arguments = (None, None, ())
 
 
 def rounding_arguments(
@@ -126,7 +127,7 @@ def rounding_arguments(
     Raises TypeError or ValueError for arguments that are impossible.
     """
     if rounding is None:
-        return None, None, ()
+        return NO_STREAM
     if not isinstance(rounding, Rounding):
         raise TypeError(f"rounding: expected None or Rounding(...), got {type(rounding).__name__}")
     worker = _NEAREST if rounding.rank is None else MOMENTUM_WORKERS + rounding.rank
@@ -162,7 +163,7 @@ def streams_of(words: Tensor | None, step: Tensor | None, param_ids: Sequence[in
     if words is None or step is None:
         return None
     seed, worker = words.tolist()
-    return Streams(seed, step if is_elsewhere(step) else int(step), None if worker == _NEAREST else worker, param_ids)
+    return Streams(seed, int(step) if step.is_cpu else step, None if worker == _NEAREST else worker, param_ids)
 
 
 def round_stochastic(value: Tensor, dtype: torch.dtype, words: Tensor) -> Tensor:

@@ -8,29 +8,18 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from lioncub.kernels.checks import (
-    FLOAT_DTYPES,
-    check_float,
-    check_integer,
-    check_packed,
-    check_per_tensor,
-    storage_order_view,
-)
+from lioncub.kernels.checks import FLOAT_DTYPES, check_flat, check_float, check_integer
 from lioncub.kernels.dispatch import backend, mark_written, register
 from lioncub.kernels.layout import code_bytes, packed_bytes
 from lioncub.kernels.lists import (
-    TensorList,
     Tensors,
-    check_flat_list,
-    check_float_lists,
-    check_list_types,
     check_lists_apart,
-    check_starts,
-    code_parts,
-    float_parts,
-    one_or_list,
+    firsts_of,
+    flat_list,
+    float_list,
+    tensor_lists,
 )
-from lioncub.kernels.scalars import Scalar, beta_scalar, count_scalar, factor_scalar, mix_of, parity_of
+from lioncub.kernels.scalars import NO_MIX, Scalar, count_scalar, float_scalar, mix_of, parity_of
 
 Count = TypeVar("Count", int, Tensor)
 
@@ -61,16 +50,15 @@ def pack_signs(x: Tensor, *, parity: int | Tensor = 0, impl: str = "auto") -> Te
         this is ``numpy.packbits(x > 0, bitorder="little")`` and padding.
     """
     check_float("x", x)
-    flat = storage_order_view("x", x)
-    out = torch.empty(packed_bytes(flat.numel()), dtype=torch.uint8, device=x.device)
-    _PACK(flat, count_scalar("parity", parity), out, impl)
+    out = torch.empty(packed_bytes(x.numel()), dtype=torch.uint8, device=x.device)
+    _ENCODE([x], [], None, count_scalar("parity", parity), [out], None, None, None, impl)
     return out
 
 
 def unpack_signs(packed: Tensor, n: int, *, dtype: torch.dtype = torch.float32, impl: str = "auto") -> Tensor:
     """The first n one-bit codes of ``packed`` (uint8[packed_bytes(n)]) as -1/+1 values of ``dtype``, shape [n]."""
     check_integer("n", n)
-    check_packed("packed", packed, packed_bytes(n))
+    check_flat("packed", packed, torch.uint8, packed_bytes(n))
     if dtype not in FLOAT_DTYPES:
         raise TypeError(f"dtype: expected float32, bfloat16 or float16, got {dtype}")
     out = torch.empty(n, dtype=dtype, device=packed.device)
@@ -125,10 +113,10 @@ def lion_encode_(
     Mutates exp_avg, ``out`` and ``nonfinite``; an element whose update is not finite keeps its momentum.
     """
     out = _codes_of(grad, out)
-    check_list_types(exp_avg=[exp_avg], out=[out])
-    check_per_tensor("nonfinite", nonfinite, 1, "grad", grad)
-    betas = beta_scalar("beta1", beta1), beta_scalar("beta2", beta2)
-    _ENCODE_([exp_avg], [grad], *betas, count_scalar("parity", parity), [out], nonfinite, impl)
+    m, g, codes = tensor_lists({"exp_avg": [exp_avg], "grad": [grad], "out": [out]}, {}, None)
+    check_flat("nonfinite", nonfinite, torch.int32, len(g), "grad", g[0] if g else None)
+    betas = float_scalar("beta1", beta1, 0.0, 1.0), float_scalar("beta2", beta2, 0.0, 1.0)
+    _ENCODE_(m, g, *betas, count_scalar("parity", parity), codes, nonfinite, impl)
     return out
 
 
@@ -145,12 +133,10 @@ def foreach_lion_encode(
     impl: str = "auto",
 ) -> None:
     """`lion_encode` of lists; ``nonfinite`` is int32[n] for n tensors. With ``starts`` momentum and codes are flat."""
-    check_list_types(grad=grad)
-    check_starts(starts, grad)
-    exp_avg, out = one_or_list("exp_avg", exp_avg, starts), one_or_list("out", out, starts)
-    check_per_tensor("nonfinite", nonfinite, len(grad), "grad", None)
-    numbers = beta_scalar("beta1", beta1), count_scalar("parity", parity)
-    _ENCODE(exp_avg, grad, *numbers, out, nonfinite, factor_scalar("grad_scale", grad_scale), starts, impl)
+    g, m, codes = tensor_lists({"grad": grad}, {"exp_avg": exp_avg, "out": out}, starts)
+    check_flat("nonfinite", nonfinite, torch.int32, len(g), "grad", g[0] if g else None)
+    b1, scale = float_scalar("beta1", beta1, 0.0, 1.0), float_scalar("grad_scale", grad_scale)
+    _ENCODE(m, g, b1, count_scalar("parity", parity), codes, nonfinite, scale, starts, impl)
 
 
 def _codes_of(grad: Tensor, out: Tensor | None) -> Tensor:
@@ -159,52 +145,29 @@ def _codes_of(grad: Tensor, out: Tensor | None) -> Tensor:
     return torch.empty(packed_bytes(grad.numel()), dtype=torch.uint8, device=grad.device) if out is None else out
 
 
-def _pack(x: Tensor, parity: Tensor, out: Tensor, impl: str) -> None:
-    run = backend(impl, x.device)
-    if x.numel():
-        run.pack_signs(x, parity_of(parity), out)
-    mark_written(out)
-
-
-def _unpack(packed: Tensor, out: Tensor, impl: str) -> None:
-    run = backend(impl, packed.device)
-    if out.numel():
-        run.unpack_signs(packed, out)
-    mark_written(out)
-
-
-def _check_encoding(
-    exp_avg: Sequence[Tensor],
-    grad: Sequence[Tensor],
-    out: Sequence[Tensor],
-    nonfinite: Tensor | None,
-    starts: Sequence[int] | None,
-) -> tuple[TensorList, TensorList, TensorList]:
-    g = TensorList(grad)
-    m, sizes = float_parts("exp_avg", exp_avg, starts, g), code_bytes(g.sizes)
-    codes = code_parts("out", out, starts, 1, sizes)
-    check_float_lists(grad=g, exp_avg=m)
-    check_flat_list("out", codes, torch.uint8, sizes, "grad", g)
-    check_per_tensor("nonfinite", nonfinite, len(g), "grad", grad[0] if grad else None)
-    check_lists_apart({"out": codes}, {"grad": g, "exp_avg": m})
-    return m, g, codes
-
-
 def _encode(
     exp_avg: Sequence[Tensor],
     grad: Sequence[Tensor],
-    beta1: Tensor,
+    beta1: Tensor | None,
     parity: Tensor,
     out: Sequence[Tensor],
     nonfinite: Tensor | None,
-    grad_scale: Tensor,
+    grad_scale: Tensor | None,
     starts: Sequence[int] | None,
     impl: str,
 ) -> None:
-    m, g, codes = _check_encoding(exp_avg, grad, out, nonfinite, starts)
-    if grad:
-        run = backend(impl, g.device)
-        run.lion_encode(m, g, mix_of(beta1, grad_scale), parity_of(parity), codes, nonfinite)
+    """Encode the signs of ``exp_avg`` itself or, with ``beta1``, of updates."""
+    places = None if starts is None else tuple(starts)
+    if beta1 is None:
+        peers = m = float_list("x", exp_avg)
+        g, mix = None, NO_MIX
+    else:
+        peers = g = float_list("grad", grad)
+        m, mix = float_list("exp_avg", exp_avg, g, firsts_of(places, g.sizes)), mix_of(beta1, grad_scale)
+    codes = flat_list("out", out, torch.uint8, code_bytes(peers.sizes), peers, firsts_of(places, peers.sizes, 1))
+    check_lists_apart([codes], [peers, m])
+    if peers.sizes:
+        backend(impl, exp_avg[0].device).lion_encode(m, g, mix, parity_of(parity), codes, nonfinite)
     mark_written(out, nonfinite)
 
 
@@ -218,19 +181,19 @@ def _encode_(
     nonfinite: Tensor | None,
     impl: str,
 ) -> None:
-    m, g, codes = _check_encoding(exp_avg, grad, out, nonfinite, None)
-    check_lists_apart({"exp_avg": m}, {"grad": g})
+    g = float_list("grad", grad)
+    m, codes = float_list("exp_avg", exp_avg, g), flat_list("out", out, torch.uint8, code_bytes(g.sizes), g)
+    check_lists_apart([codes, m], [g])
     if grad:
-        run = backend(impl, g.device)
-        run.lion_encode_(m, g, mix_of(beta1), mix_of(beta2), parity_of(parity), codes, nonfinite)
+        run = backend(impl, grad[0].device)
+        run.lion_encode(m, g, mix_of(beta1), parity_of(parity), codes, nonfinite, mix_of(beta2))
     mark_written(exp_avg, out, nonfinite)
 
 
-_PACK = register("pack_signs(Tensor x, Tensor parity, Tensor(a!) out, str impl) -> ()", _pack)
-_UNPACK = register("unpack_signs(Tensor packed, Tensor(a!) out, str impl) -> ()", _unpack)
+_UNPACK = register("unpack_signs(Tensor packed, Tensor(a!) out, str impl) -> ()")
 _ENCODE = register(
-    "lion_encode(Tensor[] exp_avg, Tensor[] grad, Tensor beta1, Tensor parity, Tensor(a!)[] out, "
-    "Tensor(b!)? nonfinite, Tensor grad_scale, int[]? starts, str impl) -> ()",
+    "lion_encode(Tensor[] exp_avg, Tensor[] grad, Tensor? beta1, Tensor parity, Tensor(a!)[] out, "
+    "Tensor(b!)? nonfinite, Tensor? grad_scale, int[]? starts, str impl) -> ()",
     _encode,
 )
 _ENCODE_ = register(

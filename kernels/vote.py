@@ -10,18 +10,17 @@ import torch
 from torch import Tensor
 
 from lioncub.kernels.checks import (
+    check_bytes,
     check_choice,
-    check_counts,
     check_device,
+    check_flat,
     check_integer,
-    check_packed,
     check_rows,
     packed_out,
 )
-from lioncub.kernels.dispatch import backend, mark_written, register
+from lioncub.kernels.dispatch import register
 from lioncub.kernels.layout import CODE_BITS, FIELD_BITS, WORD_BYTES, counter_planes
-from lioncub.kernels.lists import check_apart
-from lioncub.kernels.scalars import count_scalar, parity_of
+from lioncub.kernels.scalars import count_scalar
 
 MAX_VOTERS = 2**20
 # 2-bit codes of 32 fields fill a word
@@ -51,7 +50,7 @@ def majority_vote(
     check_rows("packed", packed, "N, B")
     n_bytes = packed.shape[1]
     out = packed_out(out, n_bytes, "packed", packed)
-    check_counts(counts, "packed", packed)
+    check_flat("counts", counts, torch.int64, 2, "packed", packed)
     _MAJORITY(packed, count_scalar("parity", parity), out, counts, impl)
     return out
 
@@ -117,7 +116,7 @@ def majority_of_counts(
     if not 1 <= voters <= most:
         raise ValueError(f"voters: expected 1 to {most} for planes of shape {tuple(planes.shape)}, got {voters}")
     out = packed_out(out, planes.shape[2], "planes", planes)
-    check_counts(counts, "planes", planes)
+    check_flat("counts", counts, torch.int64, 2, "planes", planes)
     _MAJORITY_OF_COUNTS(planes, voters, count_scalar("parity", parity), out, counts, impl)
     return out
 
@@ -141,13 +140,8 @@ def spread_codes(
         ``out``: field i is code i, little-endian as the codes are.
     """
     check_choice("bits", bits, CODE_BITS)
-    check_choice("field_bits", field_bits, FIELD_BITS)
-    if field_bits < bits:
-        raise ValueError(f"field_bits: expected at least bits, {bits}, got {field_bits}")
-    n_bytes = _check_multiple("packed", packed, WORD_BYTES)
-    out = packed_out(out, n_bytes * field_bits // bits, "packed", packed)
-    _SPREAD(packed, bits, field_bits, out, impl)
-    return out
+    check_bytes("packed", packed, WORD_BYTES)
+    return add_codes(packed.unsqueeze(0), bits=bits, field_bits=field_bits, out=out, impl=impl)
 
 
 def majority_of_fields(
@@ -180,9 +174,9 @@ def majority_of_fields(
     check_integer("voters", voters, least=None)
     if not 1 <= voters < 2**field_bits:
         raise ValueError(f"voters: expected 1 to {2**field_bits - 1} for fields of {field_bits} bits, got {voters}")
-    n_bytes = _check_multiple("fields", fields, field_bits) // field_bits
+    n_bytes = check_bytes("fields", fields, field_bits) // field_bits
     out = packed_out(out, n_bytes, "fields", fields)
-    check_counts(counts, "fields", fields)
+    check_flat("counts", counts, torch.int64, 2, "fields", fields)
     _MAJORITY_OF_FIELDS(fields, field_bits, voters, count_scalar("parity", parity), out, counts, impl)
     return out
 
@@ -246,114 +240,28 @@ def ternary_of_fields(
         check_integer(name, value, -(2**63), 2**63 - 1)
     if step < 1 or offset < 0 or step * (2**field_bits - 1) + offset >= 2**31:
         raise ValueError(f"step, offset: expected step >= 1, offset >= 0 within int32, got {step} and {offset}")
-    check_packed("fields", fields, None)
-    n, rest = divmod(8 * fields.numel(), field_bits)
+    n, rest = divmod(8 * check_bytes("fields", fields), field_bits)
     if rest or n % _WORD_TERNARIES:
         raise ValueError(
             f"fields: expected a multiple of {_WORD_TERNARIES} fields of {field_bits} bits, got {fields.numel()} bytes"
         )
     out = packed_out(out, n // 4, "fields", fields)
-    check_counts(counts, "fields", fields)
+    check_flat("counts", counts, torch.int64, 2, "fields", fields)
     _TERNARY(fields, field_bits, step, offset, largest, out, counts, impl)
     return out
 
 
-def _check_multiple(name: str, packed: Tensor, multiple: int) -> int:
-    """Bytes of ``packed``, a contiguous uint8 tensor of a multiple of ``multiple`` bytes."""
-    check_packed(name, packed, None)
-    if packed.numel() % multiple:
-        raise ValueError(f"{name}: expected a multiple of {multiple} bytes, got {packed.numel()}")
-    return packed.numel()
-
-
-def _majority(packed: Tensor, parity: Tensor, out: Tensor, counts: Tensor | None, impl: str) -> None:
-    run = backend(impl, packed.device)
-    check_apart({"out": out, "counts": counts}, {"packed": packed})
-    if out.numel():
-        run.majority_vote(packed, parity_of(parity), out, counts)
-    mark_written(out, counts)
-
-
-def _count(packed: Tensor, out: Tensor, impl: str) -> None:
-    run = backend(impl, packed.device)
-    check_apart({"out": out}, {"packed": packed})
-    if out.numel():
-        run.count_votes(packed, out)
-    mark_written(out)
-
-
-def _majority_of_counts(
-    planes: Tensor, voters: int, parity: Tensor, out: Tensor, counts: Tensor | None, impl: str
-) -> None:
-    run = backend(impl, planes.device)
-    check_apart({"out": out, "counts": counts}, {"planes": planes})
-    if out.numel():
-        run.majority_of_counts(planes, voters, parity_of(parity), out, counts)
-    mark_written(out, counts)
-
-
-def _spread(packed: Tensor, bits: int, field_bits: int, out: Tensor, impl: str) -> None:
-    run = backend(impl, packed.device)
-    check_apart({"out": out}, {"packed": packed})
-    if bits == field_bits:
-        out.copy_(packed)
-    elif out.numel():
-        run.spread_codes(packed, bits, field_bits, out)
-    mark_written(out)
-
-
-def _majority_of_fields(
-    fields: Tensor, field_bits: int, voters: int, parity: Tensor, out: Tensor, counts: Tensor | None, impl: str
-) -> None:
-    run = backend(impl, fields.device)
-    check_apart({"out": out, "counts": counts}, {"fields": fields})
-    if out.numel():
-        run.majority_of_fields(fields, field_bits, voters, parity_of(parity), out, counts)
-    mark_written(out, counts)
-
-
-def _add(packed: Tensor, bits: int, field_bits: int, out: Tensor, impl: str) -> None:
-    run = backend(impl, packed.device)
-    check_apart({"out": out}, {"packed": packed})
-    if out.numel():
-        run.add_codes(packed, bits, field_bits, out)
-    mark_written(out)
-
-
-def _ternary(
-    fields: Tensor,
-    field_bits: int,
-    step: int,
-    offset: int,
-    largest: int,
-    out: Tensor,
-    counts: Tensor | None,
-    impl: str,
-) -> None:
-    run = backend(impl, fields.device)
-    check_apart({"out": out, "counts": counts}, {"fields": fields})
-    if out.numel():
-        run.ternary_of_fields(fields, field_bits, step, offset, largest, out, counts)
-    mark_written(out, counts)
-
-
-_MAJORITY = register(
-    "majority_vote(Tensor packed, Tensor parity, Tensor(a!) out, Tensor(b!)? counts, str impl) -> ()", _majority
-)
-_COUNT = register("count_votes(Tensor packed, Tensor(a!) out, str impl) -> ()", _count)
+_MAJORITY = register("majority_vote(Tensor packed, Tensor parity, Tensor(a!) out, Tensor(b!)? counts, str impl) -> ()")
+_COUNT = register("count_votes(Tensor packed, Tensor(a!) out, str impl) -> ()")
 _MAJORITY_OF_COUNTS = register(
-    "majority_of_counts(Tensor planes, int voters, Tensor parity, Tensor(a!) out, Tensor(b!)? counts, str impl) -> ()",
-    _majority_of_counts,
+    "majority_of_counts(Tensor planes, int voters, Tensor parity, Tensor(a!) out, Tensor(b!)? counts, str impl) -> ()"
 )
-_SPREAD = register("spread_codes(Tensor packed, int bits, int field_bits, Tensor(a!) out, str impl) -> ()", _spread)
 _MAJORITY_OF_FIELDS = register(
     "majority_of_fields(Tensor fields, int field_bits, int voters, Tensor parity, Tensor(a!) out, "
-    "Tensor(b!)? counts, str impl) -> ()",
-    _majority_of_fields,
+    "Tensor(b!)? counts, str impl) -> ()"
 )
-_ADD = register("add_codes(Tensor packed, int bits, int field_bits, Tensor(a!) out, str impl) -> ()", _add)
+_ADD = register("add_codes(Tensor packed, int bits, int field_bits, Tensor(a!) out, str impl) -> ()")
 _TERNARY = register(
     "ternary_of_fields(Tensor fields, int field_bits, int step, int offset, int largest, Tensor(a!) out, "
-    "Tensor(b!)? counts, str impl) -> ()",
-    _ternary,
+    "Tensor(b!)? counts, str impl) -> ()"
 )

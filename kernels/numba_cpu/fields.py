@@ -1,4 +1,4 @@
-"""spread_codes, majority_of_fields, add_codes and ternary_of_fields: 64 bits of fields at a time.
+"""majority_of_fields, add_codes and ternary_of_fields: 64 bits of fields at a time.
 
 Codes are moved into wider fields in halvings: the upper half of a word's codes to where it belongs, then the upper
 half of each half, and so on; bits of wide fields are moved together the other way round. For arithmetic, every other
@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from lioncub.kernels.numba_cpu.compiling import block_function, device_function, kernel
-from lioncub.kernels.numba_cpu.launch import MIN_SLICE, run_slices, slices
+from lioncub.kernels.numba_cpu.launch import run_sliced
 from lioncub.kernels.numba_cpu.memory import WIDE_CODES, WORDS, array_at
-from lioncub.kernels.numba_cpu.planes import BLOCK, add_tally
+from lioncub.kernels.numba_cpu.planes import BLOCK, in_chunks
 from lioncub.kernels.numba_cpu.vectors import count_ones, pack_codes, unpack_codes
 
 CHUNKS = {1: np.dtype(np.uint8), 2: np.dtype(np.uint16), 4: np.dtype(np.uint32), 8: WORDS}
@@ -30,33 +30,20 @@ _GROUP = 64
 _Words = tuple[np.uint64, ...]
 
 
-def spread_codes(packed: Tensor, bits: int, field_bits: int, out: Tensor) -> None:
-    """out[B*field_bits//bits] = each code of packed[B] in a field of field_bits bits, more than ``bits``."""
-    if field_bits == 16 * bits:
-        # less than a byte of codes makes a word of such fields, so they go through narrower ones
-        narrow = torch.empty(2 * packed.numel(), dtype=torch.uint8, device="cpu")
-        spread_codes(packed, bits, 2 * bits, narrow)
-        packed, bits = narrow, 2 * bits
-    chunk = CHUNKS[8 * bits // field_bits]
-    parts = slices(out.numel() // 8, 1, MIN_SLICE // 64)
-    run_slices(_spread_kernel, parts, packed.data_ptr(), chunk, *_spreading(bits, field_bits), out.data_ptr())
-
-
 def majority_of_fields(
     fields: Tensor, field_bits: int, voters: int, parity: int, out: Tensor, counts: Tensor | None
 ) -> None:
     """out[B] = majority bit of 8*B fields, each the number of ones of ``voters``; counts as in majority_vote."""
-    chunk_bytes = max(8 // field_bits, 1)
-    chunks, tail = divmod(out.numel(), chunk_bytes)
-    if chunks:
-        _vote(fields, chunks, field_bits, voters, parity, out, counts, 0)
-    if tail:
-        # pad fields are unanimous but not counted
-        padded = torch.zeros(chunk_bytes * field_bits, dtype=torch.uint8, device="cpu")
-        padded[: tail * field_bits] = fields[chunks * chunk_bytes * field_bits :]
-        voted = torch.empty(chunk_bytes, dtype=torch.uint8, device="cpu")
-        _vote(padded, 1, field_bits, voters, parity, voted, counts, 8 * (chunk_bytes - tail))
-        out[chunks * chunk_bytes :] = voted[:tail]
+    chunk_bytes, words_per_chunk = max(8 // field_bits, 1), max(field_bits // 8, 1)
+    rule = (_thresholds(field_bits, voters, parity), *_folding(field_bits))
+
+    def vote(fields: Tensor, chunks: int, out: Tensor, pads: int) -> list[tuple[int, int]]:
+        how = (out.data_ptr(), CHUNKS[chunk_bytes], counts is not None, *_alike(field_bits, voters))
+        found = run_sliced(_majority_kernel, chunks, fields.data_ptr(), words_per_chunk, *rule, *how, unit=64)
+        # pad fields are unanimous
+        return [*found, (0, -8 * pads)]
+
+    in_chunks(vote, fields, out, counts, (chunk_bytes * field_bits, chunk_bytes))
 
 
 def add_codes(packed: Tensor, bits: int, field_bits: int, out: Tensor) -> None:
@@ -65,61 +52,22 @@ def add_codes(packed: Tensor, bits: int, field_bits: int, out: Tensor) -> None:
         # less than a byte of codes makes a word of such fields, so they go through narrower ones
         narrow = torch.empty(len(packed), 2 * packed.shape[1], dtype=torch.uint8, device="cpu")
         for row, wider in zip(packed, narrow, strict=True):
-            spread_codes(row, bits, 2 * bits, wider)
+            add_codes(row.unsqueeze(0), bits, 2 * bits, wider)
         packed, bits = narrow, 2 * bits
     rows = (packed.data_ptr(), packed.stride(0), len(packed), CHUNKS[8 * bits // field_bits])
-    parts = slices(out.numel() // 8, 1, MIN_SLICE // 64)
-    run_slices(_add_kernel, parts, *rows, *_spreading(bits, field_bits), out.data_ptr())
+    run_sliced(_add_kernel, out.numel() // 8, *rows, *_spreading(bits, field_bits), out.data_ptr(), unit=64)
 
 
 def ternary_of_fields(
     fields: Tensor, field_bits: int, step: int, offset: int, largest: int, out: Tensor, counts: Tensor | None
 ) -> None:
     """out[n/4] = 1 + sign(step*field - offset) in 2 bits; counts[2] += (signs of 0, fields of 0 or ``largest``)."""
-    groups, rest = divmod(4 * out.numel(), _GROUP)
-    rule = (field_bits, step, offset, largest)
-    counted = []
-    if groups:
-        parts = slices(groups, 1, MIN_SLICE // _GROUP)
-        counted = run_slices(_ternary_kernel, parts, fields.data_ptr(), *rule, out.data_ptr(), _GROUP)
-    if rest:
-        padded, codes = (
-            torch.zeros(8 * field_bits, dtype=torch.uint8, device="cpu"),
-            torch.empty(16, dtype=torch.uint8, device="cpu"),
-        )
-        padded[: rest * field_bits // 8] = fields[groups * 8 * field_bits :]
-        counted += run_slices(_ternary_kernel, [(0, 1)], padded.data_ptr(), *rule, codes.data_ptr(), rest)
-        out[16 * groups :] = codes[: rest // 4]
-    add_tally(counts, counted, 0)
 
+    def vote(fields: Tensor, groups: int, out: Tensor, pads: int) -> list[tuple[int, int]]:
+        how = (field_bits, step, offset, largest, out.data_ptr(), _GROUP - 4 * pads)
+        return run_sliced(_ternary_kernel, groups, fields.data_ptr(), *how, unit=_GROUP)
 
-def _vote(
-    fields: Tensor,
-    chunks: int,
-    field_bits: int,
-    voters: int,
-    parity: int,
-    out: Tensor,
-    counts: Tensor | None,
-    pads: int,
-) -> None:
-    words_per_chunk = max(field_bits // 8, 1)
-    chunk = CHUNKS[max(8 // field_bits, 1)]
-    rule = _thresholds(field_bits, voters, parity)
-    parts = slices(chunks, 1, MIN_SLICE // 64)
-    counted = run_slices(
-        _majority_kernel,
-        parts,
-        fields.data_ptr(),
-        words_per_chunk,
-        rule,
-        *_folding(field_bits),
-        out.data_ptr(),
-        chunk,
-        counts is not None,
-        *_alike(field_bits, voters),
-    )
-    add_tally(counts, counted, pads)
+    in_chunks(vote, fields, out, counts, (8 * field_bits, _GROUP // 4))
 
 
 @functools.cache
@@ -172,13 +120,6 @@ def _words(steps: list[tuple[int, int]]) -> tuple[_Words, _Words]:
 
 
 @kernel
-def _spread_kernel(
-    first: int, last: int, packed_ptr: int, chunk: Any, shifts: _Words, masks: _Words, out_ptr: int
-) -> None:
-    _spread_words(array_at(packed_ptr, first, last - first, chunk), shifts, masks, out_ptr + 8 * first, last - first)
-
-
-@kernel
 def _majority_kernel(
     first: int,
     last: int,
@@ -213,16 +154,8 @@ def _majority_kernel(
 
 
 @device_function
-def _spread_words(chunks: Any, shifts: _Words, masks: _Words, out_ptr: int, n: int) -> None:
-    """out[n] = words of fields from chunks[n] of codes."""
-    out = array_at(out_ptr, 0, n, WORDS)
-    for j in range(n):
-        out[j] = _spread_word(np.uint64(chunks[j]), shifts, masks)
-
-
-@device_function
 def _spread_word(word: np.uint64, shifts: _Words, masks: _Words) -> np.uint64:
-    """The codes at the bottom of a word, in fields; as `spreading` says."""
+    """The codes at the bottom of a word, in fields; as `_spreading` says."""
     word = (word | (word << shifts[0])) & masks[0]
     word = (word | (word << shifts[1])) & masks[1]
     word = (word | (word << shifts[2])) & masks[2]
@@ -272,15 +205,16 @@ def _add_kernel(
     stride: int,
     n_rows: int,
     chunk: Any,
-    shifts: tuple[np.uint64, ...],
-    masks: tuple[np.uint64, ...],
+    shifts: _Words,
+    masks: _Words,
     out_ptr: int,
 ) -> None:
     for start in range(first, last, BLOCK):
         n = min(BLOCK, last - start)
-        out = array_at(out_ptr, start, n, WORDS)
-        out[:] = 0
-        for row in range(n_rows):
+        out, first_row = array_at(out_ptr, start, n, WORDS), array_at(packed_ptr, start, n, chunk)
+        for j in range(n):
+            out[j] = _spread_word(np.uint64(first_row[j]), shifts, masks)
+        for row in range(1, n_rows):
             chunks = array_at(packed_ptr + row * stride, start, n, chunk)
             for j in range(n):
                 out[j] += _spread_word(np.uint64(chunks[j]), shifts, masks)

@@ -5,17 +5,18 @@ Threads are as many as torch uses, in a pool that survives os.fork and whose wor
 
 from __future__ import annotations
 
+import functools
 import os
 import queue
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from lioncub.kernels.lists import TensorList, tensor_list
+from lioncub.kernels.lists import KEPT, TensorList
 from lioncub.kernels.numba_cpu.compiling import device_function
 from lioncub.kernels.numba_cpu.memory import STORAGE
 from lioncub.kernels.rounding import Stream, Streams
@@ -85,17 +86,25 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_POOL.forget)
 
 
-def slices(total: int, multiple: int = 64, min_slice: int = MIN_SLICE) -> list[tuple[int, int]]:
-    """(first, last) of each thread's part of ``total`` items, cut at multiples of ``multiple``."""
-    workers = min(torch.get_num_threads(), total // min_slice)
+def slices(total: int, unit: int = 1) -> list[tuple[int, int]]:
+    """(first, last) of each thread's part of ``total`` items, each of ``unit`` elements; cut at multiples of 64."""
+    workers = min(torch.get_num_threads(), total // max(MIN_SLICE // unit, 1))
     if workers <= 1:
         return [(0, total)]
+    multiple = 64 if unit == 1 else 1
     bounds = [total * i // workers // multiple * multiple for i in range(workers)]
     return list(zip(bounds, [*bounds[1:], total], strict=True))
 
 
-def run_slices(kernel: Callable[..., Any], parts: list[tuple[int, int]], *args: Any) -> list[Any]:
-    """``kernel(first, last, *args)`` for each part at once, and what they returned; raises what one raised.
+def run_sliced(kernel: Callable[..., Any], total: int, *args: Any, unit: int = 1) -> list[Any]:
+    """``kernel(first, last, *args)`` for each of `slices` at once, and what they returned; raises what one raised."""
+    if total * unit < 2 * MIN_SLICE:
+        return [kernel(0, total, *args)]
+    return run_parts(kernel, slices(total, unit), *args)
+
+
+def run_parts(kernel: Callable[..., Any], parts: list[tuple[int, int]], *args: Any) -> list[Any]:
+    """`run_sliced` for given parts.
 
     Kernels write through plain addresses, so whatever happens here, Ctrl-C included, all of them have ended before the
     caller may free memory. Python raises the exceptions of signals only between its own instructions, after a call has
@@ -114,48 +123,65 @@ def run_slices(kernel: Callable[..., Any], parts: list[tuple[int, int]], *args: 
     return [mine, *[other.result() for other in others]]
 
 
-Floats = Sequence[Tensor] | TensorList | None
-
-
-def tables(
-    floats: Sequence[Floats], others: Sequence[Sequence[int]]
-) -> Iterator[tuple[np.ndarray[Any, np.dtype[np.int64]], list[Any]]]:
-    """Yield a table, and the storage dtypes of the lists in it, for each combination of dtypes that occurs.
-
-    Rows of the int64 table: size, address in each list of ``floats`` (0 in one that is None, whose dtype is None), then
-    each list's integer of ``others``.
-    """
-    lists = [None if tensors is None else tensor_list(tensors) for tensors in floats]
-    assert lists[0] is not None
-    count = len(lists[0])
-    columns = [lists[0].sizes, *[[0] * count if tensors is None else tensors.addresses for tensors in lists], *others]
-    # a row per tensor, in one piece: the type that kernels are compiled for
-    table = np.array(columns, np.int64).T.copy()
-    dtypes = [(None,) if tensors is None else tuple(dict.fromkeys(tensors.dtypes)) for tensors in lists]
-    if max(map(len, dtypes)) == 1:
-        yield table, [None if dtype is None else STORAGE[dtype] for (dtype,) in dtypes]
-        return
-    rows = list(zip(*[[None] * count if tensors is None else tensors.dtypes for tensors in lists], strict=True))
-    for combination in dict.fromkeys(rows):
-        chosen = [i for i, row in enumerate(rows) if row == combination]
-        yield table[chosen], [None if dtype is None else STORAGE[dtype] for dtype in combination]
-
-
-def launch(kernel: Callable[..., Any], floats: Sequence[Floats], others: Sequence[Sequence[int]], *args: Any) -> None:
+def launch(
+    kernel: Callable[..., Any],
+    floats: Sequence[TensorList | None],
+    others: Sequence[TensorList],
+    *args: Any,
+    streams: Streams | None = None,
+    active: Tensor | None = None,
+) -> None:
     """Run ``kernel(first, last, table, *dtypes, *args)`` over all elements of lists of tensors, by `tables`.
 
     first and last count elements through the whole table, so that small tensors share a thread and large ones are cut.
     """
-    for rows, dtypes in tables(floats, others):
-        run_slices(kernel, slices(int(rows[:, 0].sum())), rows, *dtypes, *args)
+    for rows, dtypes, total in tables(floats, others, streams, active):
+        run_sliced(kernel, total, rows, *dtypes, *args)
 
 
-def element_addresses(tensor: Tensor | None, count: int) -> Sequence[int]:
-    """Of the first ``count`` elements of a contiguous tensor; zeros for None."""
-    if tensor is None:
-        return [0] * count
-    first, size = tensor.data_ptr(), tensor.element_size()
-    return list(range(first, first + count * size, size))
+def tables(
+    floats: Sequence[TensorList | None],
+    others: Sequence[TensorList],
+    streams: Streams | None = None,
+    active: Tensor | None = None,
+) -> Sequence[_Table]:
+    """A table, the storage dtypes of ``floats`` in it and its number of elements, for each combination of dtypes.
+
+    Rows of the int64 table: size, number of the tensor, id of its random stream, address in each list of ``floats`` (0
+    in one that is None, whose dtype is None) and in each of ``others``. The size of a tensor that is not active is 0.
+    """
+    assert floats[0] is not None
+    sizes = floats[0].sizes
+    if active is not None:
+        sizes = tuple([size if flag else 0 for size, flag in zip(sizes, active.tolist(), strict=True)])
+    ids = None if streams is None else tuple(streams.param_ids)
+    columns = tuple([None if each is None else (each.addresses, each.dtypes) for each in floats])
+    return _tables(sizes, ids, columns, tuple([each.addresses for each in others]))
+
+
+_Table = tuple[np.ndarray[Any, np.dtype[np.int64]], list[Any], int]
+_Column = tuple[tuple[int, ...], tuple[torch.dtype, ...]]
+
+
+@functools.lru_cache(maxsize=KEPT)
+def _tables(
+    sizes: tuple[int, ...],
+    ids: tuple[int, ...] | None,
+    floats: tuple[_Column | None, ...],
+    others: tuple[tuple[int, ...], ...],
+) -> Sequence[_Table]:
+    count = len(sizes)
+    none = [0] * count
+    addresses = [none if column is None else column[0] for column in floats]
+    # a row per tensor, in one piece: the type that kernels are compiled for
+    table = np.array([sizes, range(count), none if ids is None else ids, *addresses, *others], np.int64).T.copy()
+    kinds = list(zip(*[[None] * count if column is None else column[1] for column in floats], strict=True))
+    found = []
+    for combination in dict.fromkeys(kinds):
+        rows = table[[i for i, kind in enumerate(kinds) if kind == combination]]
+        storage = [None if dtype is None else STORAGE[dtype] for dtype in combination]
+        found.append((rows, storage, int(rows[:, 0].sum())))
+    return found
 
 
 def stream_words(streams: Streams | None, worker: int | None) -> tuple[int, int, int, int] | None:
@@ -164,11 +190,6 @@ def stream_words(streams: Streams | None, worker: int | None) -> tuple[int, int,
         return None
     mask = 0xFFFFFFFF
     return (*Stream(streams.seed, 0, 0, 0).key, worker & mask, int(streams.step) & mask)
-
-
-def param_ids(streams: Streams | None, count: int) -> Sequence[int]:
-    """Ids of the parameters' streams; zeros for None."""
-    return [0] * count if streams is None else streams.param_ids
 
 
 @device_function

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
-from lioncub.kernels.lists import tensor_list
+from lioncub.kernels.lists import TensorList
 from lioncub.kernels.numba_cpu.arithmetic import (
     decayed,
     ema,
@@ -20,52 +19,55 @@ from lioncub.kernels.numba_cpu.arithmetic import (
     widen,
 )
 from lioncub.kernels.numba_cpu.compiling import device_function, kernel
-from lioncub.kernels.numba_cpu.launch import launch, nth_word, param_ids, share, stream_words
+from lioncub.kernels.numba_cpu.launch import launch, nth_word, share, stream_words
 from lioncub.kernels.numba_cpu.memory import CODES, FLOATS, RANDOM_WORDS, WIDE_CODES, WORDS, array_at, scratch
 from lioncub.kernels.numba_cpu.vectors import unpack_codes, unpack_word
 from lioncub.kernels.rounding import PARAM_WORKER, Streams
-from lioncub.kernels.scalars import Mix
+from lioncub.kernels.scalars import NO_MIX, Mix
 
 _StreamWords = tuple[int, int, int, int] | None
 
 
 def lion_apply_(
-    param: Sequence[Tensor],
-    packed: Sequence[Tensor],
+    param: TensorList,
+    packed: TensorList,
     bits: int,
     step: int,
     offset: int,
     rate: float,
     decay: float,
-    grad: Sequence[Tensor] | None,
-    exp_avg: Sequence[Tensor] | None,
+    grad: TensorList | None,
+    exp_avg: TensorList | None,
     beta2: Mix | None,
+    active: Tensor | None = None,
     rounding: Streams | None = None,
 ) -> None:
     """param = param*decay - (step*code - offset)*rate; where given, exp_avg = beta2*exp_avg + (1-beta2)*grad."""
-    others = (tensor_list(packed).addresses, param_ids(rounding, len(param)))
-    momentum = (0.0, 0.0) if beta2 is None else tuple(beta2)
-    launch(_apply_kernel, (param, grad, exp_avg), others, bits, step, offset, rate, decay, momentum, *_words(rounding))
+    how = (bits, step, offset, rate, decay, tuple(beta2 or NO_MIX))
+    words = (None, None) if rounding is None else _words(rounding)
+    launch(_apply_kernel, (param, grad, exp_avg), (packed,), *how, *words, streams=rounding, active=active)
 
 
 def lion_step_(
-    param: Sequence[Tensor],
-    grad: Sequence[Tensor],
-    exp_avg: Sequence[Tensor],
+    param: TensorList,
+    grad: TensorList,
+    exp_avg: TensorList,
     lr: float,
     decay: float,
     beta1: Mix,
     beta2: Mix,
+    active: Tensor | None = None,
     rounding: Streams | None = None,
 ) -> None:
     """The whole Lion step of one worker; the sign of zero and of NaN is 0."""
-    lists, others = (param, grad, exp_avg), (param_ids(rounding, len(param)),)
-    launch(_step_kernel, lists, others, lr, decay, tuple(beta1), tuple(beta2), *_words(rounding))
+    how = (lr, decay, tuple(beta1), tuple(beta2))
+    words = (None, None) if rounding is None else _words(rounding)
+    launch(_step_kernel, (param, grad, exp_avg), (), *how, *words, streams=rounding, active=active)
 
 
-def _words(rounding: Streams | None) -> tuple[_StreamWords, _StreamWords]:
-    """The streams of parameters and of momentum; None where these are rounded to nearest, which is compiled apart."""
-    return stream_words(rounding, PARAM_WORKER), stream_words(rounding, None if rounding is None else rounding.worker)
+def _words(rounding: Streams) -> tuple[_StreamWords, _StreamWords]:
+    """The streams of parameters and of momentum; the latter None where it is rounded to nearest."""
+    return stream_words(rounding, PARAM_WORKER), stream_words(rounding, rounding.worker)
 
 
 @device_function
@@ -136,8 +138,8 @@ def _apply_kernel(
     codes, moves, words = scratch(64, CODES), scratch(64, FLOATS), scratch(64, RANDOM_WORDS)
     before = 0
     for row in range(table.shape[0]):
-        size, x_ptr, g_ptr, m_ptr = table[row, 0], table[row, 1], table[row, 2], table[row, 3]
-        packed_ptr, param_id = table[row, 4], table[row, 5]
+        size, param_id = table[row, 0], table[row, 2]
+        x_ptr, g_ptr, m_ptr, packed_ptr = table[row, 3], table[row, 4], table[row, 5], table[row, 6]
         begin, end = share(size, before, first, last)
         before += size
         if bits == 1:
@@ -145,7 +147,7 @@ def _apply_kernel(
             up, down = _move_of(1, factor, less, unit), _move_of(0, factor, less, unit)
             for word in range((end - begin + 63) >> 6):
                 start = nth_word(word, begin, end)
-                unpack_word(array_at(packed_ptr, start >> 6, 1, WORDS)[0], up, down, moves, 0)
+                unpack_word(array_at(packed_ptr, start >> 6, 1, WORDS)[0], up, down, moves)
                 _move_word(x_ptr, start, min(64, end - start), moves, kept, x_dtype, param_stream, param_id, words)
         else:
             for word in range((end - begin + 63) >> 6):
@@ -187,7 +189,7 @@ def _step_kernel(
     words, moved = scratch(64, RANDOM_WORDS), scratch(64, FLOATS)
     before = 0
     for row in range(table.shape[0]):
-        size, x_ptr, g_ptr, m_ptr, param_id = table[row, 0], table[row, 1], table[row, 2], table[row, 3], table[row, 4]
+        size, param_id, x_ptr, g_ptr, m_ptr = table[row, 0], table[row, 2], table[row, 3], table[row, 4], table[row, 5]
         begin, end = share(size, before, first, last)
         before += size
         for word in range((end - begin + 63) >> 6):

@@ -7,7 +7,7 @@ Seal's counter; Warren, Hacker's Delight, 5-1). A comparison goes bit by bit, fr
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from lioncub.kernels.numba_cpu.compiling import block_function, device_function
-from lioncub.kernels.numba_cpu.launch import MIN_SLICE, slices
 from lioncub.kernels.numba_cpu.memory import WORDS, array_at
 from lioncub.kernels.numba_cpu.vectors import count_ones
 
@@ -25,16 +24,32 @@ ROW = 8 * BLOCK
 _ONES = np.uint64(0xFFFFFFFFFFFFFFFF)
 
 
-def block_slices(words: int) -> list[tuple[int, int]]:
-    """Each thread's part of ``words`` words of every plane."""
-    return slices(words, 1, MIN_SLICE // 64)
+def in_chunks(
+    run: Callable[[Tensor, int, Tensor, int], Sequence[tuple[int, int]] | None],
+    source: Tensor,
+    out: Tensor,
+    counts: Tensor | None = None,
+    sizes: tuple[int, int] = (8, 8),
+) -> None:
+    """Call ``run(source, n_chunks, out, pads)`` for all whole chunks, and for what is behind them, padded with zeros.
 
-
-def add_tally(counts: Tensor | None, counted: Sequence[tuple[int, int]], pads: int) -> None:
-    """counts[2] += (ties, unanimous codes) of all slices, less ``pads`` codes that are unanimous and stand for none."""
+    ``sizes`` are bytes of a chunk in the last dimension of source and of out; ``pads`` are the last bytes of out that
+    stand for nothing. counts[2] += (ties, unanimous codes) of what the calls return.
+    """
+    source_bytes, out_bytes = sizes
+    chunks, tail = divmod(out.shape[-1], out_bytes)
+    counted: list[tuple[int, int]] = []
+    if chunks:
+        counted += run(source, chunks, out, 0) or ()
+    if tail:
+        padded = torch.zeros(*source.shape[:-1], source_bytes, dtype=torch.uint8, device="cpu")
+        rest = source[..., source_bytes * chunks :]
+        padded[..., : rest.shape[-1]] = rest
+        written = torch.empty(*out.shape[:-1], out_bytes, dtype=torch.uint8, device="cpu")
+        counted += run(padded, 1, written, out_bytes - tail) or ()
+        out[..., out_bytes * chunks :] = written[..., :tail]
     if counts is not None:
-        ties, unanimous = (sum(part) for part in zip(*counted, strict=True))
-        counts += torch.tensor([ties, unanimous - pads], dtype=torch.int64, device="cpu")
+        counts += torch.tensor(counted, dtype=torch.int64, device="cpu").sum(0)
 
 
 @device_function

@@ -2,28 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
 from lioncub.kernels.layout import largest_level
-from lioncub.kernels.lists import tensor_list
+from lioncub.kernels.lists import TensorList
 from lioncub.kernels.numba_cpu.arithmetic import is_rounded, narrow, random_words
 from lioncub.kernels.numba_cpu.compiling import device_function, kernel
-from lioncub.kernels.numba_cpu.launch import (
-    element_addresses,
-    launch,
-    nth_word,
-    param_ids,
-    run_slices,
-    share,
-    slices,
-    stream_words,
-)
+from lioncub.kernels.numba_cpu.launch import launch, nth_word, run_sliced, share, stream_words
 from lioncub.kernels.numba_cpu.memory import CODES, FLOATS, RANDOM_WORDS, STORAGE, WORDS, array_at, scratch
-from lioncub.kernels.numba_cpu.signs import load_values, prefetch_values, raise_nonfinite
+from lioncub.kernels.numba_cpu.signs import load_word, prefetch_values, raise_nonfinite
 from lioncub.kernels.numba_cpu.vectors import (
     any_nonfinite,
     even_codes,
@@ -38,58 +28,34 @@ from lioncub.kernels.scalars import Mix
 _StreamWords = tuple[int, int, int, int] | None
 
 
-def quantize(
-    x: Tensor, scale: Tensor, gain: float, block: int, bits: int, streams: Streams | None, out: Tensor
-) -> None:
-    """out = packed codes q + K of x[n], q = gain*K*x/scale rounded to even or, with streams, stochastically."""
-    _quantize([x], None, Mix(0.0, 0.0), [scale], gain, block, bits, streams, [out], None)
-
-
 def lion_quantize(
-    exp_avg: Sequence[Tensor],
-    grad: Sequence[Tensor],
+    exp_avg: TensorList,
+    grad: TensorList | None,
     beta1: Mix,
-    scale: Sequence[Tensor],
+    scale: TensorList,
     gain: float,
     block: int,
     bits: int,
     streams: Streams | None,
-    out: Sequence[Tensor],
+    out: TensorList,
     nonfinite: Tensor | None,
 ) -> None:
-    """quantize of each update; nonfinite[i] = 1 where an element of update i is not finite."""
-    _quantize(exp_avg, grad, beta1, scale, gain, block, bits, streams, out, nonfinite)
+    """out[i] = packed codes of tensor i's update, or of exp_avg itself; see the reference."""
+    how = (tuple(beta1), _shift(block), gain * largest_level(bits), bits)
+    stream = stream_words(streams, None if streams is None else streams.worker)
+    lists, others, flags = (exp_avg, grad), (scale, out), 0 if nonfinite is None else nonfinite.data_ptr()
+    launch(_quantize_kernel, lists, others, *how, stream, flags, streams=streams)
 
 
 def dequantize(packed: Tensor, scale: Tensor, gain: float, block: int, bits: int, out: Tensor) -> None:
     """out[n] = q * (scale / (gain*K))."""
     fields = (scale.data_ptr(), _shift(block), gain * largest_level(bits), bits)
-    parts = slices(out.numel())
-    run_slices(_dequantize_kernel, parts, packed.data_ptr(), *fields, out.data_ptr(), STORAGE[out.dtype])
+    run_sliced(_dequantize_kernel, out.numel(), packed.data_ptr(), *fields, out.data_ptr(), STORAGE[out.dtype])
 
 
 def _shift(block: int) -> int:
     """j >> shift is the block of element j; block 0 means one for all."""
     return block.bit_length() - 1 if block else 63
-
-
-def _quantize(
-    x: Sequence[Tensor],
-    grad: Sequence[Tensor] | None,
-    beta1: Mix,
-    scale: Sequence[Tensor],
-    gain: float,
-    block: int,
-    bits: int,
-    streams: Streams | None,
-    out: Sequence[Tensor],
-    nonfinite: Tensor | None,
-) -> None:
-    flags, ids = element_addresses(nonfinite, len(x)), param_ids(streams, len(x))
-    others = (tensor_list(scale).addresses, tensor_list(out).addresses, flags, ids)
-    stream = stream_words(streams, None if streams is None else streams.worker)
-    fields = (_shift(block), gain * largest_level(bits), bits)
-    launch(_quantize_kernel, (x, grad), others, tuple(beta1), *fields, stream)
 
 
 @device_function
@@ -110,13 +76,14 @@ def _quantize_kernel(
     gain_level: float,
     bits: int,
     stream: _StreamWords,
+    flags_ptr: int,
 ) -> None:
     values, words, codes = scratch(64, FLOATS), scratch(64, RANDOM_WORDS), scratch(64, CODES)
     gain = np.float32(gain_level)
     before = 0
     for row in range(table.shape[0]):
-        size, x_ptr, g_ptr, scale_ptr = table[row, 0], table[row, 1], table[row, 2], table[row, 3]
-        out_ptr, flag_ptr, param_id = table[row, 4], table[row, 5], table[row, 6]
+        size, number, param_id = table[row, 0], table[row, 1], table[row, 2]
+        x_ptr, g_ptr, scale_ptr, out_ptr = table[row, 3], table[row, 4], table[row, 5], table[row, 6]
         begin, end = share(size, before, first, last)
         before += size
         nonfinite = np.uint8(0)
@@ -126,17 +93,13 @@ def _quantize_kernel(
             prefetch_values(x_ptr, g_ptr, start + 64, x_dtype, g_dtype)
             if stream is not None:
                 random_words(stream, param_id, start, words)
-            if count == 64:
-                load_values(values, x_ptr, g_ptr, start, 64, beta1, x_dtype, g_dtype)
-            else:
-                values[:] = 0.0
-                load_values(values, x_ptr, g_ptr, start, count, beta1, x_dtype, g_dtype)
+            load_word(values, np.float32(0.0), x_ptr, g_ptr, start, count, beta1, x_dtype, g_dtype)
             if g_dtype is not None:
-                nonfinite |= any_nonfinite(values, 0)
+                nonfinite |= any_nonfinite(values)
             factor = _scale_word(values, scale_ptr, shift, start, count, gain)
             _quantize_word(values, factor, count, bits, stream, words, codes, out_ptr, start)
         if nonfinite:
-            raise_nonfinite(flag_ptr)
+            raise_nonfinite(flags_ptr, number)
 
 
 @kernel

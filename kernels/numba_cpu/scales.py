@@ -6,16 +6,13 @@ the threads, and added up in order at the end.
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 
-from lioncub.kernels.lists import tensor_list
+from lioncub.kernels.lists import TensorList
 from lioncub.kernels.numba_cpu.compiling import device_function, kernel
-from lioncub.kernels.numba_cpu.launch import MIN_SLICE, run_slices, slices, tables
+from lioncub.kernels.numba_cpu.launch import run_sliced, tables
 from lioncub.kernels.numba_cpu.memory import FLOATS, array_at, scratch
 from lioncub.kernels.numba_cpu.signs import load_values
 from lioncub.kernels.scalars import Mix
@@ -27,29 +24,15 @@ _LINF = 0
 _L2 = 2
 
 
-def block_scale(x: Tensor, norm: str, block: int, scale: Tensor) -> None:
-    """scale[blocks] = norm of each block of |x|: mean ("l1"), root mean square ("l2") or maximum ("linf")."""
-    _scale([x], None, Mix(0.0, 0.0), norm, block, [scale])
-
-
 def lion_block_scale(
-    exp_avg: Sequence[Tensor], grad: Sequence[Tensor], beta1: Mix, norm: str, block: int, scale: Sequence[Tensor]
+    exp_avg: TensorList, grad: TensorList | None, beta1: Mix, norm: str, block: int, scale: TensorList
 ) -> None:
-    """block_scale of each update; scales of empty tensors are not written."""
-    _scale(exp_avg, grad, beta1, norm, block, scale)
-
-
-def _scale(
-    x: Sequence[Tensor], grad: Sequence[Tensor] | None, beta1: Mix, norm: str, block: int, scale: Sequence[Tensor]
-) -> None:
+    """scale[i] = norm of each block of |update i|, or of exp_avg itself; scales of empty tensors are not written."""
     size = min(block or _PIECE, _PIECE)
-    counts = [-(-n // size) for n in tensor_list(x).sizes]
-    sums = np.empty(sum(counts), _SUMS)
-    firsts = [0, *itertools.accumulate(counts)][:-1]
-    how = (size, block, _NORMS[norm], sums)
-    for rows, dtypes in tables((x, grad), (tensor_list(scale).addresses, firsts)):
+    for rows, dtypes, _ in tables((exp_avg, grad), (scale,)):
         pieces = int(((rows[:, 0] + (size - 1)) // size).sum())
-        run_slices(_pieces_kernel, slices(pieces, 1, -(-MIN_SLICE // size)), rows, *dtypes, tuple(beta1), *how)
+        how = (size, block, _NORMS[norm], np.empty(pieces, _SUMS))
+        run_sliced(_pieces_kernel, pieces, rows, *dtypes, tuple(beta1), *how, unit=size)
         _finish_kernel(rows, *how)
 
 
@@ -69,10 +52,9 @@ def _pieces_kernel(
     values, lanes = scratch(64, FLOATS), scratch(64, _SUMS)
     before = 0
     for row in range(table.shape[0]):
-        n, x_ptr, g_ptr, first_piece = table[row, 0], table[row, 1], table[row, 2], table[row, 4]
+        n, x_ptr, g_ptr = table[row, 0], table[row, 3], table[row, 4]
         pieces = (n + size - 1) // size
         begin, end = max(first - before, 0), min(last - before, pieces)
-        before += pieces
         for piece in range(begin, end):
             lanes[:] = 0.0
             piece_end = min((piece + 1) * size, n)
@@ -80,24 +62,27 @@ def _pieces_kernel(
                 count = min(64, piece_end - start)
                 load_values(values, x_ptr, g_ptr, start, count, beta1, x_dtype, g_dtype)
                 _accumulate(lanes, values, count, norm)
-            sums[first_piece + piece] = _total(lanes, norm)
+            sums[before + piece] = _total(lanes, norm)
+        before += pieces
 
 
 @kernel
 def _finish_kernel(table: Any, size: int, block: int, norm: int, sums: Any) -> None:
+    before = 0
     for row in range(table.shape[0]):
-        n, scale_ptr, first_piece = table[row, 0], table[row, 3], table[row, 4]
+        n, scale_ptr = table[row, 0], table[row, 5]
         pieces = (n + size - 1) // size
         per_block = max(block // size, 1) if block else pieces
         for i in range((pieces + per_block - 1) // per_block if n else 0):
             begin = i * per_block
-            total = _total(sums[first_piece + begin : first_piece + min(begin + per_block, pieces)], norm)
+            total = _total(sums[before + begin : before + min(begin + per_block, pieces)], norm)
             result = array_at(scale_ptr, i, 1, FLOATS)
             if norm == _LINF:
                 result[0] = total
             else:
                 mean = total / min(block or n, n - begin * size)
                 result[0] = np.sqrt(mean) if norm == _L2 else mean
+        before += pieces
 
 
 @device_function

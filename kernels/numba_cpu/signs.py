@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from numba import types
-from numba.extending import overload
 from torch import Tensor
 
-from lioncub.kernels.lists import tensor_list
+from lioncub.kernels.lists import TensorList
 from lioncub.kernels.numba_cpu.arithmetic import ema, is_finite, narrow, widen
 from lioncub.kernels.numba_cpu.compiling import device_function, kernel
-from lioncub.kernels.numba_cpu.launch import element_addresses, launch, nth_word, run_slices, share, slices
+from lioncub.kernels.numba_cpu.launch import launch, nth_word, run_sliced, share
 from lioncub.kernels.numba_cpu.memory import (
     FLOATS,
     NONFINITE,
@@ -27,42 +24,24 @@ from lioncub.kernels.numba_cpu.vectors import any_nonfinite, pack_word, unpack_w
 from lioncub.kernels.scalars import Mix
 
 
-def pack_signs(x: Tensor, parity: int, out: Tensor) -> None:
-    """out[packed_bytes(n)] = one bit per element of x[n]; see the reference."""
-    launch(_encode_kernel, ([x], None), ([out.data_ptr()], [0]), (0.0, 0.0), None, parity)
-
-
 def unpack_signs(packed: Tensor, out: Tensor) -> None:
     """out[n] = +1 where the bit is set, else -1."""
     n = out.numel()
-    run_slices(_unpack_kernel, slices(n), packed.data_ptr(), out.data_ptr(), STORAGE[out.dtype])
+    run_sliced(_unpack_kernel, n, packed.data_ptr(), out.data_ptr(), STORAGE[out.dtype])
 
 
 def lion_encode(
-    exp_avg: Sequence[Tensor],
-    grad: Sequence[Tensor],
+    exp_avg: TensorList,
+    grad: TensorList | None,
     beta1: Mix,
     parity: int,
-    out: Sequence[Tensor],
+    out: TensorList,
     nonfinite: Tensor | None,
+    beta2: Mix | None = None,
 ) -> None:
-    """out[i] = packed sign codes of tensor i's update; nonfinite[i] = 1 where an element of it is not finite."""
-    others = (tensor_list(out).addresses, element_addresses(nonfinite, len(grad)))
-    launch(_encode_kernel, (exp_avg, grad), others, tuple(beta1), None, parity)
-
-
-def lion_encode_(
-    exp_avg: Sequence[Tensor],
-    grad: Sequence[Tensor],
-    beta1: Mix,
-    beta2: Mix,
-    parity: int,
-    out: Sequence[Tensor],
-    nonfinite: Tensor | None,
-) -> None:
-    """lion_encode, and exp_avg advances; an element whose update is not finite keeps its momentum."""
-    others = (tensor_list(out).addresses, element_addresses(nonfinite, len(grad)))
-    launch(_encode_kernel, (exp_avg, grad), others, tuple(beta1), tuple(beta2), parity)
+    """out[i] = packed sign codes of tensor i's update, or of exp_avg itself; see the reference."""
+    how = (tuple(beta1), None if beta2 is None else tuple(beta2), parity)
+    launch(_encode_kernel, (exp_avg, grad), (out,), *how, 0 if nonfinite is None else nonfinite.data_ptr())
 
 
 @device_function
@@ -95,30 +74,31 @@ def load_values(
             values[j] = ema(kept, new, widen(x[j]), widen(g[j]))
 
 
-def word_of(values: Any, x_ptr: Any, start: Any, x_dtype: Any) -> Any:
-    """64 elements of x in float32: x itself where it is, else ``values``, filled with them."""
-    raise NotImplementedError("word_of: runs in compiled code alone")
-
-
-@overload(word_of, jit_options={"forceinline": True})
-def _overload_word_of(values: Any, x_ptr: Any, start: Any, x_dtype: Any) -> Any:
-    return _word_itself if x_dtype.dtype == types.float32 else _word_loaded
-
-
-def _word_itself(values: Any, x_ptr: Any, start: Any, x_dtype: Any) -> Any:
-    return array_at(x_ptr, start, 64, x_dtype)
-
-
-def _word_loaded(values: Any, x_ptr: Any, start: Any, x_dtype: Any) -> Any:
-    load_values(values, x_ptr, x_ptr, start, 64, None, x_dtype, None)
-    return values
+@device_function
+def load_word(
+    values: Any,
+    pad: float,
+    x_ptr: int,
+    g_ptr: int,
+    start: int,
+    count: int,
+    beta1: tuple[float, float],
+    x_dtype: Any,
+    g_dtype: Any,
+) -> None:
+    """`load_values` of all 64 values, of which those behind the first ``count`` are ``pad``."""
+    if count == 64:
+        load_values(values, x_ptr, g_ptr, start, 64, beta1, x_dtype, g_dtype)
+    else:
+        values[:] = pad
+        load_values(values, x_ptr, g_ptr, start, count, beta1, x_dtype, g_dtype)
 
 
 @device_function
-def raise_nonfinite(flag_ptr: int) -> None:
-    """Set the int32 at an address, where there is one, to 1; threads may do so at the same time."""
-    if flag_ptr != 0:
-        array_at(flag_ptr, 0, 1, NONFINITE)[0] = 1
+def raise_nonfinite(flags_ptr: int, number: int) -> None:
+    """Set a tensor's int32 flag, where there are any, to 1; threads may do so at the same time."""
+    if flags_ptr != 0:
+        array_at(flags_ptr, number, 1, NONFINITE)[0] = 1
 
 
 @device_function
@@ -143,51 +123,30 @@ def _encode_kernel(
     beta1: tuple[float, float],
     beta2: tuple[float, float] | None,
     parity: int,
+    flags_ptr: int,
 ) -> None:
     undecided = parity_word(parity)
     values = scratch(64, FLOATS)
     before = 0
     for row in range(table.shape[0]):
-        size, x_ptr, g_ptr, out_ptr, flag_ptr = (
-            table[row, 0],
-            table[row, 1],
-            table[row, 2],
-            table[row, 3],
-            table[row, 4],
-        )
+        size, number, x_ptr, g_ptr, out_ptr = table[row, 0], table[row, 1], table[row, 3], table[row, 4], table[row, 5]
         begin, end = share(size, before, first, last)
         before += size
-        if g_dtype is None:
-            for start in range(begin, end, 64):
-                out = array_at(out_ptr, start >> 6, 1, WORDS)
-                count = min(64, end - start)
-                if count == 64:
-                    out[0] = pack_word(word_of(values, x_ptr, start, x_dtype), 0, undecided)
-                else:
-                    # a pad code is 0, the code of any negative number
-                    values[:] = -1.0
-                    load_values(values, x_ptr, g_ptr, start, count, beta1, x_dtype, g_dtype)
-                    out[0] = pack_word(values, 0, undecided)
-        else:
-            nonfinite = np.uint8(0)
-            for word in range((end - begin + 63) >> 6):
-                start = nth_word(word, begin, end)
-                count = min(64, end - start)
-                # the next word of this place in memory
-                prefetch_values(x_ptr, g_ptr, start + 64, x_dtype, g_dtype)
-                if count == 64:
-                    load_values(values, x_ptr, g_ptr, start, 64, beta1, x_dtype, g_dtype)
-                    if beta2 is not None:
-                        _advance(x_ptr, g_ptr, start, 64, values, beta2, x_dtype, g_dtype)
-                else:
-                    values[:] = -1.0
-                    load_values(values, x_ptr, g_ptr, start, count, beta1, x_dtype, g_dtype)
-                    if beta2 is not None:
-                        _advance(x_ptr, g_ptr, start, count, values, beta2, x_dtype, g_dtype)
-                array_at(out_ptr, start >> 6, 1, WORDS)[0] = pack_word(values, 0, undecided)
-                nonfinite |= any_nonfinite(values, 0)
-            if nonfinite:
-                raise_nonfinite(flag_ptr)
+        nonfinite = np.uint8(0)
+        for word in range((end - begin + 63) >> 6):
+            start = nth_word(word, begin, end)
+            count = min(64, end - start)
+            # the next word of this place in memory
+            prefetch_values(x_ptr, g_ptr, start + 64, x_dtype, g_dtype)
+            # a pad code is 0, the code of any negative number
+            load_word(values, np.float32(-1.0), x_ptr, g_ptr, start, count, beta1, x_dtype, g_dtype)
+            if beta2 is not None:
+                _advance(x_ptr, g_ptr, start, count, values, beta2, x_dtype, g_dtype)
+            array_at(out_ptr, start >> 6, 1, WORDS)[0] = pack_word(values, undecided)
+            if g_dtype is not None:
+                nonfinite |= any_nonfinite(values)
+        if nonfinite:
+            raise_nonfinite(flags_ptr, number)
 
 
 @kernel
@@ -197,6 +156,6 @@ def _unpack_kernel(first: int, last: int, packed_ptr: int, out_ptr: int, out_dty
         count = min(64, last - start)
         word = array_at(packed_ptr, start >> 6, 1, WORDS)[0]
         out = array_at(out_ptr, start, count, out_dtype)
-        unpack_word(word, np.float32(1.0), np.float32(-1.0), values, 0)
+        unpack_word(word, np.float32(1.0), np.float32(-1.0), values)
         for j in range(count):
             out[j] = narrow(values[j], out_dtype)

@@ -30,12 +30,12 @@ _ROUNDER = 12582912.0
 
 
 @intrinsic
-def pack_word(typingctx: Any, values: Any, first: Any, parity_word: Any) -> Any:
-    """uint64 of values[first : first + 64]: bit k is 1 where > 0, parity_word's bit where zero or NaN (rule 2)."""
+def pack_word(typingctx: Any, values: Any, parity_word: Any) -> Any:
+    """uint64 of values[64]: bit k is 1 where > 0, parity_word's bit where zero or NaN (rule 2)."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        base = builder.gep(_data(context, builder, signature.args[0], args[0]), [args[1]])
-        byte = builder.trunc(args[2], _BYTE)
+        base = _data(context, builder, signature.args[0], args[0])
+        byte = builder.trunc(args[1], _BYTE)
         # the sign of 1 - 2*bit stands in for a value without one, and then every code is a sign bit
         stand_in = builder.select(
             builder.bitcast(byte, _MASK), *(ir.Constant(_FLOATS, [one] * _LANES) for one in (1.0, -1.0))
@@ -50,15 +50,15 @@ def pack_word(typingctx: Any, values: Any, first: Any, parity_word: Any) -> Any:
             word = builder.or_(word, builder.shl(byte, ir.Constant(_WORD, lane)))
         return builder.not_(word)
 
-    return types.uint64(values, types.intp, types.uint64), codegen
+    return types.uint64(values, types.uint64), codegen
 
 
 @intrinsic
-def any_nonfinite(typingctx: Any, values: Any, first: Any) -> Any:
-    """Non-zero uint8 where one of values[first : first + 64] is NaN or Inf."""
+def any_nonfinite(typingctx: Any, values: Any) -> Any:
+    """Non-zero uint8 where one of values[64] is NaN or Inf."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        base = builder.gep(_data(context, builder, signature.args[0], args[0]), [args[1]])
+        base = _data(context, builder, signature.args[0], args[0])
         largest = ir.Constant(_INTS, [0] * _LANES)
         for lane in range(0, 64, _LANES):
             bits = builder.bitcast(_load(builder, base, lane, _FLOATS), _INTS)
@@ -68,15 +68,15 @@ def any_nonfinite(typingctx: Any, values: Any, first: Any) -> Any:
         nonfinite = builder.icmp_signed(">=", largest, ir.Constant(_INTS, [0x7F800000] * _LANES))
         return builder.bitcast(nonfinite, _BYTE)
 
-    return types.uint8(values, types.intp), codegen
+    return types.uint8(values), codegen
 
 
 @intrinsic
-def unpack_word(typingctx: Any, word: Any, plus: Any, minus: Any, values: Any, first: Any) -> Any:
-    """values[first : first + 64] = plus where the word's bit is 1, else minus."""
+def unpack_word(typingctx: Any, word: Any, plus: Any, minus: Any, values: Any) -> Any:
+    """values[64] = plus where the word's bit is 1, else minus."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        base = builder.gep(_data(context, builder, signature.args[3], args[3]), [args[4]])
+        base = _data(context, builder, signature.args[3], args[3])
         plus, minus = (_splat(builder, args[i], _FLOATS) for i in (1, 2))
         for lane in range(0, 64, _LANES):
             byte = builder.trunc(builder.lshr(args[0], ir.Constant(_WORD, lane)), _BYTE)
@@ -84,7 +84,7 @@ def unpack_word(typingctx: Any, word: Any, plus: Any, minus: Any, values: Any, f
             _store(builder, chosen, base, lane)
         return context.get_dummy_value()
 
-    return types.void(types.uint64, types.float32, types.float32, values, types.intp), codegen
+    return types.void(types.uint64, types.float32, types.float32, values), codegen
 
 
 @intrinsic

@@ -3,95 +3,66 @@
 from __future__ import annotations
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from lioncub.kernels.layout import counter_planes
 from lioncub.kernels.numba_cpu.compiling import device_function, kernel
-from lioncub.kernels.numba_cpu.launch import run_slices
+from lioncub.kernels.numba_cpu.launch import run_sliced
 from lioncub.kernels.numba_cpu.memory import WORDS, array_at
 from lioncub.kernels.numba_cpu.planes import (
     BLOCK,
     ROW,
     add_planes,
-    add_tally,
     add_two,
-    block_slices,
     count_unanimous,
     count_voters,
     decide,
     fill,
+    in_chunks,
 )
 from lioncub.kernels.numba_cpu.signs import parity_word
 
 
 def majority_vote(packed: Tensor, parity: int, out: Tensor, counts: Tensor | None) -> None:
     """out[B] = majority bit of each column of packed[N, B]; counts[2] += (ties, unanimous codes), pads included."""
-    words, tail = divmod(out.numel(), 8)
-    if words:
-        _vote(packed, words, parity, out, counts, 0)
-    if tail:
-        # the last bytes are voted on in words of their own, whose pad codes are unanimous but not counted
-        padded = torch.zeros(packed.shape[0], 8, dtype=torch.uint8, device="cpu")
-        padded[:, :tail] = packed[:, 8 * words :]
-        voted = torch.empty(8, dtype=torch.uint8, device="cpu")
-        _vote(padded, 1, parity, voted, counts, 64 - 8 * tail)
-        out[8 * words :] = voted[:tail]
+
+    def vote(packed: Tensor, words: int, out: Tensor, pads: int) -> list[tuple[int, int]]:
+        source = (packed.data_ptr(), packed.stride(0), packed.shape[0])
+        # pad codes are unanimous
+        how = (out.data_ptr(), parity, counts is not None)
+        return [*run_sliced(_vote_kernel, words, *source, *how, unit=64), (0, -8 * pads)]
+
+    in_chunks(vote, packed, out, counts)
 
 
 def count_votes(packed: Tensor, out: Tensor) -> None:
     """out[P, B] = bit planes of the number of ones in each code of packed[N, B]."""
-    words, tail = divmod(out.shape[1], 8)
-    if words:
-        _count(packed, words, out)
-    if tail:
-        padded = torch.zeros(packed.shape[0], 8, dtype=torch.uint8, device="cpu")
-        padded[:, :tail] = packed[:, 8 * words :]
-        planes = torch.empty(out.shape[0], 8, dtype=torch.uint8, device="cpu")
-        _count(padded, 1, planes)
-        out[:, 8 * words :] = planes[:, :tail]
+
+    def count(packed: Tensor, words: int, out: Tensor, pads: int) -> None:
+        source, target = (packed.data_ptr(), packed.stride(0), packed.shape[0]), (out.data_ptr(), out.stride(0))
+        run_sliced(_count_kernel, words, *source, *target, unit=64)
+
+    in_chunks(count, packed, out)
 
 
 def majority_of_counts(planes: Tensor, voters: int, parity: int, out: Tensor, counts: Tensor | None) -> None:
     """out[B] = majority bit of the counts in planes[G, P, B], summed over G; counts as in majority_vote."""
-    words, tail = divmod(out.numel(), 8)
-    if words:
-        _sum(planes, words, voters, parity, out, counts, 0)
-    if tail:
-        # pad codes are unanimous but not counted
-        padded = torch.zeros(*planes.shape[:2], 8, dtype=torch.uint8, device="cpu")
-        padded[..., :tail] = planes[..., 8 * words :]
-        voted = torch.empty(8, dtype=torch.uint8, device="cpu")
-        _sum(padded, 1, voters, parity, voted, counts, 64 - 8 * tail)
-        out[8 * words :] = voted[:tail]
-
-
-def _vote(packed: Tensor, words: int, parity: int, out: Tensor, counts: Tensor | None, pads: int) -> None:
-    source = (packed.data_ptr(), packed.stride(0), packed.shape[0])
-    counted = run_slices(_vote_kernel, block_slices(words), *source, out.data_ptr(), parity, counts is not None)
-    add_tally(counts, counted, pads)
-
-
-def _count(packed: Tensor, words: int, out: Tensor) -> None:
-    source, target = (packed.data_ptr(), packed.stride(0), packed.shape[0]), (out.data_ptr(), out.stride(0))
-    run_slices(_count_kernel, block_slices(words), *source, *target)
-
-
-def _sum(planes: Tensor, words: int, voters: int, parity: int, out: Tensor, counts: Tensor | None, pads: int) -> None:
     groups, group_planes = planes.shape[:2]
     levels = counter_planes(groups * (2**group_planes - 1))
-    source = (planes.data_ptr(), *planes.stride()[:2], groups, group_planes, levels, voters)
-    counted = run_slices(_sum_kernel, block_slices(words), *source, out.data_ptr(), parity, counts is not None)
-    add_tally(counts, counted, pads)
+
+    def vote(planes: Tensor, words: int, out: Tensor, pads: int) -> list[tuple[int, int]]:
+        source = (planes.data_ptr(), *planes.stride()[:2], groups, group_planes, levels, voters)
+        how = (out.data_ptr(), parity, counts is not None)
+        return [*run_sliced(_sum_kernel, words, *source, *how, unit=64), (0, -8 * pads)]
+
+    in_chunks(vote, planes, out, counts)
 
 
 @kernel
 def _vote_kernel(
     first: int, last: int, packed_ptr: int, stride: int, workers: int, out_ptr: int, parity: int, counting: bool
 ) -> tuple[int, int]:
-    levels = 0
-    while workers >> levels:
-        levels += 1
+    levels = _levels_of(workers)
     # as addresses, since arrays that own memory are counted by atomic operations whenever they are passed on
     memory = np.zeros((max(levels, 4) + 4 + 3) * BLOCK, np.uint64)
     planes = memory.ctypes.data
@@ -112,9 +83,7 @@ def _vote_kernel(
 def _count_kernel(
     first: int, last: int, packed_ptr: int, stride: int, workers: int, out_ptr: int, out_stride: int
 ) -> None:
-    levels = 0
-    while workers >> levels:
-        levels += 1
+    levels = _levels_of(workers)
     memory = np.zeros((max(levels, 4) + 4 + 3) * BLOCK, np.uint64)
     planes = memory.ctypes.data
     group = planes + max(levels, 4) * ROW
@@ -155,6 +124,15 @@ def _sum_kernel(
         if counting:
             unanimous += count_unanimous(planes, voters, levels, n, spare)
     return ties, unanimous
+
+
+@device_function
+def _levels_of(workers: int) -> int:
+    """Planes of a count up to ``workers``."""
+    levels = 0
+    while workers >> levels:
+        levels += 1
+    return levels
 
 
 @device_function

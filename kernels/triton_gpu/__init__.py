@@ -4,31 +4,26 @@ With TRITON_INTERPRET=1, set before this package is imported, they run on CPU te
 """
 
 from lioncub.kernels.triton_gpu.arithmetic import INTERPRETED
-from lioncub.kernels.triton_gpu.fields import add_codes, majority_of_fields, spread_codes, ternary_of_fields
+from lioncub.kernels.triton_gpu.fields import add_codes, majority_of_fields, ternary_of_fields
 from lioncub.kernels.triton_gpu.lion import lion_apply_, lion_step_
-from lioncub.kernels.triton_gpu.quantization import dequantize, lion_quantize, quantize
-from lioncub.kernels.triton_gpu.scales import block_scale, lion_block_scale
-from lioncub.kernels.triton_gpu.signs import lion_encode, lion_encode_, pack_signs, unpack_signs
+from lioncub.kernels.triton_gpu.quantization import dequantize, lion_quantize
+from lioncub.kernels.triton_gpu.scales import lion_block_scale
+from lioncub.kernels.triton_gpu.signs import lion_encode, unpack_signs
 from lioncub.kernels.triton_gpu.vote import count_votes, majority_of_counts, majority_vote
 
 __all__ = [
     "INTERPRETED",
     "add_codes",
-    "block_scale",
     "count_votes",
     "dequantize",
     "lion_apply_",
     "lion_block_scale",
     "lion_encode",
-    "lion_encode_",
     "lion_quantize",
     "lion_step_",
     "majority_of_counts",
     "majority_of_fields",
     "majority_vote",
-    "pack_signs",
-    "quantize",
-    "spread_codes",
     "ternary_of_fields",
     "unpack_signs",
 ]

@@ -12,12 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lioncub.kernels.triton_gpu.launch import BLOCK_SIZE, ROW_THREADS, launching_on, options, tiles
+from lioncub.kernels.triton_gpu.launch import BLOCK_SIZE, ROW_THREADS, run
 from lioncub.kernels.triton_gpu.rows import element_offsets, load_codes, parity_of, store_codes, tile_rows
-from lioncub.kernels.triton_gpu.vote import WORDS_PER_TILE, count_bits, in_words
-
-# rows of four words or integers, one row per thread
-_ROWS_PER_TILE = ROW_THREADS
+from lioncub.kernels.triton_gpu.vote import count_bits, in_words
 
 
 @triton.jit
@@ -223,57 +220,29 @@ def join_votes(bits, FIELD_BITS: tl.constexpr):
     return votes
 
 
-def spread_codes(packed: Tensor, bits: int, field_bits: int, out: Tensor) -> None:
-    """See `lioncub.kernels.reference.spread_codes`; field_bits is more than bits."""
-    (out,) = in_words(out)
-    grid = tiles(packed.numel() * field_bits // bits, 4 * WORDS_PER_TILE)
-    with launching_on(out.device):
-        _spread_codes_kernel[grid](
-            packed, out, packed.numel(), out.numel(), bits, field_bits, _ROWS_PER_TILE, **options(out.device)
-        )
-
-
 def majority_of_fields(
     fields: Tensor, field_bits: int, voters: int, parity: int, out: Tensor, counts: Tensor | None
 ) -> None:
     """See `lioncub.kernels.reference.majority_of_fields`."""
-    grid = tiles(fields.numel(), 4 * WORDS_PER_TILE)
+    n_rows = triton.cdiv(fields.numel(), 16)
     (fields,) = in_words(fields)
-    with launching_on(out.device):
-        _vote_fields_kernel[grid](
-            fields,
-            out,
-            out if counts is None else counts,
-            parity,
-            voters,
-            fields.numel(),
-            out.numel(),
-            field_bits,
-            counts is not None,
-            _ROWS_PER_TILE,
-            **options(out.device),
-        )
+    args = (fields, out, out if counts is None else counts, parity, voters, fields.numel(), out.numel(), field_bits)
+    run(_vote_fields_kernel, n_rows, ROW_THREADS, out.device, *args, counts is not None)
 
 
 def add_codes(packed: Tensor, bits: int, field_bits: int, out: Tensor) -> None:
     """See `lioncub.kernels.reference.add_codes`; whole words where addresses allow, else bytes."""
-    grid = tiles(out.numel(), 4 * WORDS_PER_TILE)
+    n_rows = triton.cdiv(out.numel(), 16)
     (out,) = in_words(out)
     if bits == field_bits:
         (packed,) = in_words(packed)
-    with launching_on(out.device):
-        _add_codes_kernel[grid](
-            packed,
-            out,
-            packed.stride(0),
-            packed.shape[0],
-            packed.shape[1],
-            out.numel(),
-            bits,
-            field_bits,
-            _ROWS_PER_TILE,
-            **options(out.device),
-        )
+    n_packed_rows, n_packed = packed.shape
+    sizes = (n_packed, out.numel(), bits, field_bits)
+    if n_packed_rows == 1 and bits < field_bits:
+        # without a sum the threads need not exchange anything
+        run(_spread_codes_kernel, n_rows, ROW_THREADS, out.device, packed, out, *sizes)
+    else:
+        run(_add_codes_kernel, n_rows, ROW_THREADS, out.device, packed, out, packed.stride(0), n_packed_rows, *sizes)
 
 
 def ternary_of_fields(
@@ -281,17 +250,5 @@ def ternary_of_fields(
 ) -> None:
     """See `lioncub.kernels.reference.ternary_of_fields`."""
     n = 4 * out.numel()
-    with launching_on(out.device):
-        _sign_fields_kernel[tiles(n)](
-            fields,
-            out,
-            out if counts is None else counts,
-            step,
-            offset,
-            largest,
-            n,
-            field_bits,
-            counts is not None,
-            BLOCK_SIZE,
-            **options(out.device),
-        )
+    args = (fields, out, out if counts is None else counts, step, offset, largest, n, field_bits, counts is not None)
+    run(_sign_fields_kernel, n, BLOCK_SIZE, out.device, *args)

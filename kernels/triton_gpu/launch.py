@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lioncub.kernels.lists import TensorList, tensor_list
+from lioncub.kernels.lists import TensorList
 from lioncub.kernels.rounding import Stream, Streams
 from lioncub.kernels.triton_gpu.arithmetic import INTERPRETED
 
@@ -46,11 +46,6 @@ _KEPT = 1024
 _captured: list[Tensor] = []
 
 
-def tiles(n: int, block_size: int = BLOCK_SIZE) -> tuple[int]:
-    """The grid of one program per ``block_size`` elements."""
-    return (triton.cdiv(n, block_size),)
-
-
 def elementwise_threads(*dtypes: torch.dtype) -> int:
     """Threads per tile where each has one 128-bit load per tensor: 4 elements where any tensor is fp32, else 8.
 
@@ -59,9 +54,11 @@ def elementwise_threads(*dtypes: torch.dtype) -> int:
     return WIDE_THREADS if torch.float32 in dtypes else ROW_THREADS
 
 
-def options(device: torch.device, threads: int = ROW_THREADS) -> dict[str, Any]:
-    """Launch options: the warps that make up ``threads``, and no fused multiply-add (rule 1)."""
-    return {"num_warps": threads // _warp_size(device), "enable_fp_fusion": False}
+def run(kernel: Any, n: int, block_size: int, device: torch.device, *args: Any, threads: int = ROW_THREADS) -> None:
+    """Run ``kernel(*args, block_size)``, a program for each ``block_size`` of ``n`` items, without fusion (rule 1)."""
+    how = {"num_warps": threads // _warp_size(device), "enable_fp_fusion": False}
+    with launching_on(device):
+        kernel[(triton.cdiv(n, block_size),)](*args, block_size, **how)
 
 
 def launching_on(device: torch.device) -> AbstractContextManager[object]:
@@ -113,25 +110,25 @@ class Table(NamedTuple):
         ``flags`` are None or int32[n].
         """
         pointers = (self.rows, self.owners, self.owners if flags is None else flags)
-        constants = (self.kinds, flags is not None, *constants, BLOCK_SIZE)
-        with launching_on(self.rows.device):
-            kernel[(self.owners.numel(),)](*pointers, *numbers, *constants, **options(self.rows.device, threads))
+        constants = (self.kinds, flags is not None, *constants)
+        n = self.owners.numel() * BLOCK_SIZE
+        run(kernel, n, BLOCK_SIZE, self.rows.device, *pointers, *numbers, *constants, threads=threads)
 
 
-def table_of(*lists: Sequence[Tensor] | TensorList, streams: Streams | None = None) -> Table | None:
-    """The table of tensors at the same place in each list; None where all are empty.
+def table_of(*lists: TensorList | None, streams: Streams | None = None) -> Table | None:
+    """The table of tensors at the same place in each list, the first in place of None; None where all are empty.
 
     Numbers of elements are those of the first list. uint8 lists are of packed codes, whose addresses need not be wide.
     ``streams`` have the ids of the tensors' random streams, where a kernel takes any.
     """
-    columns = [tensor_list(tensors) for tensors in lists]
-    numels = tuple(columns[0].sizes)
-    if not any(numels):
+    first = lists[0]
+    assert first is not None
+    if not any(first.sizes):
         return None
-    device, stream = columns[0].device, 0
-    addresses = tuple([tuple(column.addresses) for column in columns])
-    dtypes = tuple([tuple(column.dtypes) for column in columns])
-    ids = (0,) * len(numels) if streams is None else tuple(streams.param_ids)
+    device, stream = first.given[0].device, 0
+    columns = [first if column is None else column for column in lists]
+    addresses, dtypes = tuple([column.addresses for column in columns]), tuple([column.dtypes for column in columns])
+    ids = (0,) * len(first) if streams is None else tuple(streams.param_ids)
     make_rows: Callable[..., Tensor] = _rows
     make_owners: Callable[..., Tensor] = _owners
     with launching_on(device):
@@ -141,8 +138,8 @@ def table_of(*lists: Sequence[Tensor] | TensorList, streams: Streams | None = No
             if torch.cuda.is_current_stream_capturing():
                 # the memory of a captured copy is filled only when the graph runs, so nobody else may use it
                 make_rows, make_owners = _rows.__wrapped__, _owners.__wrapped__
-        rows = make_rows(numels, addresses, dtypes, ids, device, stream)
-        return Table(rows, make_owners(numels, device, stream), _kinds(dtypes)[0])
+        rows = make_rows(first.sizes, addresses, dtypes, ids, device, stream)
+        return Table(rows, make_owners(first.sizes, device, stream), _kinds(dtypes)[0])
 
 
 Dtypes = tuple[tuple[torch.dtype, ...], ...]

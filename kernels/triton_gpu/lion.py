@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from lioncub.kernels.lists import tensor_list
+from lioncub.kernels.lists import TensorList
 from lioncub.kernels.rounding import PARAM_WORKER, Streams
-from lioncub.kernels.scalars import Mix, Number
+from lioncub.kernels.scalars import NO_MIX, Mix, Number
 from lioncub.kernels.triton_gpu.arithmetic import mix
 from lioncub.kernels.triton_gpu.launch import (
     FLAGS,
@@ -38,7 +36,6 @@ from lioncub.kernels.triton_gpu.rows import (
 NEAREST, PARAM, PARAM_AND_MOMENTUM = 0, 1, 2
 _NEAREST, _MOMENTUM_TOO = tl.constexpr(NEAREST), tl.constexpr(PARAM_AND_MOMENTUM)
 _PARAM_STREAM = tl.constexpr(PARAM_WORKER)
-_UNUSED = Mix(0.0, 0.0)
 
 
 @triton.jit(do_not_specialize=["step", "offset", *STREAM_ARGUMENTS], do_not_specialize_on_alignment=FLAGS)
@@ -175,34 +172,30 @@ def _step_tile(
 
 
 def lion_apply_(
-    param: Sequence[Tensor],
-    packed: Sequence[Tensor],
+    param: TensorList,
+    packed: TensorList,
     bits: int,
     step: int,
     offset: int,
     rate: Number,
     decay: Number,
-    grad: Sequence[Tensor] | None,
-    exp_avg: Sequence[Tensor] | None,
+    grad: TensorList | None,
+    exp_avg: TensorList | None,
     beta2: Mix | None,
     active: Tensor | None = None,
     rounding: Streams | None = None,
 ) -> None:
-    """See `lioncub.kernels.reference.lion_apply_`; a parameter stays as it is where int32[n] ``active`` is zero."""
-    x = tensor_list(param)
-    # never read unless the momentum advances
-    g, m = (x if tensors is None else tensor_list(tensors) for tensors in (grad, exp_avg))
-    if table := table_of(x, packed, g, m, streams=rounding):
-        numbers = (step, offset, rate, decay, *(beta2 or _UNUSED), *stream_words(rounding))
-        threads = elementwise_threads(*x.dtypes, *g.dtypes, *m.dtypes)
-        flags = (bits, beta2 is not None, _rounding_of(rounding))
+    """See `lioncub.kernels.reference.lion_apply_`."""
+    if table := table_of(param, packed, grad, exp_avg, streams=rounding):
+        numbers = (step, offset, rate, decay, *(beta2 or NO_MIX), *stream_words(rounding))
+        flags, threads = (bits, beta2 is not None, _rounding_of(rounding)), _threads(param, grad, exp_avg)
         table.launch(_apply_codes_kernel, active, numbers, *flags, threads=threads)
 
 
 def lion_step_(
-    param: Sequence[Tensor],
-    grad: Sequence[Tensor],
-    exp_avg: Sequence[Tensor],
+    param: TensorList,
+    grad: TensorList,
+    exp_avg: TensorList,
     lr: Number,
     decay: Number,
     beta1: Mix,
@@ -210,12 +203,14 @@ def lion_step_(
     active: Tensor | None = None,
     rounding: Streams | None = None,
 ) -> None:
-    """See `lioncub.kernels.reference.lion_step_`; a parameter stays as it is where int32[n] ``active`` is zero."""
-    lists = [tensor_list(tensors) for tensors in (param, grad, exp_avg)]
-    if table := table_of(*lists, streams=rounding):
-        numbers = (lr, decay, *beta1, *beta2, *stream_words(rounding))
-        threads = elementwise_threads(*[dtype for tensors in lists for dtype in tensors.dtypes])
+    """See `lioncub.kernels.reference.lion_step_`."""
+    if table := table_of(param, grad, exp_avg, streams=rounding):
+        numbers, threads = (lr, decay, *beta1, *beta2, *stream_words(rounding)), _threads(param, grad, exp_avg)
         table.launch(_step_lion_kernel, active, numbers, _rounding_of(rounding), threads=threads)
+
+
+def _threads(*lists: TensorList | None) -> int:
+    return elementwise_threads(*[dtype for each in lists if each is not None for dtype in each.dtypes])
 
 
 def _rounding_of(rounding: Streams | None) -> int:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from lioncub.kernels.layout import largest_level
+from lioncub.kernels.lists import TensorList
 from lioncub.kernels.rounding import Streams
 from lioncub.kernels.scalars import Mix, round_to_float32
 from lioncub.kernels.triton_gpu.arithmetic import mix, round_half_even, round_stochastic
@@ -20,14 +19,12 @@ from lioncub.kernels.triton_gpu.launch import (
     elementwise_threads,
     form_of,
     kind_at,
-    launching_on,
-    options,
     pointer_at,
+    run,
     stream_of,
     stream_words,
     table_of,
     tile_of,
-    tiles,
 )
 from lioncub.kernels.triton_gpu.rows import (
     ROW,
@@ -179,51 +176,27 @@ def clip_ratio(ratio, BITS: tl.constexpr):
     return tl.minimum(tl.maximum(ratio, -largest), largest)
 
 
-def quantize(
-    x: Tensor, scale: Tensor, gain: float, block: int, bits: int, streams: Streams | None, out: Tensor
-) -> None:
-    """See `lioncub.kernels.reference.quantize`."""
-    _quantize([x], None, Mix(0.0, 0.0), [scale], gain, block, bits, streams, [out], None)
-
-
 def lion_quantize(
-    exp_avg: Sequence[Tensor],
-    grad: Sequence[Tensor],
+    exp_avg: TensorList,
+    grad: TensorList | None,
     beta1: Mix,
-    scale: Sequence[Tensor],
+    scale: TensorList,
     gain: float,
     block: int,
     bits: int,
     streams: Streams | None,
-    out: Sequence[Tensor],
+    out: TensorList,
     nonfinite: Tensor | None,
 ) -> None:
     """See `lioncub.kernels.reference.lion_quantize`."""
-    _quantize(exp_avg, grad, beta1, scale, gain, block, bits, streams, out, nonfinite)
+    if table := table_of(exp_avg, grad, scale, out, streams=streams):
+        numbers = (*beta1, round_to_float32(gain * largest_level(bits)), *stream_words(streams))
+        flags = (grad is not None, streams is not None, bits, block)
+        table.launch(_quantize_values_kernel, nonfinite, numbers, *flags, threads=ROW_THREADS)
 
 
 def dequantize(packed: Tensor, scale: Tensor, gain: float, block: int, bits: int, out: Tensor) -> None:
     """See `lioncub.kernels.reference.dequantize`."""
-    n = out.numel()
-    gain_level = round_to_float32(gain * largest_level(bits))
-    with launching_on(out.device):
-        threads = options(out.device, elementwise_threads(out.dtype))
-        _dequantize_codes_kernel[tiles(n)](packed, scale, out, gain_level, n, bits, block, BLOCK_SIZE, **threads)
-
-
-def _quantize(
-    x: Sequence[Tensor],
-    grad: Sequence[Tensor] | None,
-    beta1: Mix,
-    scale: Sequence[Tensor],
-    gain: float,
-    block: int,
-    bits: int,
-    streams: Streams | None,
-    out: Sequence[Tensor],
-    nonfinite: Tensor | None,
-) -> None:
-    if table := table_of(x, x if grad is None else grad, scale, out, streams=streams):
-        numbers = (*beta1, round_to_float32(gain * largest_level(bits)), *stream_words(streams))
-        flags = (grad is not None, streams is not None, bits, block)
-        table.launch(_quantize_values_kernel, nonfinite, numbers, *flags, threads=ROW_THREADS)
+    n, gain_level = out.numel(), round_to_float32(gain * largest_level(bits))
+    args, threads = (packed, scale, out, gain_level, n, bits, block), elementwise_threads(out.dtype)
+    run(_dequantize_codes_kernel, n, BLOCK_SIZE, out.device, *args, threads=threads)

@@ -6,14 +6,11 @@ second kernel combines them in order.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from lioncub.kernels.lists import tensor_list
+from lioncub.kernels.lists import TensorList
 from lioncub.kernels.scalars import Mix
 from lioncub.kernels.triton_gpu.arithmetic import mix
 from lioncub.kernels.triton_gpu.launch import (
@@ -21,10 +18,9 @@ from lioncub.kernels.triton_gpu.launch import (
     ROW_THREADS,
     form_of,
     kind_at,
-    launching_on,
-    options,
     pointer_at,
     row_at,
+    run,
     table_of,
     tile_of,
 )
@@ -190,22 +186,11 @@ def finish_norm(norm, filled, NORM: tl.constexpr):
     return scale
 
 
-def block_scale(x: Tensor, norm: str, block: int, scale: Tensor) -> None:
-    """See `lioncub.kernels.reference.block_scale`."""
-    _scale([x], None, Mix(0.0, 0.0), norm, block, [scale])
-
-
 def lion_block_scale(
-    exp_avg: Sequence[Tensor], grad: Sequence[Tensor], beta1: Mix, norm: str, block: int, scale: Sequence[Tensor]
+    exp_avg: TensorList, grad: TensorList | None, beta1: Mix, norm: str, block: int, scale: TensorList
 ) -> None:
-    """See `lioncub.kernels.reference.lion_block_scale`."""
-    _scale(exp_avg, grad, beta1, norm, block, scale)
-
-
-def _scale(
-    x: Sequence[Tensor], grad: Sequence[Tensor] | None, beta1: Mix, norm: str, block: int, scale: Sequence[Tensor]
-) -> None:
-    table = table_of(x, x if grad is None else grad, scale)
+    """See `lioncub.kernels.reference.lion_block_scale`; scales of empty tensors are not written."""
+    table = table_of(exp_avg, grad, scale)
     if table is None:
         return
     rows, owners, _ = table
@@ -217,8 +202,6 @@ def _scale(
     flags = (grad is not None, norm, block if within else 0)
     table.launch(_scale_blocks_kernel, partial, beta1, *flags, threads=ROW_THREADS)
     if partial is not None:
-        most = max(tensor_list(scale).sizes)
-        with launching_on(rows.device):
-            _combine_tiles_kernel[(len(rows) * most,)](
-                rows, partial, block, most, norm, _TILE, BLOCK_SIZE, **options(rows.device)
-            )
+        most = max(scale.sizes)
+        n = len(rows) * most * BLOCK_SIZE
+        run(_combine_tiles_kernel, n, BLOCK_SIZE, rows.device, rows, partial, block, most, norm, _TILE)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from lioncub.kernels.scalars import Mix
+from lioncub.kernels.lists import TensorList
+from lioncub.kernels.scalars import NO_MIX, Mix
 from lioncub.kernels.triton_gpu.arithmetic import is_finite, mix
 from lioncub.kernels.triton_gpu.launch import (
     BLOCK_SIZE,
@@ -17,12 +16,10 @@ from lioncub.kernels.triton_gpu.launch import (
     elementwise_threads,
     form_of,
     kind_at,
-    launching_on,
-    options,
     pointer_at,
+    run,
     table_of,
     tile_of,
-    tiles,
 )
 from lioncub.kernels.triton_gpu.rows import (
     element_offsets,
@@ -36,8 +33,6 @@ from lioncub.kernels.triton_gpu.rows import (
     tile_rows,
     value_of,
 )
-
-_UNUSED = Mix(0.0, 0.0)
 
 
 @triton.jit(do_not_specialize=["parity"], do_not_specialize_on_alignment=FLAGS)
@@ -105,53 +100,22 @@ def _unpack_signs_kernel(packed_ptr, out_ptr, n_elements, BLOCK_SIZE: tl.constex
     store_elements(out_ptr, element_offsets(rows), n_elements, tl.where(codes != 0, 1.0, -1.0))
 
 
-def pack_signs(x: Tensor, parity: int | Tensor, out: Tensor) -> None:
-    """See `lioncub.kernels.reference.pack_signs`."""
-    _encode([x], None, _UNUSED, None, parity, [out], None)
-
-
 def unpack_signs(packed: Tensor, out: Tensor) -> None:
     """See `lioncub.kernels.reference.unpack_signs`."""
-    n = out.numel()
-    with launching_on(out.device):
-        threads = options(out.device, elementwise_threads(out.dtype))
-        _unpack_signs_kernel[tiles(n)](packed, out, n, BLOCK_SIZE, **threads)
+    threads = elementwise_threads(out.dtype)
+    run(_unpack_signs_kernel, out.numel(), BLOCK_SIZE, out.device, packed, out, out.numel(), threads=threads)
 
 
 def lion_encode(
-    exp_avg: Sequence[Tensor],
-    grad: Sequence[Tensor],
+    exp_avg: TensorList,
+    grad: TensorList | None,
     beta1: Mix,
     parity: int | Tensor,
-    out: Sequence[Tensor],
+    out: TensorList,
     nonfinite: Tensor | None,
+    beta2: Mix | None = None,
 ) -> None:
     """See `lioncub.kernels.reference.lion_encode`."""
-    _encode(exp_avg, grad, beta1, None, parity, out, nonfinite)
-
-
-def lion_encode_(
-    exp_avg: Sequence[Tensor],
-    grad: Sequence[Tensor],
-    beta1: Mix,
-    beta2: Mix,
-    parity: int | Tensor,
-    out: Sequence[Tensor],
-    nonfinite: Tensor | None,
-) -> None:
-    """See `lioncub.kernels.reference.lion_encode_`."""
-    _encode(exp_avg, grad, beta1, beta2, parity, out, nonfinite)
-
-
-def _encode(
-    x: Sequence[Tensor],
-    grad: Sequence[Tensor] | None,
-    beta1: Mix,
-    beta2: Mix | None,
-    parity: int | Tensor,
-    out: Sequence[Tensor],
-    nonfinite: Tensor | None,
-) -> None:
-    if table := table_of(x, x if grad is None else grad, out):
-        numbers, flags = (*beta1, *(beta2 or _UNUSED), parity), (grad is not None, beta2 is not None)
+    if table := table_of(exp_avg, grad, out):
+        numbers, flags = (*beta1, *(beta2 or NO_MIX), parity), (grad is not None, beta2 is not None)
         table.launch(_encode_signs_kernel, nonfinite, numbers, *flags, threads=ROW_THREADS)

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lioncub.kernels.layout import counter_planes
-from lioncub.kernels.triton_gpu.launch import ROW_THREADS, launching_on, options, tiles
+from lioncub.kernels.triton_gpu.launch import ROW_THREADS, run
 from lioncub.kernels.triton_gpu.rows import parity_of
 
 # 128 bits per thread
@@ -197,60 +197,24 @@ def majority_vote(packed: Tensor, parity: int, out: Tensor, counts: Tensor | Non
     """See `lioncub.kernels.reference.majority_vote`; whole words where addresses allow, else bytes."""
     (packed, out), unit = in_units(packed, out)
     n_workers, n_words = packed.shape
-    with launching_on(out.device):
-        _vote_majority_kernel[tiles(n_words, WORDS_PER_TILE)](
-            packed,
-            out,
-            out if counts is None else counts,
-            packed.stride(0) // unit,
-            parity,
-            n_workers,
-            n_words // unit,
-            n_workers.bit_length(),
-            counts is not None,
-            unit,
-            WORDS_PER_TILE,
-            **options(out.device),
-        )
+    pointers, numbers = (packed, out, out if counts is None else counts), (packed.stride(0) // unit, parity, n_workers)
+    constants = (n_workers.bit_length(), counts is not None, unit)
+    run(_vote_majority_kernel, n_words, WORDS_PER_TILE, out.device, *pointers, *numbers, n_words // unit, *constants)
 
 
 def count_votes(packed: Tensor, out: Tensor) -> None:
     """See `lioncub.kernels.reference.count_votes`; whole words where addresses allow, else bytes."""
     (packed, out), unit = in_units(packed, out)
     n_workers, n_words = packed.shape
-    with launching_on(out.device):
-        _count_votes_kernel[tiles(n_words, WORDS_PER_TILE)](
-            packed,
-            out,
-            packed.stride(0) // unit,
-            out.stride(0) // unit,
-            n_workers,
-            n_words // unit,
-            out.shape[0],
-            unit,
-            WORDS_PER_TILE,
-            **options(out.device),
-        )
+    numbers = (packed.stride(0) // unit, out.stride(0) // unit, n_workers, n_words // unit)
+    run(_count_votes_kernel, n_words, WORDS_PER_TILE, out.device, packed, out, *numbers, out.shape[0], unit)
 
 
 def majority_of_counts(planes: Tensor, voters: int, parity: int, out: Tensor, counts: Tensor | None) -> None:
     """See `lioncub.kernels.reference.majority_of_counts`; whole words where addresses allow, else bytes."""
     (planes, out), unit = in_units(planes, out)
     groups, group_planes, n_words = planes.shape
-    with launching_on(out.device):
-        _sum_counts_kernel[tiles(n_words, WORDS_PER_TILE)](
-            planes,
-            out,
-            out if counts is None else counts,
-            *(stride // unit for stride in planes.stride()[:2]),
-            parity,
-            groups,
-            voters,
-            n_words // unit,
-            group_planes,
-            counter_planes(groups * (2**group_planes - 1)),
-            counts is not None,
-            unit,
-            WORDS_PER_TILE,
-            **options(out.device),
-        )
+    pointers, strides = (planes, out, out if counts is None else counts), [s // unit for s in planes.stride()[:2]]
+    numbers = (*strides, parity, groups, voters, n_words // unit)
+    constants = (group_planes, counter_planes(groups * (2**group_planes - 1)), counts is not None, unit)
+    run(_sum_counts_kernel, n_words, WORDS_PER_TILE, out.device, *pointers, *numbers, *constants)

@@ -11,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from samples import assert_same_bits, poisoned
 from torch import Tensor
-from torch.library import opcheck
 
 from lioncub.kernels import count_votes, counter_planes, majority_of_counts, majority_vote
 
@@ -151,51 +150,3 @@ def test_threads_give_the_same_bytes(impl: str) -> None:
         for one, other in zip(found, results[0], strict=True):
             assert_same_bits(one, other)
     np.testing.assert_array_equal(_number(results[0][0]), _ones(packed))
-
-
-def _bytes(*shape: int) -> Tensor:
-    return torch.zeros(*shape, dtype=torch.uint8)
-
-
-@pytest.mark.parametrize(
-    ("call", "error", "message"),
-    [
-        (lambda: count_votes(torch.zeros(2, 8)), TypeError, "packed: expected a uint8 tensor, got torch.float32"),
-        (lambda: count_votes(_bytes(0, 8)), ValueError, r"packed: expected shape \[N, B\] with N >= 1, got \(0, 8\)"),
-        (lambda: count_votes(_bytes(8, 2).T), ValueError, "packed: expected rows of adjacent bytes"),
-        (
-            lambda: count_votes(_bytes(4, 8), out=_bytes(2, 8)),
-            ValueError,
-            r"out: expected shape \(3, 8\), got \(2, 8\)",
-        ),
-        (lambda: count_votes(_bytes(4, 8), out=_bytes(1, 8).expand(3, 8)), ValueError, "out: .* do not overlap"),
-        (lambda: majority_of_counts(_bytes(3, 8), voters=4), ValueError, r"planes: .* \[G, P, B\] with G, P >= 1"),
-        (lambda: majority_of_counts(_bytes(2, 3, 8), voters=0), ValueError, "voters: expected 1 to 14 .*, got 0"),
-        (lambda: majority_of_counts(_bytes(2, 3, 8), voters=15), ValueError, "voters: expected 1 to 14 .*, got 15"),
-        (lambda: majority_of_counts(_bytes(1, 30, 8), voters=2**20 + 1), ValueError, "voters: expected 1 to 1048576"),
-        (lambda: majority_of_counts(_bytes(2, 31, 8), voters=2), ValueError, "planes: .* below 2"),
-        (
-            lambda: majority_of_counts(_bytes(1, 1, 8), voters=1, out=_bytes(9)),
-            ValueError,
-            r"out: .* shape \(8,\), got shape \(9,\)",
-        ),
-        (
-            lambda: majority_of_counts(_bytes(1, 1, 8), voters=1, counts=torch.zeros(2)),
-            ValueError,
-            r"counts: expected a contiguous int64 tensor of shape \(2,\), got torch.float32",
-        ),
-        (lambda: count_votes(_bytes(1, 8), impl="metal"), ValueError, "impl: expected one of .*, got 'metal'"),
-    ],
-)
-def test_bad_arguments_are_named(call: Any, error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=message):
-        call()
-
-
-@each_impl
-def test_opcheck(impl: str) -> None:
-    ops, counts = torch.ops.lioncub, torch.zeros(2, dtype=torch.int64)
-    passed = opcheck(ops.count_votes.default, (_bytes(3, 20)[:, :16], _bytes(2, 20)[:, :16], impl))
-    assert set(passed.values()) == {"SUCCESS"}
-    arguments = (_bytes(2, 2, 16), 5, torch.tensor(3), _bytes(16), counts, impl)
-    assert set(opcheck(ops.majority_of_counts.default, arguments).values()) == {"SUCCESS"}

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from samples import assert_same_bits, poisoned
 from torch import Tensor
-from torch.library import opcheck
 
 from lioncub.kernels import field_bits, majority_of_fields, majority_vote, spread_codes
 from lioncub.kernels.layout import CODE_BITS, FIELD_BITS
@@ -175,71 +173,6 @@ def test_threads_give_the_same_bytes() -> None:
         for one, other in zip(found, results[0], strict=True):
             assert_same_bits(one, other)
     np.testing.assert_array_equal(_numbers(results[0][0], 4), _numbers(packed, 1))
-
-
-def _bytes(n: int) -> Tensor:
-    return torch.zeros(n, dtype=torch.uint8)
-
-
-@pytest.mark.parametrize(
-    ("call", "error", "message"),
-    [
-        (lambda: field_bits(-1, 1), ValueError, "largest_code: expected a number >= 0, got -1"),
-        (lambda: field_bits(1, 0), ValueError, "workers: expected a count >= 1, got 0"),
-        (lambda: field_bits(1, 3, 3), ValueError, r"field_bits: expected one of \(1, 2, 4, 8, 16\), got 3"),
-        (lambda: field_bits(254, 259), ValueError, "field_bits: no field is wide enough.*2\\^16, got 259 workers"),
-        (lambda: field_bits(1, 65536, 16), ValueError, "field_bits: no field is wide enough.*65536 in all"),
-        (
-            lambda: spread_codes(_bytes(8), bits=3, field_bits=4),
-            ValueError,
-            r"bits: expected one of \(1, 2, 4, 8\), got 3",
-        ),
-        (
-            lambda: spread_codes(_bytes(8), bits=4, field_bits=2),
-            ValueError,
-            "field_bits: expected at least bits, 4, got 2",
-        ),
-        (
-            lambda: spread_codes(_bytes(9), bits=1, field_bits=2),
-            ValueError,
-            "packed: expected a multiple of 8 bytes, got 9",
-        ),
-        (lambda: spread_codes(torch.zeros(8), bits=1, field_bits=2), TypeError, "packed: expected a uint8 tensor"),
-        (
-            lambda: spread_codes(_bytes(8), bits=1, field_bits=2, out=_bytes(8)),
-            ValueError,
-            r"out: .* shape \(16,\), got shape \(8,\)",
-        ),
-        (
-            lambda: majority_of_fields(_bytes(8), field_bits=4, voters=16),
-            ValueError,
-            "voters: expected 1 to 15 for fields of 4 bits, got 16",
-        ),
-        (
-            lambda: majority_of_fields(_bytes(9), field_bits=4, voters=3),
-            ValueError,
-            "fields: expected a multiple of 4 bytes, got 9",
-        ),
-        (
-            lambda: majority_of_fields(_bytes(8), field_bits=4, voters=3, counts=_bytes(2)),
-            ValueError,
-            r"counts: expected a contiguous int64 tensor of shape \(2,\)",
-        ),
-    ],
-)
-def test_bad_arguments_are_named(call: Any, error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=message):
-        call()
-
-
-@each_impl
-def test_opcheck(impl: str) -> None:
-    ops = torch.ops.lioncub
-    for op, arguments in (
-        (ops.spread_codes, (_random(16), 1, 4, _bytes(64))),
-        (ops.majority_of_fields, (_bytes(64), 4, 3, torch.tensor(1), _bytes(16), torch.zeros(2, dtype=torch.int64))),
-    ):
-        assert set(opcheck(op.default, (*arguments, impl)).values()) == {"SUCCESS"}
 
 
 def test_the_reference_needs_neither_triton_nor_numba() -> None:

@@ -16,9 +16,9 @@ import sys, torch
 from lioncub.kernels.numba_cpu import compiling, lion
 if len(sys.argv) > 1:
     compiling._SOURCES = sys.argv[1]
-from lioncub.kernels.scalars import Mix
+from lioncub.kernels import lion_step_
 x, g, m = (torch.ones(8) for _ in range(3))
-lion.lion_step_([x], [g], [m], 0.5, 1.0, Mix(1.0, 0.0), Mix(1.0, 0.0))
+lion_step_(x, g, m, lr=0.5, beta1=1.0, beta2=1.0, weight_decay=0.0, impl="cpu")
 assert x.tolist() == [0.5] * 8
 stats = lion._step_kernel.stats
 print(sum(stats.cache_hits.values()), sum(stats.cache_misses.values()))

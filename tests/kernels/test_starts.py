@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from samples import assert_same_bits, poisoned, sample
+from samples import assert_same_bits, listed, poisoned, sample
 from torch import Tensor
 
 from lioncub import kernels
@@ -143,7 +143,7 @@ def test_a_step_on_the_device_is_read_there() -> None:
     scale, found = [torch.ones(1)] * len(SHAPES), {}
     for step in (2**33 + 5, torch.tensor(2**33 + 5)):
         out = [poisoned(packed_bytes(n, 2)) for n in SIZES]
-        streams = Streams(3, step, 1, range(len(SHAPES)))
-        triton_gpu.lion_quantize(momenta, grads, Mix(0.5, 0.5), scale, 0.5, 0, 2, streams, out, None)
+        lists = (listed(momenta), listed(grads), Mix(0.5, 0.5), listed(scale), 0.5, 0, 2)
+        triton_gpu.lion_quantize(*lists, Streams(3, step, 1, range(len(SHAPES))), listed(out), None)
         found[type(step)] = torch.cat(out)
     assert torch.equal(found[int], found[Tensor])

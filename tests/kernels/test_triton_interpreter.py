@@ -8,6 +8,8 @@ That every op agrees with the reference is tested for all implementations togeth
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -16,9 +18,9 @@ pytest.importorskip("triton")
 import triton
 import triton.language as tl
 
+from lioncub import kernels
 from lioncub.kernels import reference, triton_gpu
 from lioncub.kernels.rounding import Stream, random_words
-from lioncub.kernels.scalars import Mix
 from lioncub.kernels.triton_gpu.arithmetic import narrow, round_half_even, widen
 from lioncub.kernels.triton_gpu.launch import launching_on, signed_words
 from lioncub.kernels.triton_gpu.rows import element_offsets, random_rows
@@ -129,16 +131,16 @@ def test_nothing_is_written_past_the_end() -> None:
     x, packed = torch.zeros(n + guard), torch.full((16,), 0xFF, dtype=torch.uint8)
     out = torch.full((16 + guard,), 0xA5, dtype=torch.uint8)
     m, g = torch.ones(n + guard), torch.ones(n + guard)
-    beta = Mix(0.5, 0.5)
-    triton_gpu.lion_encode_([m[:n]], [-g[:n]], beta, beta, 0, [out[:16]], None)
-    triton_gpu.lion_apply_([x[:n]], [packed], 1, 2, 1, 0.5, 1.0, [g[:n]], [m[:n]], beta)
-    triton_gpu.lion_step_([x[:n]], [g[:n]], [m[:n]], 0.5, 1.0, beta, beta)
+    how: dict[str, Any] = {"grad": g[:n], "exp_avg": m[:n], "beta2": 0.5, "weight_decay": 0.0, "impl": "triton"}
+    kernels.lion_encode_(m[:n], -g[:n], beta1=0.5, beta2=0.5, out=out[:16], impl="triton")
+    kernels.lion_apply_(x[:n], packed, lr=0.5, **how)
+    kernels.lion_step_(x[:n], lr=0.5, beta1=0.5, **how)
     assert (out[16:] == 0xA5).all()
     assert (x[n:] == 0).all()
     assert (m[n:] == 1).all()
     assert (x[:n] == -1).all()
     codes, signs = torch.full((256,), 0xFF, dtype=torch.uint8), torch.full((16 + guard,), 0xA5, dtype=torch.uint8)
-    triton_gpu.lion_apply_([x[:n]], [codes], 16, 1, 65534, 1.0, 1.0, [g[:n]], [m[:n]], beta)
+    kernels.lion_apply_(x[:n], codes, bits=16, step=1, offset=65534, lr=1.0, **how)
     triton_gpu.ternary_of_fields(codes[:64], 8, 1, 0, 255, signs[:16], None)
     assert (x[n:] == 0).all()
     assert (m[n:] == 1).all()

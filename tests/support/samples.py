@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from lioncub.kernels.lists import TensorList
 
 SIZES = (0, 1, 7, 8, 9, 31, 32, 33, 63, 64, 65, 1009, 70001)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -54,3 +57,10 @@ def assert_same_bits(got: Tensor, expected: Tensor, what: str = "") -> None:
         raise AssertionError(
             f"{what}: {len(wrong)} elements differ, first {i}: expected {expected.flatten()[i]}, got {got.flatten()[i]}"
         )
+
+
+def listed(tensors: Sequence[Tensor]) -> TensorList:
+    """Flat tensors as the ops hand them to a backend."""
+    found = TensorList("tensors", tensors)
+    found.addresses = tuple(tensor.data_ptr() for tensor in tensors)
+    return found
