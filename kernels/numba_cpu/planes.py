@@ -49,7 +49,7 @@ def in_chunks(
         counted += run(padded, 1, written, out_bytes - tail) or ()
         out[..., out_bytes * chunks :] = written[..., :tail]
     if counts is not None:
-        counts += torch.tensor(counted, dtype=torch.int64, device="cpu").sum(0)
+        counts += torch.tensor([sum(part) for part in zip(*counted, strict=True)], dtype=torch.int64, device="cpu")
 
 
 @device_function

@@ -25,8 +25,6 @@ from lioncub.kernels.layout import FIELD_BITS
 
 ALL_IMPLS = ("reference", "cpu", "triton")
 WIDTHS = [(bits, wide) for bits in FIELD_BITS for wide in FIELD_BITS if wide >= bits]
-# the last needs several tiles even of triton's interpreter
-BLOCKED_SIZES = (*SIZES[:-1], 16411)
 # every dtype with the codes of ternary votes, every width with fp32
 APPLIED = [(2, dtype, dtype) for dtype in DTYPES] + [(bits, torch.float32, torch.float32) for bits in (1, 4, 8, 16)]
 APPLIED += [(2, torch.bfloat16, torch.float32), (16, torch.float16, torch.float32)]
@@ -137,7 +135,7 @@ def test_fields_of_a_sum_with_an_odd_number_of_signs(impl: str) -> None:
 @pytest.mark.parametrize(("bits", "dtype", "momentum"), APPLIED, ids=str)
 def test_apply_codes(impl: str, bits: int, dtype: torch.dtype, momentum: torch.dtype) -> None:
     most = 2**bits - 1
-    for n in BLOCKED_SIZES:
+    for n in SIZES:
         p, g, m = sample(n, dtype, seed=n), sample(n, dtype, seed=n + 1), sample(n, momentum, seed=n + 2)
         numbers = np.random.default_rng(n).integers(0, most + 1, n)
         packed = _codes_for(numbers, bits)

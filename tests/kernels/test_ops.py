@@ -23,7 +23,7 @@ from lioncub.kernels import (
 )
 
 IMPLS = ("cpu", "triton")
-# tails of every kind, and more than one tile of the interpreter
+# tails of every kind, and more than one tile
 FEW_SIZES = (0, 1, 9, 63, 65, 1009, 16411)
 PAIRS = [(dtype, dtype) for dtype in DTYPES] + [(torch.bfloat16, torch.float32), (torch.float16, torch.float32)]
 
@@ -168,15 +168,17 @@ def test_majority_vote(impl: str, workers: int, n: int) -> None:
     assert_same_bits(without, results[1][0], "vote without counts")
 
 
+# every width with every norm, and with every kind of block: one, one per word and more, one per row of 8
+FORMS = [(2, "l1", None), (4, "l1", 64), (8, "l1", 8), (2, "l2", 256), (4, "l2", 8), (8, "l2", None)]
+FORMS += [(2, "linf", 64), (4, "linf", None), (8, "linf", 256), (2, "linf", 8)]
+
+
 @each_impl
-@pytest.mark.parametrize("block", [None, 64, 256, 8])
-@pytest.mark.parametrize("norm", ["l1", "l2", "linf"])
-@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize(("bits", "norm", "block"), FORMS)
 @each_dtype
 def test_quantize(impl: str, dtype: torch.dtype, bits: int, norm: str, block: int | None) -> None:
-    # a scale of more than one chunk once for each norm
-    whole = block is None and (impl == "cpu" or (dtype == torch.float32 and bits == 2))
-    for n in SIZES if whole else FEW_SIZES:
+    # a scale of more than one piece
+    for n in (*FEW_SIZES, 70001) if block is None else FEW_SIZES:
         x = sample(n, dtype, seed=n, finite=True)
         options = {"bits": bits, "norm": norm, "block": block}
         packed, scale = quantize(x, impl="reference", **options)
@@ -192,7 +194,7 @@ def test_quantize(impl: str, dtype: torch.dtype, bits: int, norm: str, block: in
 @pytest.mark.parametrize("bits", [2, 4, 8])
 @each_dtype
 def test_stochastic_quantize(impl: str, dtype: torch.dtype, bits: int) -> None:
-    for n in SIZES:
+    for n in FEW_SIZES:
         x = sample(n, dtype, seed=n)
         scale = torch.tensor([0.7])
         options = {
@@ -211,7 +213,7 @@ def test_stochastic_quantize(impl: str, dtype: torch.dtype, bits: int) -> None:
 @pytest.mark.parametrize("stochastic", [False, True])
 @each_pair
 def test_lion_quantize(impl: str, dtype: torch.dtype, momentum: torch.dtype, stochastic: bool) -> None:
-    for n in SIZES if impl == "cpu" else FEW_SIZES:
+    for n in FEW_SIZES:
         for finite in (True, False):
             m, g = sample(n, momentum, seed=n + 1, finite=finite), sample(n, dtype, seed=n + 2, finite=finite)
             update = (torch.tensor(0.9) * m.float()) + torch.tensor(1 - 0.9) * g.float()

@@ -50,13 +50,13 @@ def test_vote_against_a_naive_count(impl: str, workers: int, n_bytes: int, bias:
     assert counts.tolist() == [int((2 * ones == workers).sum()), int(((ones == 0) | (ones == workers)).sum())]
 
 
-@pytest.mark.parametrize("impl", ALL_IMPLS)
-def test_stochastic_rounding_is_unbiased(impl: str) -> None:
+def test_stochastic_rounding_is_unbiased() -> None:
+    """Of the reference, whose codes the others have bit for bit."""
     x, scale, seeds = torch.linspace(-1.9, 1.9, 1000), torch.tensor([1.0]), 400
     total = torch.zeros(1000)
     for seed in range(seeds):
-        packed, _ = quantize(x, scale=scale, stochastic=True, seed=seed, impl=impl)
-        total += dequantize(packed, scale, 1000, impl=impl)
+        packed, _ = quantize(x, scale=scale, stochastic=True, seed=seed, impl="reference")
+        total += dequantize(packed, scale, 1000, impl="reference")
     # a code is 2*Bernoulli(|x|/2): standard error <= 1/sqrt(seeds); 5 of them for the worst of 1000 elements
     assert (total / seeds - x).abs().max() < 5 / seeds**0.5
     assert (total / seeds - x).mean().abs() < 5 / (seeds * 1000) ** 0.5
