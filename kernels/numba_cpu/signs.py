@@ -8,7 +8,7 @@ import numpy as np
 from torch import Tensor
 
 from lioncub.kernels.lists import TensorList
-from lioncub.kernels.numba_cpu.arithmetic import ema, is_finite, narrow, widen
+from lioncub.kernels.numba_cpu.arithmetic import ema, is_finite, is_rounded, narrow, widen
 from lioncub.kernels.numba_cpu.compiling import device_function, kernel
 from lioncub.kernels.numba_cpu.launch import launch, nth_word, run_sliced, share
 from lioncub.kernels.numba_cpu.memory import (
@@ -138,6 +138,10 @@ def _encode_kernel(
             count = min(64, end - start)
             # the next word of this place in memory
             prefetch_values(x_ptr, g_ptr, start + 64, x_dtype, g_dtype)
+            if count == 64 and g_dtype is None and not is_rounded(x_dtype):
+                # float32 values are packed where they are
+                array_at(out_ptr, start >> 6, 1, WORDS)[0] = pack_word(array_at(x_ptr, start, 64, x_dtype), undecided)
+                continue
             # a pad code is 0, the code of any negative number
             load_word(values, np.float32(-1.0), x_ptr, g_ptr, start, count, beta1, x_dtype, g_dtype)
             if beta2 is not None:
