@@ -12,7 +12,7 @@ demo: setup
 
 # two processes, each with whole files: most tests have one busy process, or wait for several
 test: setup
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: setup types docs
 	$(BIN)/ruff check .

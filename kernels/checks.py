@@ -55,7 +55,7 @@ def check_device(name: str, tensor: Tensor, peer_name: str, peer: Tensor) -> Non
 
 
 def packed_out(out: Tensor | None, n_bytes: int, source: str, tensor: Tensor) -> Tensor:
-    """``out`` if it can hold ``n_bytes`` of codes of ``tensor``, whose name is ``source``; a new tensor for None."""
+    """Return ``out``, which holds ``n_bytes`` of codes of ``tensor``, named ``source``; a new tensor for None."""
     if out is None:
         return torch.empty(n_bytes, dtype=torch.uint8, device=tensor.device)
     check_flat("out", out, torch.uint8, n_bytes, source, tensor)
@@ -82,7 +82,7 @@ def check_flat(
 
 
 def check_bytes(name: str, packed: Tensor, multiple: int = 1) -> int:
-    """The bytes of ``packed``; raise unless it is a contiguous 1-d uint8 tensor of a multiple of ``multiple`` bytes."""
+    """Return the bytes of ``packed``; raise unless it is contiguous uint8[n], n a multiple of ``multiple``."""
     check_dense(name, packed, (torch.uint8,))
     check_flat(name, packed, torch.uint8, packed.numel())
     if packed.numel() % multiple:
@@ -117,7 +117,7 @@ def check_choice(name: str, value: object, choices: Sequence[int]) -> None:
 
 
 def storage_order_view(name: str, tensor: Tensor) -> Tensor:
-    """A 1-d view of a dense tensor in storage order, sharing memory.
+    """Return a 1-d view of a dense tensor in storage order, sharing memory.
 
     Raises ValueError where elements overlap or leave gaps, since no such view exists.
     """

@@ -30,7 +30,7 @@ _LIBRARY = torch.library.Library("lioncub", "DEF")  # type: ignore[no-untyped-ca
 
 
 def resolve_impl(impl: str, device: torch.device) -> str:
-    """The implementation that ``impl`` means for tensors on ``device``: "triton", "cpu" or "reference".
+    """Return the implementation that ``impl`` means for tensors on ``device``: "triton", "cpu" or "reference".
 
     ``auto``: Triton on CUDA and HIP, Numba on CPU. Where the package for it is absent, the reference, with one
     warning. Raises ValueError where an explicit choice cannot run on the device, ImportError where its
@@ -41,7 +41,7 @@ def resolve_impl(impl: str, device: torch.device) -> str:
 
 @functools.cache
 def backend(impl: str, device: torch.device) -> ModuleType:
-    """The module that implements every op for ``impl`` on ``device``; errors as in `resolve_impl`."""
+    """Return the module that implements every op for ``impl`` on ``device``; errors as in `resolve_impl`."""
     return _load(_resolve(impl, device.type))
 
 
@@ -145,7 +145,7 @@ def mark_written(*written: Tensor | Sequence[Tensor] | None) -> None:
 
 
 def _fake(names: Sequence[str], *args: Any) -> None:
-    """Every op writes into arguments that the caller shaped, so tracing needs no output.
+    """Return nothing, as every op: it writes into arguments that the caller shaped.
 
     It is also what torch calls, in place of the op, where any tensor is on the meta device: raises ValueError then.
     """

@@ -17,7 +17,7 @@ WORD_SIGNS = 64
 
 
 def packed_bytes(n: int, bits: int = 1, chunks: int = 1) -> int:
-    """Bytes of ``n`` codes of ``bits`` bits, cut into ``chunks`` equal chunks of a multiple of 8 bytes.
+    """Return bytes of ``n`` codes of ``bits`` bits, cut into ``chunks`` equal chunks of a multiple of 8 bytes.
 
     Raises ValueError for n < 0, chunks < 1 or bits not in {1, 2, 4, 8}.
     """
@@ -33,7 +33,7 @@ def packed_bytes(n: int, bits: int = 1, chunks: int = 1) -> int:
 
 @functools.lru_cache(maxsize=256)
 def code_bytes(sizes: tuple[int, ...], bits: int = 1, multiple: int = 1) -> tuple[int, ...]:
-    """A ``multiple`` of `packed_bytes` for each of a list of tensors."""
+    """Return a ``multiple`` of `packed_bytes` for each of a list of tensors."""
     return tuple([multiple * packed_bytes(size, bits) for size in sizes])
 
 
@@ -50,7 +50,7 @@ def counter_planes(n: int) -> int:
 
 
 def field_bits(largest_code: int, workers: int, explicit: int | None = None) -> int:
-    """The narrowest field of `FIELD_BITS` that the sum of ``workers`` codes of 0..largest_code fits into (rule 9).
+    """Return the narrowest field of `FIELD_BITS` for the sum of ``workers`` codes of 0..largest_code (rule 9).
 
     Codes of levels -K..K have largest_code ``2*K``, one-bit codes 1. Raises ValueError where no field is wide enough,
     and where ``explicit`` is not in `FIELD_BITS` or is too narrow; an explicit field that is wide enough is returned.

@@ -81,19 +81,19 @@ class TensorList:
         return map(self.__getitem__, range(len(self.sizes)))
 
     def place(self, i: int) -> str:
-        """How an error names the i-th tensor."""
+        """Name the i-th tensor for an error."""
         return place(self.name, i, len(self.sizes))
 
 
 def place(name: str, i: int, count: int) -> str:
-    """How an error names the i-th of ``count`` tensors."""
+    """Name the i-th of ``count`` tensors for an error."""
     return name if count == 1 else f"{name}[{i}]"
 
 
 def tensor_lists(
     lists: Mapping[str, object], flats: Mapping[str, object], starts: Sequence[int] | None
 ) -> list[Sequence[Tensor]]:
-    """The arguments as an op takes them: ``lists`` and, with ``starts``, ``flats`` as lists of one buffer each.
+    """Return the arguments as an op takes them: ``lists`` and, with ``starts``, ``flats`` as lists of one buffer each.
 
     Raises TypeError for an argument that is no list of tensors, or no tensor where a buffer is expected.
     """
@@ -121,7 +121,7 @@ def tensor_lists(
 def float_list(
     name: str, given: Sequence[Tensor], peers: TensorList | None = None, firsts: tuple[int, ...] | None = None
 ) -> TensorList:
-    """``given`` or, with ``firsts``, the parts of the one buffer in it that belong to ``peers``.
+    """Return ``given`` or, with ``firsts``, the parts of the one buffer in it that belong to ``peers``.
 
     Raise TypeError or ValueError unless they are dense fp32, bf16 or fp16 tensors on one device, and those at one place
     of the shape and storage order of the peer there; those that are 1-d are in storage order already, and only as many
@@ -149,7 +149,7 @@ def flat_list(
     peers: TensorList,
     firsts: tuple[int, ...] | None = None,
 ) -> TensorList:
-    """``given`` or, with ``firsts``, the parts of ``sizes`` elements of the one buffer in it.
+    """Return ``given`` or, with ``firsts``, the parts of ``sizes`` elements of the one buffer in it.
 
     Raise unless all are contiguous, of ``dtype``, on the device of ``peers`` and of so many elements.
     """
@@ -188,7 +188,7 @@ def _parts(
 
 @functools.lru_cache(maxsize=KEPT)
 def firsts_of(starts: tuple[int, ...] | None, sizes: tuple[int, ...], bits: int = 8) -> tuple[int, ...] | None:
-    """Where in a flat buffer each tensor begins: at which element or, of codes of ``bits``, at which byte.
+    """Return where in a flat buffer each tensor begins: at which element or, of codes of ``bits``, at which byte.
 
     Raise ValueError unless ``starts`` are ascending multiples of 64, one for each tensor and behind the one before.
     """
@@ -244,7 +244,7 @@ def _shapes(tensors: Sequence[Tensor]) -> list[torch.Size]:
 
 
 def _index_of(tensors: Sequence[Tensor]) -> int:
-    """The device index of all ``tensors``, -1 where they differ."""
+    """Return the device index of all ``tensors``, -1 where they differ."""
     indices = set(map(Tensor.get_device, tensors))
     return indices.pop() if len(indices) == 1 else -1
 
@@ -271,7 +271,7 @@ def check_lists_apart(written: Sequence[TensorList], read: Sequence[TensorList])
 
 @functools.lru_cache(maxsize=KEPT)
 def _check_spans_apart(n_written: int, *lists: _Spans) -> None:
-    """Of lists of names, addresses, sizes and dtypes; several may share what is only read."""
+    """Check lists of names, addresses, sizes and dtypes; several may share what is only read."""
     starts: list[int] = []
     ends: list[int] = []
     for number, (_, addresses, sizes, dtypes) in enumerate(lists):
@@ -317,7 +317,7 @@ def _check_memory(name: str, start: int, end: int) -> None:
 
 
 def _hull(tensor: Tensor) -> tuple[int, int]:
-    """From the first byte to the last of a tensor with elements."""
+    """Return the span from the first byte to the last of a tensor with elements."""
     start, size = tensor.data_ptr(), tensor.element_size()
     last = sum((count - 1) * step for count, step in zip(tensor.shape, tensor.stride(), strict=True))
     return start, start + (last + 1) * size

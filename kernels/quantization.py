@@ -196,7 +196,7 @@ def foreach_lion_scale(
     starts: Sequence[int] | None = None,
     impl: str = "auto",
 ) -> Sequence[Tensor]:
-    """The scales of Lion's updates, fp32[blocks] of each, as `foreach_lion_quantize` takes and gives them."""
+    """Return the scales of Lion's updates, fp32[blocks] of each, as `foreach_lion_quantize` takes and gives them."""
     check_format(2, norm, block)
     g, m = tensor_lists({"grad": grad}, {"exp_avg": exp_avg}, starts)
     scales, mix = _new_scales(g, block or 0, starts), (float_scalar("beta1", beta1, 0.0, 1.0),)
@@ -266,12 +266,12 @@ def _scale_counts(sizes: tuple[int, ...], block: int) -> tuple[tuple[int, ...], 
 
 
 def scale_starts(counts: Sequence[int]) -> list[int]:
-    """Where each tensor's scales start in one buffer, a multiple of 16 bytes, and behind them the buffer's size."""
+    """Return where each tensor's scales start in one buffer, at 16 bytes, and behind them the buffer's size."""
     return [0, *itertools.accumulate(-(-count // 4) * 4 for count in counts)]
 
 
 def _new_scales(likes: Sequence[Tensor], block: int, starts: Sequence[int] | None) -> list[Tensor]:
-    """Scales of each tensor, fp32[blocks], in one allocation; with ``starts`` that alone."""
+    """Return scales of each tensor, fp32[blocks], in one allocation; with ``starts`` that alone."""
     if not likes:
         return []
     counts = [scale_count(like.numel(), block) for like in likes]
@@ -294,7 +294,7 @@ def _values(
     block: int,
     places: tuple[int, ...] | None,
 ) -> tuple[TensorList, TensorList | None, Mix, TensorList]:
-    """The lists of values, or of momentum and gradients where there is a beta1, and of their scales."""
+    """Return the lists of values, or of momentum and gradients where there is a beta1, and of their scales."""
     if beta1 is None:
         peers = m = float_list("x", exp_avg)
         g, mix = None, NO_MIX

@@ -130,7 +130,7 @@ def lion_step_(
     active: Tensor | None = None,
     rounding: Streams | None = None,
 ) -> None:
-    """The whole Lion step of one worker; the sign of zero and of NaN is 0. ``active`` as in lion_apply_."""
+    """Take the whole Lion step of one worker; the sign of zero and of NaN is 0. ``active`` as in lion_apply_."""
     for i, (x, g, m) in enumerate(zip(param, grad, exp_avg, strict=True)):
         if active is not None and not active[i]:
             continue
@@ -279,7 +279,7 @@ def _pack_fields(codes: Tensor, bits: int, out: Tensor) -> None:
 
 
 def _unpack_fields(packed: Tensor, n: int, bits: int) -> Tensor:
-    """The first n codes of ``packed`` as uint8[n], those of 16 bits as int32[n]."""
+    """Return the first n codes of ``packed`` as uint8[n], those of 16 bits as int32[n]."""
     if bits == 16:
         low, high = rearrange(packed.to(torch.int32), "(code byte) -> byte code", byte=2)
         wide: Tensor = low | high << 8

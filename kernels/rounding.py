@@ -106,11 +106,11 @@ class Streams(NamedTuple):
     param_ids: Sequence[int]
 
     def of_param(self, i: int) -> Stream:
-        """The stream of parameter i; it waits for a device that has the step."""
+        """Return the stream of parameter i; it waits for a device that has the step."""
         return Stream(self.seed, PARAM_WORKER, int(self.step), self.param_ids[i])
 
     def of_worker(self, i: int) -> Stream | None:
-        """The worker's stream for tensor i, as in `of_param`."""
+        """Return the worker's stream for tensor i, as in `of_param`."""
         return None if self.worker is None else Stream(self.seed, self.worker, int(self.step), self.param_ids[i])
 
 

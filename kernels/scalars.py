@@ -35,7 +35,7 @@ NO_MIX = Mix(0.0, 0.0)
 
 
 def round_to_float32(value: float) -> float:
-    """The float32 nearest to ``value``."""
+    """Return the float32 nearest to ``value``."""
     return ctypes.c_float(value).value
 
 
@@ -55,7 +55,7 @@ def rates_of(lr: Tensor, weight_decay: Tensor, divisor: int = 1) -> tuple[Number
 
 
 def _value(scalar: Tensor) -> Number:
-    """In float64, where it is: the host never waits for a device."""
+    """Return float64, where the scalar is: the host never waits for a device."""
     return float(scalar) if scalar.is_cpu else scalar.double()
 
 
@@ -64,12 +64,12 @@ def _rounded(value: Number) -> Number:
 
 
 def parity_of(count: Tensor) -> int | Tensor:
-    """The parity bit of a step counter, or the counter itself where reading it would wait for a device."""
+    """Return the parity bit of a step counter, or the counter itself where reading it would wait for a device."""
     return int(count) & 1 if count.is_cpu else count
 
 
 def float_scalar(name: str, value: Scalar, least: float = -LARGEST, most: float = LARGEST) -> Tensor:
-    """A 0-dim float64 tensor of a number in ``least`` .. ``most``; a 0-dim tensor passes through unread."""
+    """Return a 0-dim float64 tensor of a number in ``least`` .. ``most``; a 0-dim tensor passes through unread."""
     if isinstance(value, Tensor):
         return _checked_scalar(name, value)
     if isinstance(value, bool) or not isinstance(value, float | int | numbers.Real):
@@ -89,7 +89,7 @@ def rate_scalars(lr: Scalar, weight_decay: Scalar) -> tuple[Tensor, Tensor]:
 
 
 def count_scalar(name: str, value: int | Tensor) -> Tensor:
-    """A 0-dim int64 tensor of an integer; a 0-dim tensor passes through unread."""
+    """Return a 0-dim int64 tensor of an integer; a 0-dim tensor passes through unread."""
     if isinstance(value, Tensor):
         return _checked_scalar(name, value)
     if type(value) is not int or not -(2**63) <= value < 2**63:

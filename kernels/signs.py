@@ -25,7 +25,7 @@ Count = TypeVar("Count", int, Tensor)
 
 
 def abstain_parity(step: Count, rank: int, workers: int) -> Count:
-    """The ``parity`` of a rank's one-bit codes in a step (rule 2): ranks that abstain cancel one another in a vote.
+    """Return the ``parity`` of a rank's one-bit codes in a step (rule 2): ranks that abstain cancel one another.
 
     ``step`` is a step counter from 0, an integer or an integer tensor.
     """
@@ -33,7 +33,7 @@ def abstain_parity(step: Count, rank: int, workers: int) -> Count:
 
 
 def tie_parity(step: Count) -> Count:
-    """The ``parity`` of a vote's ties in a step (rule 3): at half the frequency of abstentions."""
+    """Return the ``parity`` of a vote's ties in a step (rule 3): at half the frequency of abstentions."""
     return step // 2
 
 
@@ -56,7 +56,7 @@ def pack_signs(x: Tensor, *, parity: int | Tensor = 0, impl: str = "auto") -> Te
 
 
 def unpack_signs(packed: Tensor, n: int, *, dtype: torch.dtype = torch.float32, impl: str = "auto") -> Tensor:
-    """The first n one-bit codes of ``packed`` (uint8[packed_bytes(n)]) as -1/+1 values of ``dtype``, shape [n]."""
+    """Return the first n codes of ``packed`` (uint8[packed_bytes(n)]) as -1/+1 values of ``dtype``, shape [n]."""
     check_integer("n", n)
     check_flat("packed", packed, torch.uint8, packed_bytes(n))
     if dtype not in FLOAT_DTYPES:

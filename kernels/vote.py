@@ -124,7 +124,7 @@ def majority_of_counts(
 def spread_codes(
     packed: Tensor, *, bits: int, field_bits: int, out: Tensor | None = None, impl: str = "auto"
 ) -> Tensor:
-    """Every ``bits``-bit code in a field of ``field_bits`` bits, whose other bits are zero.
+    """Put every ``bits``-bit code into a field of ``field_bits`` bits, whose other bits are zero.
 
     Sums of such bytes (as uint8, or as int16 or int32 words where fields have 16 bits) add field by field while no sum
     exceeds a field: `lioncub.kernels.field_bits` tells how wide it must be.
@@ -182,7 +182,7 @@ def majority_of_fields(
 
 
 def add_codes(packed: Tensor, *, bits: int, field_bits: int, out: Tensor | None = None, impl: str = "auto") -> Tensor:
-    """The sum over rows of every ``bits``-bit code, in a field of ``field_bits`` bits.
+    """Add up every ``bits``-bit code over rows, into a field of ``field_bits`` bits.
 
     No sum may exceed a field: `lioncub.kernels.field_bits` tells how wide it must be.
 
@@ -220,7 +220,7 @@ def ternary_of_fields(
     counts: Tensor | None = None,
     impl: str = "auto",
 ) -> Tensor:
-    """The sign of every ``step*field - offset`` as a 2-bit code 1 + sign: 0, 1 or 2.
+    """Return the sign of every ``step*field - offset`` as a 2-bit code 1 + sign: 0, 1 or 2.
 
     Args:
         fields: contiguous uint8[F] of n fields, n a multiple of 32.

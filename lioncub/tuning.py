@@ -14,7 +14,7 @@ TRIAL_STEPS, UNCOUNTED = 6, 2
 # plans that are predicted to take longer than so many times the best are not tried, nor more than so many
 WORST, MOST_PLANS = 2.0, 5
 # of plans that are slower than the fastest by no more than this, the one with the fewest bytes is kept
-MARGIN = 0.10
+MARGIN = 0.05
 # of a bucket, as in `best_bucket_bytes`
 LARGEST_BYTES = 16 * 2**20
 # shorter messages keep the model's choice
@@ -97,6 +97,5 @@ class Tuner:
             self.is_done = True
             limit = (1 + MARGIN) * min(self._best)
             fast = [i for i, best in enumerate(self._best) if best <= limit]
-            # of equal ones the model's first
-            self._trial = min(fast, key=lambda i: self._plans[i].bytes_sent)
+            self._trial = min(fast, key=lambda i: (self._plans[i].bytes_sent, self._best[i]))
         return self._plans[self._trial] if self._trial != before else None

@@ -53,6 +53,18 @@ def test_backends_do_not_import_one_another() -> None:
                     assert module.split(".")[0] != package, f"{path} imports {module}"
 
 
+@pytest.mark.parametrize("folder", LAYERS)
+def test_docstrings_of_functions_begin_with_a_verb_or_a_formula(folder: str) -> None:
+    nouns = {"The", "A", "An", "All", "Bytes", "Every", "Everyone", "How", "Its", "This", "What", "Where", "Who"}
+    found = []
+    for path in sorted((ROOT / folder).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef) and not any("property" in ast.dump(d) for d in node.decorator_list):
+                words = (ast.get_docstring(node) or "").split()
+                found += [f"{path}: {node.name}: {' '.join(words[:6])}"] if words and words[0] in nouns else []
+    assert found == []
+
+
 def test_all_grids_have_one_dimension() -> None:
     # only the first may have more than 65,535 programs
     sources = {path.name: path.read_text() for path in (ROOT / "kernels" / "triton_gpu").glob("*.py")}

@@ -18,8 +18,8 @@ from netlab.lab import MASTER_PORT, Lab, LabError, rate_name
 from netlab.worker import parse_method
 
 WARM_UP_RATE = 10**10
-# LionCub tries at most five plans, for six steps each
-SETTLING_STEPS = 32
+# LionCub tries at most six plans, for six steps each
+SETTLING_STEPS = 45
 METHODS = ("no_communication", "ddp_fp32_lion_pytorch", "lioncub", "lioncub_overlap")
 # every machine should carry so much of rates up to this one
 GUARANTEED_RATE, LEAST_SHARE, GREATEST_SHARE = 10**9, 0.8, 1.1

@@ -11,6 +11,7 @@ from reporting.records import Record, RecordsError
 
 from netlab.cells import medians_of
 from netlab.lab import rate_name
+from netlab.worker import parse_method
 
 BASELINE = "ddp_fp32_lion_pytorch"
 TITLES = {
@@ -83,13 +84,16 @@ def of(turns: Sequence[Record], rate: int, method: str) -> list[Record]:
 
 def title_of(method: str) -> str:
     """Name a method in words."""
-    algorithm = method.removeprefix("lioncub").removesuffix("_overlap").removeprefix("_")
-    words = f"LionCub {algorithm}".strip() + (", overlap" if method.endswith("_overlap") else "")
-    return TITLES.get(method, words)
+    votes = parse_method(method)
+    if votes is None:
+        return TITLES.get(method, method)
+    parts = ["LionCub" if votes.algorithm == "auto" else f"LionCub {votes.algorithm}"]
+    parts += ["overlap"] * votes.overlap + ["signs alone"] * votes.signs + ["momentum synchronized"] * votes.synced
+    return ", ".join(parts if votes.bucket_mb is None else [*parts, f"buckets of {votes.bucket_mb:g} MiB"])
 
 
 def color_of(method: str) -> str:
     """Return blue for ours, a darker one for those that overlap."""
     if not method.startswith("lioncub"):
         return PEERS
-    return OURS if method.endswith("_overlap") else OURS_TOO
+    return OURS if "_overlap" in method else OURS_TOO

@@ -72,7 +72,7 @@ def ternary_of_fields(
 
 @functools.cache
 def _spreading(bits: int, field_bits: int) -> tuple[_Words, _Words]:
-    """Shifts and masks that move the 64/field_bits codes at the bottom of a word into fields."""
+    """Return shifts and masks that move the 64/field_bits codes at the bottom of a word into fields."""
     codes, steps = 64 // field_bits, []
     while codes > 1:
         codes //= 2
@@ -82,7 +82,7 @@ def _spreading(bits: int, field_bits: int) -> tuple[_Words, _Words]:
 
 @functools.cache
 def _folding(field_bits: int) -> tuple[_Words, _Words]:
-    """Shifts and masks that move the lowest bits of a word's fields together at the bottom."""
+    """Return shifts and masks that move the lowest bits of a word's fields together at the bottom."""
     codes, steps = 1, []
     while codes * field_bits < 64 and field_bits > 1:
         steps.append((codes * (field_bits - 1), _repeat(2 * codes, 2 * codes * field_bits)))
@@ -109,7 +109,7 @@ def _alike(field_bits: int, voters: int) -> tuple[bool, _Words]:
 
 
 def _repeat(width: int, period: int) -> int:
-    """A word of ``width`` ones in every ``period`` bits, from the lowest up."""
+    """Return a word of ``width`` ones in every ``period`` bits, from the lowest up."""
     return sum((2**width - 1) << place for place in range(0, 64, period))
 
 
@@ -155,7 +155,7 @@ def _majority_kernel(
 
 @device_function
 def _spread_word(word: np.uint64, shifts: _Words, masks: _Words) -> np.uint64:
-    """The codes at the bottom of a word, in fields; as `_spreading` says."""
+    """Return the codes at the bottom of a word, in fields; as `_spreading` says."""
     word = (word | (word << shifts[0])) & masks[0]
     word = (word | (word << shifts[1])) & masks[1]
     word = (word | (word << shifts[2])) & masks[2]
@@ -165,7 +165,7 @@ def _spread_word(word: np.uint64, shifts: _Words, masks: _Words) -> np.uint64:
 
 @device_function
 def _fold(word: np.uint64, shifts: _Words, masks: _Words) -> np.uint64:
-    """The lowest bits of the fields, moved together; their other bits are zero."""
+    """Return the lowest bits of the fields, moved together; their other bits are zero."""
     word = (word | (word >> shifts[0])) & masks[0]
     word = (word | (word >> shifts[1])) & masks[1]
     word = (word | (word >> shifts[2])) & masks[2]
@@ -175,7 +175,7 @@ def _fold(word: np.uint64, shifts: _Words, masks: _Words) -> np.uint64:
 
 @device_function
 def _winners(word: np.uint64, rule: _Words) -> np.uint64:
-    """A 1 in the lowest bit of each field that wins the vote."""
+    """Return a 1 in the lowest bit of each field that wins the vote."""
     width, every_other, lowest, even, odd = rule
     # a field and its number carry into the next field, which is masked out; for odd ones that is their own place
     even_wins = (((word & every_other) + even) >> width) & lowest

@@ -45,7 +45,7 @@ class _Task:
             self.done.set_result(None)
 
     def result(self) -> Any:
-        """What the kernel returned; raises what it raised."""
+        """Return what the kernel returned; raise what it raised."""
         if self._error is not None:
             raise self._error
         return self._result
@@ -64,7 +64,7 @@ class _Pool:
         self.size = 0
 
     def at_least(self, size: int) -> queue.SimpleQueue[_Task]:
-        """Where to put tasks for ``size`` threads or more."""
+        """Return where to put tasks for ``size`` threads or more."""
         with self._lock:
             while self.size < size:
                 # they never end, and end the process for nobody
@@ -145,7 +145,7 @@ def tables(
     streams: Streams | None = None,
     active: Tensor | None = None,
 ) -> Sequence[_Table]:
-    """A table, the storage dtypes of ``floats`` in it and its number of elements, for each combination of dtypes.
+    """Return a table, the storage dtypes of ``floats`` in it and its size, for each combination of dtypes.
 
     Rows of the int64 table: size, number of the tensor, id of its random stream, address in each list of ``floats`` (0
     in one that is None, whose dtype is None) and in each of ``others``. The size of a tensor that is not active is 0.
@@ -185,7 +185,7 @@ def _tables(
 
 
 def stream_words(streams: Streams | None, worker: int | None) -> tuple[int, int, int, int] | None:
-    """What `random_words` takes, but the parameter's id: both words of the key, worker and step; None for no worker."""
+    """Return what `random_words` takes but the id: both words of the key, worker and step; None for no worker."""
     if streams is None or worker is None:
         return None
     mask = 0xFFFFFFFF
@@ -194,7 +194,7 @@ def stream_words(streams: Streams | None, worker: int | None) -> tuple[int, int,
 
 @device_function
 def share(size: int, offset: int, first: int, last: int) -> tuple[int, int]:
-    """The part [begin, end) of a tensor, whose first element is the table's ``offset``-th, in [first, last).
+    """Return the part [begin, end) of a tensor, whose first element is the table's ``offset``-th, in [first, last).
 
     Cut at multiples of 64, so that no two threads write one packed word.
     """

@@ -59,14 +59,14 @@ def lion_step_(
     active: Tensor | None = None,
     rounding: Streams | None = None,
 ) -> None:
-    """The whole Lion step of one worker; the sign of zero and of NaN is 0."""
+    """Take the whole Lion step of one worker; the sign of zero and of NaN is 0."""
     how = (lr, decay, tuple(beta1), tuple(beta2))
     words = (None, None) if rounding is None else _words(rounding)
     launch(_step_kernel, (param, grad, exp_avg), (), *how, *words, streams=rounding, active=active)
 
 
 def _words(rounding: Streams) -> tuple[_StreamWords, _StreamWords]:
-    """The streams of parameters and of momentum; the latter None where it is rounded to nearest."""
+    """Return the streams of parameters and of momentum; the latter None where it is rounded to nearest."""
     return stream_words(rounding, PARAM_WORKER), stream_words(rounding, rounding.worker)
 
 
@@ -79,7 +79,7 @@ def _draw(stream: _StreamWords, param_id: int, start: int, words: Any, dtype: An
 
 @device_function
 def _stored(value: np.float32, dtype: Any, stream: _StreamWords, word: np.uint32) -> Any:
-    """A float32 rounded to ``dtype``: to nearest, or by a word of a stream."""
+    """Return a float32 rounded to ``dtype``: to nearest, or by a word of a stream."""
     return narrow(value, dtype) if stream is None else narrow_stochastic(value, dtype, word)
 
 

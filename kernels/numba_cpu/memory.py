@@ -32,7 +32,7 @@ _INT = ir.IntType(32)
 
 @intrinsic
 def array_at(typingctx: Any, address: Any, first: Any, size: Any, dtype: Any) -> Any:
-    """Elements ``first`` to ``first + size`` of ``dtype`` at an address of any alignment; owns no memory.
+    """Return elements ``first`` to ``first + size`` of ``dtype`` at an address of any alignment; owns no memory.
 
     Made anew for every piece of work, since Numba vectorizes loops that count from 0 and not those that may
     wrap around.

@@ -54,7 +54,7 @@ def in_chunks(
 
 @device_function
 def count_voters(row: int, stride: int, workers: int, levels: int, n: int, planes: int, group: int, spare: int) -> None:
-    """Planes = number of ones in each code of n words of ``workers`` rows; at least four planes are written."""
+    """Set planes to the number of ones in each code of n words of ``workers`` rows; at least four are written."""
     zeros = spare + 2 * ROW
     fill(zeros, np.uint64(0), n)
     _count_eight(row, stride, workers, zeros, n, planes)
@@ -69,7 +69,7 @@ def count_voters(row: int, stride: int, workers: int, levels: int, n: int, plane
 def add_planes(
     planes: int, levels: int, others: int, stride: int, n_others: int, n: int, zeros: int, spare: int
 ) -> None:
-    """Planes += the ``n_others`` planes that stand ``stride`` bytes apart; ``levels`` planes hold every carry."""
+    """Add the ``n_others`` planes that are ``stride`` bytes apart; ``levels`` planes hold every carry."""
     carry = zeros
     for level in range(levels):
         # two spare rows by turns: one is read while the other is written

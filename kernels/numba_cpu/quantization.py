@@ -13,7 +13,7 @@ from lioncub.kernels.numba_cpu.arithmetic import is_rounded, narrow, random_word
 from lioncub.kernels.numba_cpu.compiling import device_function, kernel
 from lioncub.kernels.numba_cpu.launch import launch, nth_word, run_sliced, share, stream_words
 from lioncub.kernels.numba_cpu.memory import CODES, FLOATS, RANDOM_WORDS, STORAGE, WORDS, array_at, scratch
-from lioncub.kernels.numba_cpu.signs import load_word, prefetch_values, raise_nonfinite
+from lioncub.kernels.numba_cpu.signs import load_values, prefetch_values, raise_nonfinite
 from lioncub.kernels.numba_cpu.vectors import (
     any_nonfinite,
     even_codes,
@@ -60,7 +60,7 @@ def _shift(block: int) -> int:
 
 @device_function
 def _factor(scale: np.float32, gain_level: np.float32) -> np.float32:
-    """What a value is multiplied by to become a level."""
+    """Return the factor that makes a value a level."""
     return np.float32(0.0) if scale == np.float32(0.0) else np.float32(gain_level / scale)
 
 
@@ -93,7 +93,17 @@ def _quantize_kernel(
             prefetch_values(x_ptr, g_ptr, start + 64, x_dtype, g_dtype)
             if stream is not None:
                 random_words(stream, param_id, start, words)
-            load_word(values, np.float32(0.0), x_ptr, g_ptr, start, count, beta1, x_dtype, g_dtype)
+            if count == 64 and shift >= 6 and g_dtype is None and not is_rounded(x_dtype):
+                # float32 values are quantized where they are
+                factor = _factor(array_at(scale_ptr, start >> shift, 1, FLOATS)[0], gain)
+                at = array_at(x_ptr, start, 64, x_dtype)
+                _quantize_word(at, factor, 64, bits, stream, words, codes, out_ptr, start)
+                continue
+            if count == 64:
+                load_values(values, x_ptr, g_ptr, start, 64, beta1, x_dtype, g_dtype)
+            else:
+                values[:] = 0.0
+                load_values(values, x_ptr, g_ptr, start, count, beta1, x_dtype, g_dtype)
             if g_dtype is not None:
                 nonfinite |= any_nonfinite(values)
             factor = _scale_word(values, scale_ptr, shift, start, count, gain)

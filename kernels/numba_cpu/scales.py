@@ -109,5 +109,5 @@ def _total(parts: Any, norm: int) -> float:
 
 @device_function
 def _maximum(largest: float, value: float) -> float:
-    """The larger one; NaN once one of them is."""
+    """Return the larger one; NaN once one of them is."""
     return value if value > largest or value != value else largest

@@ -105,7 +105,7 @@ def raise_nonfinite(flags_ptr: int, number: int) -> None:
 def _advance(
     x_ptr: int, g_ptr: int, start: int, count: int, values: Any, beta2: tuple[float, float], x_dtype: Any, g_dtype: Any
 ) -> None:
-    """The momentum of elements whose update, in ``values``, is finite moves on."""
+    """Advance the momentum of elements whose update, in ``values``, is finite."""
     m, g = array_at(x_ptr, start, count, x_dtype), array_at(g_ptr, start, count, g_dtype)
     kept, new = np.float32(beta2[0]), np.float32(beta2[1])
     for j in range(count):

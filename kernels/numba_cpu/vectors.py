@@ -116,7 +116,7 @@ def even_codes(typingctx: Any, values: Any, factor: Any, level: Any, codes: Any)
 
 @intrinsic
 def random_codes(typingctx: Any, values: Any, factor: Any, level: Any, codes: Any, words: Any) -> Any:
-    """The same, sizes rounded up where their fraction exceeds a uniform number, the 24 high bits of words[64]."""
+    """Fill codes as `even_codes`, but round up sizes whose fraction exceeds the 24 high bits of words[64]."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         source, _, _, target, random = _pointers(context, builder, signature, args)
@@ -159,7 +159,7 @@ def levels_times(typingctx: Any, codes: Any, level: Any, unit: Any, values: Any)
 
 
 def _pointers(context: Any, builder: Any, signature: Any, args: Any) -> list[Any]:
-    """Of each argument that is an array its first element, else None."""
+    """Return of each argument that is an array its first element, else None."""
     return [
         _data(context, builder, kind, value) if isinstance(kind, types.Array) else None
         for kind, value in zip(signature.args, args, strict=True)
@@ -233,7 +233,7 @@ def _unfold_by(source: Any, bits: int, codes: Any) -> None:
 
 @intrinsic
 def _word(typingctx: Any, codes: Any, i: Any) -> Any:
-    """Bytes 8*i to 8*i + 7; a view of words would cost more than all that is done with them."""
+    """Return bytes 8*i to 8*i + 7; a view of words would cost more than all that is done with them."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return builder.load(_word_at(context, builder, signature, args), align=1)
@@ -243,7 +243,7 @@ def _word(typingctx: Any, codes: Any, i: Any) -> Any:
 
 @intrinsic
 def _set_word(typingctx: Any, codes: Any, i: Any, word: Any) -> Any:
-    """Bytes 8*i to 8*i + 7 = those of ``word``."""
+    """Set bytes 8*i to 8*i + 7 to those of ``word``."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         builder.store(args[2], _word_at(context, builder, signature, args), align=1)
@@ -254,7 +254,7 @@ def _set_word(typingctx: Any, codes: Any, i: Any, word: Any) -> Any:
 
 @intrinsic(prefer_literal=True)
 def _fold(typingctx: Any, codes: Any, bits: Any) -> Any:
-    """The low ``bits`` of each of 64 bytes, moved together at the front; their other bits are 0."""
+    """Return the low ``bits`` of each of 64 bytes, moved together at the front; their other bits are 0."""
     if not isinstance(bits, types.IntegerLiteral):
         return None
 
@@ -294,7 +294,7 @@ def _unfold(typingctx: Any, source: Any, bits: Any, codes: Any) -> Any:
 
 
 def _lanes(bits: int) -> tuple[ir.VectorType, ir.VectorType, list[ir.Constant]]:
-    """Vectors of packed bytes, wide with a byte for each code and narrow; by how much codes but the first one move."""
+    """Return vectors of packed bytes, wide with a byte per code and narrow, and shifts of all codes but the first."""
     codes = 8 // bits
     wide = ir.VectorType(ir.IntType(8 * codes), 64 // codes)
     gaps = [ir.Constant(wide, [(8 - bits) * i] * wide.count) for i in range(1, codes)]

@@ -128,7 +128,7 @@ def _sum_kernel(
 
 @device_function
 def _levels_of(workers: int) -> int:
-    """Planes of a count up to ``workers``."""
+    """Return planes of a count up to ``workers``."""
     levels = 0
     while workers >> levels:
         levels += 1
@@ -148,7 +148,7 @@ def _add_groups(
     pair: int,
     spare: int,
 ) -> None:
-    """Planes = sum of the counts of all groups, two groups at a time where they have few planes."""
+    """Set planes to the sum of all groups' counts, two groups at a time where they have few planes."""
     zeros = spare + 2 * ROW
     few = group_planes <= 4
     fill(zeros, np.uint64(0), n)

@@ -67,7 +67,7 @@ def is_finite(value):
 
 @triton.jit
 def is_up(value, parity_bit):
-    """The one-bit code: True where value > 0, the parity bit where it is zero or NaN (rule 2)."""
+    """Return the one-bit code: True where value > 0, the parity bit where it is zero or NaN (rule 2)."""
     return (value > 0) | (parity_bit & ~(value < 0))
 
 

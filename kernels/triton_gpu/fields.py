@@ -161,7 +161,7 @@ def repeated(width, period):
 
 @triton.jit
 def spread_word(word, BITS: tl.constexpr, FIELD_BITS: tl.constexpr):
-    """The 32/FIELD_BITS codes at the bottom of each word, in fields."""
+    """Return the 32/FIELD_BITS codes at the bottom of each word, in fields."""
     for k in tl.static_range(4, -1, -1):
         # 2^k codes are the upper half
         if FIELD_BITS << k < 32:
@@ -171,7 +171,7 @@ def spread_word(word, BITS: tl.constexpr, FIELD_BITS: tl.constexpr):
 
 @triton.jit
 def fold_word(word, FIELD_BITS: tl.constexpr):
-    """The lowest bits of the fields, moved together at the bottom of each word; their other bits are zero."""
+    """Return the lowest bits of the fields, moved together at the bottom of each word; their other bits are zero."""
     for k in tl.static_range(5):
         # 2^k bits each stand together already; fields of one bit all do
         if FIELD_BITS > 1 and FIELD_BITS << k < 32:
@@ -181,7 +181,7 @@ def fold_word(word, FIELD_BITS: tl.constexpr):
 
 @triton.jit
 def winners(word, n_workers, parity, FIELD_BITS: tl.constexpr):
-    """A 1 in the lowest bit of each field that wins the vote."""
+    """Return a 1 in the lowest bit of each field that wins the vote."""
     every_other: tl.constexpr = repeated(FIELD_BITS, 2 * FIELD_BITS)
     lowest: tl.constexpr = repeated(1, 2 * FIELD_BITS)
     # a tied field wins where its parity bit is 1, which is where it wins with half the votes
@@ -196,7 +196,7 @@ def winners(word, n_workers, parity, FIELD_BITS: tl.constexpr):
 
 @triton.jit
 def fields_alike(word, number, FIELD_BITS: tl.constexpr):
-    """A 1 in the lowest bit of each field that is ``number``."""
+    """Return a 1 in the lowest bit of each field that is ``number``."""
     every_other: tl.constexpr = repeated(FIELD_BITS, 2 * FIELD_BITS)
     lowest: tl.constexpr = repeated(1, 2 * FIELD_BITS)
     # what differs from the number in any bit carries

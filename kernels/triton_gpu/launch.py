@@ -47,7 +47,7 @@ _captured: list[Tensor] = []
 
 
 def elementwise_threads(*dtypes: torch.dtype) -> int:
-    """Threads per tile where each has one 128-bit load per tensor: 4 elements where any tensor is fp32, else 8.
+    """Return threads per tile where each has one 128-bit load per tensor: 4 elements where any tensor is fp32, else 8.
 
     With more elements triton would exchange them through shared memory to keep stores contiguous.
     """
@@ -82,7 +82,7 @@ def signed_words(*words: int) -> tuple[int, ...]:
 
 
 def stream_words(streams: Streams | None) -> tuple[Any, ...]:
-    """Values of `STREAM_ARGUMENTS`; a step on the device is passed as it is."""
+    """Return values of `STREAM_ARGUMENTS`; a step on the device is passed as it is."""
     if streams is None:
         return 0, 0, 0, 0
     seed_low, seed_high, worker = signed_words(*Stream(streams.seed, 0, 0, 0).key, streams.worker or 0)
@@ -116,7 +116,7 @@ class Table(NamedTuple):
 
 
 def table_of(*lists: TensorList | None, streams: Streams | None = None) -> Table | None:
-    """The table of tensors at the same place in each list, the first in place of None; None where all are empty.
+    """Return the table of tensors at the same place in each list, the first in place of None; None where all are empty.
 
     Numbers of elements are those of the first list. uint8 lists are of packed codes, whose addresses need not be wide.
     ``streams`` have the ids of the tensors' random streams, where a kernel takes any.
@@ -147,7 +147,7 @@ Dtypes = tuple[tuple[torch.dtype, ...], ...]
 
 @functools.lru_cache(maxsize=_KEPT)
 def _kinds(dtypes: Dtypes) -> tuple[tuple[tuple[int, ...], ...], tuple[int, ...]]:
-    """The combinations of dtypes that occur, and for each tensor the number of its own."""
+    """Return the combinations of dtypes that occur, and for each tensor the number of its own."""
     combinations = [tuple(_KINDS[dtype] for dtype in column) for column in zip(*dtypes, strict=True)]
     kinds = tuple(sorted(set(combinations)))
     return kinds, tuple(kinds.index(combination) for combination in combinations)
@@ -181,7 +181,7 @@ def _rows(
 
 
 def _on_device(values: Tensor, device: torch.device) -> Tensor:
-    """A copy that the host does not wait for."""
+    """Return a copy that the host does not wait for."""
     if device.type == "cpu":
         return values
     pinned = values.pin_memory()
@@ -202,26 +202,26 @@ def tile_of(rows_ptr, owners_ptr, LISTS: tl.constexpr, BLOCK_SIZE: tl.constexpr)
 
 @triton.jit
 def row_at(rows_ptr, tensor, LISTS: tl.constexpr):
-    """The row of a tensor."""
+    """Return the row of a tensor."""
     return rows_ptr + tensor.to(tl.int64) * (LISTS + _FURTHER_COLUMNS)
 
 
 @triton.jit
 def form_of(row_ptr, start, n_elements, LISTS: tl.constexpr, BLOCK_SIZE: tl.constexpr):
-    """The number of the tensor's kind, and whether the tile is wide: whole, and its floats aligned to 128 bits."""
+    """Return the number of the tensor's kind, and whether the tile is whole with floats aligned to 128 bits."""
     form = tl.load(row_ptr + LISTS + 2)
     return form >> 1, ((form & 1) != 0) & (start + BLOCK_SIZE <= n_elements)
 
 
 @triton.constexpr_function
 def kind_at(kinds, k):
-    """The k-th kind; indexed by the kernel, a tuple of tuples gives no constant before triton 3.8."""
+    """Return the k-th kind; indexed by the kernel, a tuple of tuples gives no constant before triton 3.8."""
     return kinds[k]
 
 
 @triton.jit
 def stream_of(row_ptr, seed_low, seed_high, step, LISTS: tl.constexpr):
-    """The tensor's random stream: (seed_low, seed_high, step, param_id); the id is loaded where it is used."""
+    """Return the tensor's random stream: (seed_low, seed_high, step, param_id); the id is loaded where it is used."""
     return seed_low, seed_high, step, tl.load(row_ptr + LISTS + 3)
 
 
@@ -236,7 +236,7 @@ def is_inactive(active_ptr, HAS_FLAGS: tl.constexpr):
 
 @triton.jit
 def pointer_at(row_ptr, LIST: tl.constexpr, KIND: tl.constexpr, n_elements):
-    """The tensor's address in a list, as a pointer to elements of its kind.
+    """Return the tensor's address in a list, as a pointer to elements of its kind.
 
     ``n_elements`` is None where the tile is wide: then addresses of floats are multiples of 16.
     """

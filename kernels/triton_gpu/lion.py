@@ -153,7 +153,7 @@ def _step_tile(
     ROUNDING: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
 ):
-    """The whole Lion step of the tile that begins at element ``start``; ``streams`` as in `_apply_tile`."""
+    """Take the Lion step of the tile that begins at element ``start``; ``streams`` as in `_apply_tile`."""
     lr, decay, beta1, beta1_new, beta2, beta2_new = numbers
     stream, worker = streams
     param_ptr, exp_avg_ptr = pointer_at(row_ptr, 0, KIND, n_elements), pointer_at(row_ptr, 2, KIND, n_elements)

@@ -15,7 +15,7 @@ _INTERPRETED = tl.constexpr(INTERPRETED)
 
 @triton.jit
 def value_of(scalar):
-    """A run-time number that the host gave, or that is on the device."""
+    """Return a run-time number that the host gave, or that is on the device."""
     if _INTERPRETED:
         # numbers in tuples come as Python's; only compiled code makes tensors of them
         value = tl.load(scalar) if hasattr(scalar, "dtype") and scalar.dtype.is_ptr() else scalar
@@ -50,13 +50,13 @@ def parity_bits(parity):
 
 @triton.jit
 def parity_of(count):
-    """The lowest bit, int32, of a count that the host gave or that is stored on the device."""
+    """Return the lowest bit, int32, of a count that the host gave or that is stored on the device."""
     return (value_of(count) & 1).to(tl.int32)
 
 
 @triton.jit
 def load(pointers, offsets, n_elements):
-    """What is at offsets below ``n_elements``, else 0; None for ``n_elements`` says that all are."""
+    """Load what is at offsets below ``n_elements``, else 0; with None for ``n_elements`` all of it."""
     return tl.load(pointers) if n_elements is None else tl.load(pointers, mask=offsets < n_elements, other=0)
 
 

@@ -90,7 +90,7 @@ def _scale_tile(
     SCALE_BLOCK: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
 ):
-    """The scales of the tile's blocks; where blocks are larger, or there is one, what the tile adds to its block."""
+    """Return the scales of the tile's blocks or, where a block is larger, what the tile adds to it."""
     beta1, beta1_new = numbers
     x_ptr, grad_ptr = pointer_at(row_ptr, 0, KIND, n_elements), pointer_at(row_ptr, 1, KIND, n_elements)
     if SCALE_BLOCK == 0:
@@ -149,7 +149,7 @@ def load_values(x_ptr, grad_ptr, beta1, beta1_new, offsets, n_elements, IS_UPDAT
 
 @triton.jit
 def terms_of(x, NORM: tl.constexpr):
-    """What the norm combines: fp64 x squared or |x|; for "linf" the bits of |x|, ordered like it, NaN the largest."""
+    """Return what the norm combines: fp64 x squared or |x|; for "linf" the bits of |x|, NaN the largest."""
     if NORM == "linf":
         terms = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
     elif NORM == "l1":

@@ -19,7 +19,7 @@ WORDS_PER_TILE = 4 * ROW_THREADS
 
 
 def in_words(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Views of uint8 tensors as int32, where the addresses, rows and strides of all allow, else the tensors."""
+    """Return views of uint8 tensors as int32, where the addresses, rows and strides of all allow, else the tensors."""
     return in_units(*tensors)[0]
 
 
@@ -33,7 +33,7 @@ def in_units(*tensors: Tensor) -> tuple[tuple[Tensor, ...], int]:
 
 
 def _unit(*tensors: Tensor) -> int:
-    """The most bytes, of 16, 4 and 1, that divide the addresses, rows and strides of all tensors."""
+    """Return the most bytes, of 16, 4 and 1, that divide the addresses, rows and strides of all tensors."""
     places = [place for t in tensors for place in (t.data_ptr(), t.shape[-1], *t.stride()[:-1])]
     return next((unit for unit in (16, 4) if not any(place % unit for place in places)), 1)
 
@@ -88,7 +88,7 @@ def add_planes(planes, words_ptr, offsets, plane_stride, mask, PLANES: tl.conste
 
 @triton.jit
 def compare_planes(planes, number, PLANES: tl.constexpr):
-    """Words whose bits say count > number, and count == number."""
+    """Return words whose bits say count > number, and count == number."""
     more = planes[0] ^ planes[0]
     equal = ~more
     for k in tl.static_range(PLANES - 1, -1, -1):
