@@ -192,7 +192,7 @@ def _on_device(values: Tensor, device: torch.device) -> Tensor:
 
 @triton.jit
 def tile_of(rows_ptr, owners_ptr, LISTS: tl.constexpr, BLOCK_SIZE: tl.constexpr):
-    """This program's tile: its tensor's number and row, its first element, and the tensor's number of elements."""
+    """Return this program's tile: its tensor's number and row, its first element, and its number of elements."""
     tensor = tl.load(owners_ptr + tl.program_id(0))
     row_ptr = row_at(rows_ptr, tensor, LISTS)
     n_elements = tl.load(row_ptr + LISTS)
