@@ -26,6 +26,7 @@ from lioncub.kernels.checks import (
     storage_order_view,
 )
 from lioncub.kernels.layout import WORD_SIGNS
+from lioncub.kernels.scalars import NO_MIX, Mix, mix_of
 
 _DTYPE: Callable[[Tensor], torch.dtype] = Tensor.dtype.__get__  # type: ignore[attr-defined]
 _SHAPE: Callable[[Tensor], torch.Size] = Tensor.shape.__get__  # type: ignore[attr-defined]
@@ -139,6 +140,20 @@ def float_list(
             check_device(found.place(i), tensor, like.name, like.given[0])
     found.addresses = tuple(map(Tensor.data_ptr, given))
     return found
+
+
+def update_lists(
+    exp_avg: Sequence[Tensor],
+    grad: Sequence[Tensor],
+    beta1: Tensor | None,
+    grad_scale: Tensor | None,
+    places: tuple[int, ...] | None,
+) -> tuple[TensorList, TensorList | None, Mix]:
+    """Return the lists of momentum and gradients, and their mix; without ``beta1`` those of values, None and no mix."""
+    if beta1 is None:
+        return float_list("x", exp_avg), None, NO_MIX
+    g = float_list("grad", grad)
+    return float_list("exp_avg", exp_avg, g, firsts_of(places, g.sizes)), g, mix_of(beta1, grad_scale)
 
 
 def flat_list(

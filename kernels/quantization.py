@@ -22,11 +22,11 @@ from lioncub.kernels.lists import (
     check_lists_apart,
     firsts_of,
     flat_list,
-    float_list,
     tensor_lists,
+    update_lists,
 )
 from lioncub.kernels.rounding import MAX_ELEMENTS, NO_STREAM, Arguments, stream_arguments, streams_of
-from lioncub.kernels.scalars import NO_MIX, Mix, Scalar, float_scalar, mix_of
+from lioncub.kernels.scalars import Mix, Scalar, float_scalar
 
 FIELD_BITS = (2, 4, 8)
 # gain*K*x/scale is rounded; with 1/2 and K = 1 every "linf" code would be zero
@@ -295,12 +295,8 @@ def _values(
     places: tuple[int, ...] | None,
 ) -> tuple[TensorList, TensorList | None, Mix, TensorList]:
     """Return the lists of values, or of momentum and gradients where there is a beta1, and of their scales."""
-    if beta1 is None:
-        peers = m = float_list("x", exp_avg)
-        g, mix = None, NO_MIX
-    else:
-        peers = g = float_list("grad", grad)
-        m, mix = float_list("exp_avg", exp_avg, g, firsts_of(places, g.sizes)), mix_of(beta1, grad_scale)
+    m, g, mix = update_lists(exp_avg, grad, beta1, grad_scale, places)
+    peers = m if g is None else g
     counts, firsts = _scale_counts(peers.sizes, block)
     is_buffer = places is not None and len(scale) == 1
     return m, g, mix, flat_list("scale", scale, torch.float32, counts, peers, firsts[:-1] if is_buffer else None)

@@ -18,8 +18,9 @@ from lioncub.kernels.lists import (
     flat_list,
     float_list,
     tensor_lists,
+    update_lists,
 )
-from lioncub.kernels.scalars import NO_MIX, Scalar, count_scalar, float_scalar, mix_of, parity_of
+from lioncub.kernels.scalars import Scalar, count_scalar, float_scalar, mix_of, parity_of
 
 Count = TypeVar("Count", int, Tensor)
 
@@ -158,12 +159,8 @@ def _encode(
 ) -> None:
     """Encode the signs of ``exp_avg`` itself or, with ``beta1``, of updates."""
     places = None if starts is None else tuple(starts)
-    if beta1 is None:
-        peers = m = float_list("x", exp_avg)
-        g, mix = None, NO_MIX
-    else:
-        peers = g = float_list("grad", grad)
-        m, mix = float_list("exp_avg", exp_avg, g, firsts_of(places, g.sizes)), mix_of(beta1, grad_scale)
+    m, g, mix = update_lists(exp_avg, grad, beta1, grad_scale, places)
+    peers = m if g is None else g
     codes = flat_list("out", out, torch.uint8, code_bytes(peers.sizes), peers, firsts_of(places, peers.sizes, 1))
     check_lists_apart([codes], [peers, m])
     if peers.sizes:

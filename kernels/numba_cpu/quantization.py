@@ -13,7 +13,7 @@ from lioncub.kernels.numba_cpu.arithmetic import is_rounded, narrow, random_word
 from lioncub.kernels.numba_cpu.compiling import device_function, kernel
 from lioncub.kernels.numba_cpu.launch import launch, nth_word, run_sliced, share, stream_words
 from lioncub.kernels.numba_cpu.memory import CODES, FLOATS, RANDOM_WORDS, STORAGE, WORDS, array_at, scratch
-from lioncub.kernels.numba_cpu.signs import load_values, prefetch_values, raise_nonfinite
+from lioncub.kernels.numba_cpu.signs import load_word, prefetch_values, raise_nonfinite
 from lioncub.kernels.numba_cpu.vectors import (
     any_nonfinite,
     even_codes,
@@ -99,11 +99,7 @@ def _quantize_kernel(
                 at = array_at(x_ptr, start, 64, x_dtype)
                 _quantize_word(at, factor, 64, bits, stream, words, codes, out_ptr, start)
                 continue
-            if count == 64:
-                load_values(values, x_ptr, g_ptr, start, 64, beta1, x_dtype, g_dtype)
-            else:
-                values[:] = 0.0
-                load_values(values, x_ptr, g_ptr, start, count, beta1, x_dtype, g_dtype)
+            load_word(values, np.float32(0.0), x_ptr, g_ptr, start, count, beta1, x_dtype, g_dtype)
             if g_dtype is not None:
                 nonfinite |= any_nonfinite(values)
             factor = _scale_word(values, scale_ptr, shift, start, count, gain)

@@ -14,20 +14,13 @@ import pytest
 import torch
 from gloo_workers import everyone, on_ranks, results_of, said_by, same_on_all, shared_folder
 from nets import Net, all_bits, bits_of, give_gradients, groups_of, momentum_of, train, two_groups
-from optimizers import Lion, LionCub
+from optimizers import PRECISIONS, Lion, LionCub
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
 from lioncub import Quantized
 from lioncub.simulate import Workers
 
 BOTH = pytest.mark.parametrize("optimizer", [Lion, LionCub])
-PRECISIONS: dict[str, dict[str, Any]] = {
-    "default": {},
-    "stochastic": {"param_rounding": "stochastic"},
-    "stochastic, bf16 momentum": {"param_rounding": "stochastic", "momentum_dtype": torch.bfloat16, "rounding_seed": 5},
-    "masters": {"master_weights": True},
-    "masters, bf16 momentum": {"master_weights": True, "momentum_dtype": torch.bfloat16},
-}
 
 
 def assert_resumes(optimizer: type, rank: int, path: Path, options: dict[str, Any]) -> None:
@@ -57,7 +50,7 @@ def test_resume_gives_the_bits_of_never_stopping(optimizer: type, precision: str
 
 @on_ranks(2)
 def test_workers_resume_with_the_bits_of_never_stopping(rank: int, world_size: int) -> None:
-    for precision in ("default", "stochastic, bf16 momentum", "masters, bf16 momentum"):
+    for precision in ("fp32", "stochastic, bf16 momentum", "masters, bf16 momentum"):
         assert_resumes(LionCub, rank, shared_folder() / f"{precision} {rank}.pt", PRECISIONS[precision])
 
 

@@ -14,19 +14,11 @@ import torch
 import torch._dynamo
 from gloo_workers import on_ranks
 from nets import Net, all_bits, batch_of
-from optimizers import LionCub
+from optimizers import PRECISIONS, LionCub
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from lioncub import SignVote
-
-PRECISIONS: dict[str, dict[str, Any]] = {
-    "fp32": {},
-    "stochastic": {"param_rounding": "stochastic"},
-    "stochastic, bf16 momentum": {"param_rounding": "stochastic", "momentum_dtype": torch.bfloat16, "rounding_seed": 5},
-    "masters": {"master_weights": True},
-    "masters, bf16 momentum": {"master_weights": True, "momentum_dtype": torch.bfloat16},
-}
 
 
 @pytest.fixture(autouse=True)

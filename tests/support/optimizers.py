@@ -6,8 +6,18 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
+import torch
+
 import lioncub
 from lioncub import Comm, Precision
+
+PRECISIONS: dict[str, dict[str, Any]] = {
+    "fp32": {},
+    "stochastic": {"param_rounding": "stochastic"},
+    "stochastic, bf16 momentum": {"param_rounding": "stochastic", "momentum_dtype": torch.bfloat16, "rounding_seed": 5},
+    "masters": {"master_weights": True},
+    "masters, bf16 momentum": {"master_weights": True, "momentum_dtype": torch.bfloat16},
+}
 
 _COMM, _PRECISION = (tuple(field.name for field in fields(config)) for config in (Comm, Precision))
 
