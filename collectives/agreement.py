@@ -79,24 +79,25 @@ def agreement(group: Group, device: torch.device | None = None) -> Iterator[dict
     ``device`` as in `handshake`.
     """
     fingerprint: dict[str, object] = {}
-    with informing(group, device):
+    with informing(group, device=device):
         yield fingerprint
     world_size_of(group)
     handshake(fingerprint, group=group, device=device)
 
 
 @contextmanager
-def informing(group: Group, device: torch.device | None = None) -> Iterator[None]:
-    """Inform the ranks in the next `handshake` or `gather_where_different` of an error in the body."""
+def informing(*groups: Group, device: torch.device | None = None) -> Iterator[None]:
+    """Inform the ranks in the next `handshake` or `gather_where_different` of each group of an error in the body."""
     try:
         yield
     except Exception as error:
-        try:
-            # raises where this process is in no such group, and nobody waits
-            world_size_of(group)
-            _gather(_Failure(error), group, device)
-        except Exception as unreachable:
-            error.add_note(f"the other workers could not be told: {unreachable}")
+        for group in groups:
+            try:
+                # raises where this process is in no such group, and nobody waits
+                world_size_of(group)
+                _gather(_Failure(error), group, device)
+            except Exception as unreachable:
+                error.add_note(f"the other workers could not be told: {unreachable}")
         raise
 
 

@@ -207,11 +207,7 @@ def subgroups(group: Group, partition: Sequence[Sequence[int]], device: torch.de
     if isinstance(group, SimulatedProcessGroup):
         return [group.subgroup(ranks) if me in ranks else None for ranks in partition]
     everyone = dist.get_process_group_ranks(group or dist.group.WORLD)
-    config = dist.get_backend_config(group)
-    names = {part.rpartition(":")[2] for part in config.split(",")}
-    # by its plain name where it is one: a group without a default backend warns when it ends, wherever that happens
-    backend = names.pop() if len(names) == 1 else config
-    options: dict[str, Any] = {"timeout": _timeout_of(group), "backend": backend}
+    options = _options_of(group)
     # where all processes are here, all of them make all groups
     local = len(everyone) != dist.get_world_size()
     if local:
@@ -226,6 +222,28 @@ def subgroups(group: Group, partition: Sequence[Sequence[int]], device: torch.de
             new = dist.new_group([everyone[rank] for rank in ranks], use_local_synchronization=local, **options)
         made.append(new if me in ranks else None)
     return made
+
+
+def new_group(ranks: Sequence[int], like: Group, device: torch.device | None = None) -> dist.ProcessGroup:
+    """Create a group of ``ranks``, numbered in the world, with backend and timeout of ``like``; a collective of them.
+
+    Raises WorkersDisagreeError on the ranks of ``like`` where they are a part of the world and are in different numbers
+    of groups: torch names such a group by that number.
+    """
+    local = len(ranks) != dist.get_world_size()
+    if local:
+        known = len(distributed_c10d._world.pg_names)
+        handshake({"the number of process groups that this process is in": known}, group=like, device=device)
+    made: dist.ProcessGroup = dist.new_group(list(ranks), use_local_synchronization=local, **_options_of(like))
+    return made
+
+
+def _options_of(group: Group) -> dict[str, Any]:
+    """Return timeout and backend of a group, as new_group takes them."""
+    config = dist.get_backend_config(group)
+    names = {part.rpartition(":")[2] for part in config.split(",")}
+    # by its plain name where it is one: a group without a default backend warns when it ends, wherever that happens
+    return {"timeout": _timeout_of(group), "backend": names.pop() if len(names) == 1 else config}
 
 
 def destroy_groups(groups: list[dist.ProcessGroup]) -> None:

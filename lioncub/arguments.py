@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -104,11 +103,6 @@ def parameter_names(group: dict[str, Any], group_index: int) -> list[str]:
 
 def check_parameter(name: str, param: Tensor) -> None:
     """Raise TypeError or ValueError, naming the parameter, unless it is a dense local float tensor with data."""
-    tensor_module = sys.modules.get("torch.distributed.tensor")
-    if tensor_module is not None and isinstance(param, tensor_module.DTensor):
-        raise TypeError(
-            f"parameter {name}: expected a local tensor, got a DTensor; sharded parameters are not supported"
-        )
     if torch.nn.parameter.is_lazy(param):
         raise TypeError(f"parameter {name}: expected an initialized tensor, got a lazy one; run a forward pass first")
     check_float(f"parameter {name}", param)
@@ -168,14 +162,13 @@ def hint_of_shards(message: str) -> str:
     return ""
 
 
-def gradient_of(name: str, param: Tensor) -> Tensor | None:
-    """Return the gradient as a 1-d view in the parameter's storage order, or None.
+def gradient_of(name: str, param: Tensor, grad: Tensor | None) -> Tensor | None:
+    """Return a parameter's gradient as a 1-d view in its storage order, or None.
 
     A gradient that autograd left in another storage order than the parameter's is copied into it; every other one is
     read in place. Raises TypeError or ValueError for a gradient that is sparse, of a dtype that the kernels do not
     read, or of another shape or device than the parameter.
     """
-    grad = param.grad
     if grad is None:
         return None
     if grad.layout is not torch.strided or grad.dtype not in FLOAT_DTYPES:

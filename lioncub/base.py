@@ -20,8 +20,12 @@ from lioncub.arguments import (
 )
 from lioncub.config import Precision
 from lioncub.kernels.dispatch import IMPLS, resolve_impl
+from lioncub.params import local_of, local_part_of, locals_of
 from lioncub.precision import Masters, keeps_small_steps, master_of
 from lioncub.state import STATE_ENTRIES, Holding
+
+# `momentum_state` of a checkpoint's param groups: of momentum that serves any rank; else "rank 1 of 4"
+AVERAGED = "averaged"
 
 Params = Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]
 
@@ -36,6 +40,9 @@ class MomentumOptimizer(torch.optim.Optimizer):
 
     # further tensors that `state[p]` may hold, with what they are where a checkpoint has none
     _optional_state: ClassVar[dict[str, float]] = {}
+    # whether the momentum serves any rank, and whose it is otherwise
+    _is_averaged: bool = True
+    _own_state: str | None = None
 
     def __init__(
         self,
@@ -80,11 +87,20 @@ class MomentumOptimizer(torch.optim.Optimizer):
         if self._holding is not None:
             self._hold()
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state as `torch.optim.Optimizer` does; ``momentum_state`` of a group tells whose momentum it is.
+
+        Of a sharded parameter, entries are DTensors with its mesh and placements.
+        """
+        for group in self.param_groups:
+            group["momentum_state"] = AVERAGED if self._is_averaged else self._own_state
+        return super().state_dict()
+
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Load a checkpoint: momentum is copied bit for bit into the memory that the optimizer already uses.
 
         Raises ValueError or TypeError, with nothing changed, where groups, shapes or dtypes do not fit, or where it is
-        that of another optimizer.
+        that of another optimizer. Warns where it has the momentum of another rank alone.
         """
         self._check_held()
         loaded: Any = dict(state_dict)
@@ -96,8 +112,10 @@ class MomentumOptimizer(torch.optim.Optimizer):
         with torch.no_grad():
             for mine, saved in tensors:
                 mine.copy_(saved)
+        momentum_state = groups[0].get("momentum_state", AVERAGED)
         for group, options in zip(self.param_groups, groups, strict=True):
             group.update(options)
+        self._loaded_momentum(momentum_state)
         self._next_step = self._step_count
         # a parameter that is loaded, before or after, counts for more than a master
         self._versions.clear()
@@ -107,6 +125,17 @@ class MomentumOptimizer(torch.optim.Optimizer):
     def _create_state(self, group_index: int) -> None:
         """Create the momentum of a new group; where it raises, it has changed nothing."""
         raise NotImplementedError
+
+    def _loaded_momentum(self, momentum_state: str) -> None:
+        """Note whose momentum was loaded; warn where it is another rank's."""
+        if momentum_state not in (AVERAGED, self._own_state):
+            expected = "averaged momentum" if self._own_state is None else f"that of {self._own_state}, or averaged"
+            warnings.warn(
+                f"state_dict: expected {expected}, got the momentum of {momentum_state}, and loaded it; before one "
+                "file is saved for all ranks, call sync_momentum() on all of them, or save and load one of each rank",
+                UserWarning,
+                stacklevel=4,
+            )
 
     @property
     def _masters(self) -> Masters:
@@ -154,9 +183,9 @@ class MomentumOptimizer(torch.optim.Optimizer):
         index = len(self.param_groups) - 1
         names = parameter_names(self.param_groups[-1], index)
         for name, param in zip(names, self.param_groups[-1]["params"], strict=True):
-            check_parameter(name, param)
-            resolve_impl(self._impl, param.device)
-        check_no_overlap(self._named_parameters())
+            check_parameter(name, local_of(param))
+            resolve_impl(self._impl, local_of(param).device)
+        check_no_overlap(locals_of(self._named_parameters()))
 
     def _checked_groups(self, state_dict: Mapping[str, Any]) -> list[dict[str, Any]]:
         """Return the saved groups' options, without parameters and their names."""
@@ -199,9 +228,10 @@ class MomentumOptimizer(torch.optim.Optimizer):
                 tensor = mine[entry]
                 if entry in saved:
                     _check_saved(name, entry, tensor, saved[entry])
-                    pairs.append((tensor, saved[entry]))
+                    part = local_part_of(f"{entry} of parameter {name}", saved[entry], tensor)
+                    pairs.append((local_of(tensor), part))
                 elif entry == "master":
-                    pairs.append((tensor, param.detach()))
+                    pairs.append((local_of(tensor), local_of(param.detach())))
                 elif entry in self._optional_state:
                     pairs.append((tensor, torch.full_like(tensor, self._optional_state[entry])))
                 else:
@@ -234,7 +264,7 @@ class MomentumOptimizer(torch.optim.Optimizer):
         if keeps_small_steps(self._precision):
             return
         lr = float(Hyperparameters.of(group).lr)
-        low = [p.detach() for p in group["params"] if p.dtype != torch.float32 and p.numel()]
+        low = [p for p in map(local_of, map(Tensor.detach, group["params"])) if p.dtype != torch.float32 and p.numel()]
         total = sum(p.numel() for p in low)
         if not total or not lr:
             return

@@ -15,12 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lioncub.arguments import gradient_of, parameter_names
+from lioncub.arguments import parameter_names
 from lioncub.collectives.agreement import digest
 from lioncub.collectives.cost import aligned
-from lioncub.compression import AnyCompression, Compression, compression_of
+from lioncub.compression import AnyCompression, Compression, Quantized, compression_of
 from lioncub.kernels.checks import FLOAT_DTYPES
 from lioncub.kernels.layout import WORD_SIGNS, packed_bytes
+from lioncub.params import Meshes, Part, is_sharded, like_param, local_gradient_of, local_of
 
 # parameters of a group have consecutive ids, and no group has as many
 _GROUP_IDS = 1 << 20
@@ -34,7 +35,8 @@ _GRAD: Callable[[Tensor], Tensor | None] = Tensor.grad.__get__  # type: ignore[u
 class Slot:
     """One parameter of a bucket, at code ``start`` of the message.
 
-    ``param_id`` does not depend on where buckets begin and end, and grows with the order of the param groups.
+    ``param_id`` does not depend on where buckets begin and end, and grows with the order of the param groups. Shape,
+    strides and sizes are those of the local tensor, which is ``part`` of the parameter.
     """
 
     param_id: int
@@ -46,6 +48,7 @@ class Slot:
     dtype: torch.dtype
     numel: int
     n_bytes: int
+    part: Part
 
     @property
     def end(self) -> int:
@@ -54,7 +57,7 @@ class Slot:
 
     def check_unchanged(self, device: torch.device) -> None:
         """Raise ValueError where the parameter is no longer what the bucket was laid out for."""
-        p = self.param
+        p = local_of(self.param)
         if p.shape != self.shape or p.stride() != self.stride or p.dtype is not self.dtype or p.device != device:
             expected = (self.dtype, self.shape, self.stride, device)
             got = (p.dtype, tuple(p.shape), p.stride(), p.device)
@@ -68,7 +71,8 @@ class Bucket:
     """Parameters that share a message, their flat momentum ``exp_avg`` and codes ``packed``, and 1-d views of both.
 
     ``n_bytes`` are those of one bit per code, padded so that rows of messages are aligned. ``first`` is the index of
-    the first parameter among those of all buckets.
+    the first parameter among those of all buckets. ``params`` are local tensors. ``parity`` is that of the parameters'
+    parts. Where ``is_late``, gradients or scales come from other ranks of a mesh, at `StepEngine.exchange`.
     """
 
     def __init__(
@@ -85,12 +89,17 @@ class Bucket:
         self.elements = sum(slot.numel for slot in slots)
         self.starts = [slot.start for slot in slots]
         self.param_ids = [slot.param_id for slot in slots]
-        self.params = [slot.param for slot in slots]
+        self.owners = [slot.param for slot in slots]
+        self.params = [local_of(param) for param in self.owners]
+        self.is_sharded = any(map(is_sharded, self.owners))
+        self.parity, self.is_late = slots[0].part.parity, _is_late(compression, slots)
         self._kinds = _kinds_of(self.params)
         self.exp_avg = torch.zeros(8 * self.n_bytes, dtype=momentum_dtype, device=device)
         self.momenta = [self.exp_avg[slot.start : slot.start + slot.numel] for slot in slots]
         # the entry of `state`: in the parameter's shape and strides
-        self.views = [self.exp_avg.as_strided(slot.shape, slot.stride, slot.start) for slot in slots]
+        self.views = [
+            like_param(slot.param, self.exp_avg.as_strided(slot.shape, slot.stride, slot.start)) for slot in slots
+        ]
         bits = compression.form.bits
         # pad codes stay zero
         self.packed = torch.zeros(bits * self.n_bytes, dtype=torch.uint8, device=device)
@@ -109,6 +118,9 @@ class Bucket:
 
     def check_unchanged(self) -> None:
         """Raise ValueError where a parameter is no longer what the bucket was laid out for."""
+        if self.is_sharded:
+            # fully_shard moves them to other memory at the first forward
+            self.params = [local_of(param) for param in self.owners]
         if _kinds_of(self.params) != self._kinds:
             for slot in self.slots:
                 slot.check_unchanged(self.device)
@@ -118,13 +130,13 @@ class Bucket:
 
         Raises TypeError or ValueError for gradients that cannot be read.
         """
-        found = list(map(_GRAD, self.params))
+        found = list(map(_GRAD, self.owners))
         present = [grad is not None for grad in found]
-        if all(present) and not torch.compiler.is_compiling() and self._are_like_params(found):  # type: ignore[arg-type]
+        if all(present) and not self.is_sharded and not torch.compiler.is_compiling() and self._are_like_params(found):  # type: ignore[arg-type]
             return found, present  # type: ignore[return-value]
         grads = []
-        for slot in self.slots:
-            grad = gradient_of(slot.name, slot.param)
+        for slot, param in zip(self.slots, self.params, strict=True):
+            grad = local_gradient_of(slot.name, slot.param, param)
             grads.append(self._zeros_for(slot) if grad is None else grad)
         return grads, present
 
@@ -163,10 +175,17 @@ def _kinds_of(params: list[Tensor]) -> tuple[list[Any], ...]:
 Members = Mapping[int, Sequence[tuple[str, Tensor]]]
 
 
+def _is_late(compression: Compression, slots: Sequence[Slot]) -> bool:
+    """Whether codes need what other ranks of a mesh have: the rest of a gradient, or of what has one scale."""
+    has_one_scale = isinstance(compression, Quantized) and compression.block is None
+    return any(slot.part.may_be_partial or (has_one_scale and bool(slot.part.sharded)) for slot in slots)
+
+
 def build_buckets(
     members: Members,
     bucket_bytes: int,
     compressions: Sequence[AnyCompression],
+    meshes: Meshes,
     ready: Mapping[Tensor, int] | None = None,
     momentum_dtype: torch.dtype = torch.float32,
 ) -> list[Bucket]:
@@ -182,16 +201,18 @@ def build_buckets(
         for group_index, named in members.items()
         for i, (_, param) in enumerate(named)
     }
-    for (group_index, device, compression), named in _by_kind(members, compressions).items():
+    for (group_index, device, compression, _), named in _by_kind(members, compressions, meshes).items():
         slots: list[Slot] = []
         for name, param in named if ready is None else sorted(named, key=lambda pair: ready[pair[1]]):
-            if slots and slots[-1].end // 8 + packed_bytes(param.numel()) > bucket_bytes:
+            if slots and slots[-1].end // 8 + packed_bytes(local_of(param).numel()) > bucket_bytes:
                 buckets.append(Bucket(group_index, slots, device, compression, momentum_dtype))
                 slots = []
-            slots.append(slot_of(ids[param], name, param, slots[-1].end if slots else 0))
+            start = slots[-1].end if slots else 0
+            slots.append(slot_of(ids[param], name, param, meshes.part_of(param), start))
         buckets.append(Bucket(group_index, slots, device, compression, momentum_dtype))
     if ready is not None:
-        buckets.sort(key=lambda bucket: max(ready[slot.param] for slot in bucket.slots))
+        # those that are not sent early do not hold up others
+        buckets.sort(key=lambda bucket: (bucket.is_late, max(ready[slot.param] for slot in bucket.slots)))
     return buckets
 
 
@@ -200,21 +221,27 @@ def param_id_of(group_index: int, i: int) -> int:
     return group_index * _GROUP_IDS + i
 
 
-def slot_of(param_id: int, name: str, param: Tensor, start: int = 0) -> Slot:
+def slot_of(param_id: int, name: str, param: Tensor, part: Part, start: int = 0) -> Slot:
     """Return the slot of a parameter as it is."""
     assert start % WORD_SIGNS == 0
-    shape, n = tuple(param.shape), param.numel()
-    return Slot(param_id, name, param, start, shape, param.stride(), param.dtype, n, packed_bytes(n))
+    local = local_of(param)
+    shape, n = tuple(local.shape), local.numel()
+    return Slot(param_id, name, param, start, shape, local.stride(), local.dtype, n, packed_bytes(n), part)
+
+
+_Kind = tuple[int, torch.device, Compression, int]
 
 
 def _by_kind(
-    members: Members, compressions: Sequence[AnyCompression]
-) -> dict[tuple[int, torch.device, Compression], list[tuple[str, Tensor]]]:
-    sets: dict[tuple[int, torch.device, Compression], list[tuple[str, Tensor]]] = {}
+    members: Members, compressions: Sequence[AnyCompression], meshes: Meshes
+) -> dict[_Kind, list[tuple[str, Tensor]]]:
+    sets: dict[_Kind, list[tuple[str, Tensor]]] = {}
     for group_index, named in members.items():
         for name, param in named:
+            # of the whole parameter
             compression = compression_of(compressions[group_index], param.numel())
-            sets.setdefault((group_index, param.device, compression), []).append((name, param))
+            kind = group_index, local_of(param).device, compression, meshes.part_of(param).parity
+            sets.setdefault(kind, []).append((name, param))
     return sets
 
 
@@ -239,8 +266,10 @@ class BucketList:
         compressions: Sequence[AnyCompression],
         momentum_dtype: torch.dtype,
         choose_bytes: Callable[[Sequence[int]], int],
+        meshes: Meshes,
     ) -> None:
         self._state, self._compressions, self._momentum_dtype = state, compressions, momentum_dtype
+        self._meshes = meshes
         self.choose_bytes = choose_bytes
         self.all: list[Bucket] = []
         self.layout = digest([])
@@ -250,6 +279,11 @@ class BucketList:
         """(bucket, place in it, slot) in the order of the parameters, whatever the buckets."""
         found = [(bucket, j, slot) for bucket in self.all for j, slot in enumerate(bucket.slots)]
         return sorted(found, key=lambda place: place[2].param_id)
+
+    def order(self, n_buckets: int) -> list[int]:
+        """Return the places in the first buckets of their parameters, in the order of the param groups."""
+        ids = [slot.param_id for bucket in self.all[:n_buckets] for slot in bucket.slots]
+        return sorted(range(len(ids)), key=ids.__getitem__)
 
     def append(self, param_groups: Sequence[dict[str, Any]], groups: range, *, by_readiness: bool) -> list[Tensor]:
         """Lay out new groups behind those there are; their parameters. Where it raises, nothing has changed."""
@@ -269,9 +303,9 @@ class BucketList:
         members = {
             i: list(zip(parameter_names(param_groups[i], i), param_groups[i]["params"], strict=True)) for i in groups
         }
-        sets = _by_kind(members, self._compressions).values()
-        n_bytes = self.choose_bytes([sum(packed_bytes(param.numel()) for _, param in named) for named in sets])
-        return build_buckets(members, n_bytes, self._compressions, ready, self._momentum_dtype)
+        sets = _by_kind(members, self._compressions, self._meshes).values()
+        n_bytes = self.choose_bytes([sum(packed_bytes(local_of(p).numel()) for _, p in named) for named in sets])
+        return build_buckets(members, n_bytes, self._compressions, self._meshes, ready, self._momentum_dtype)
 
     def _use(self, buckets: list[Bucket]) -> None:
         first = 0
@@ -280,6 +314,6 @@ class BucketList:
             for slot, view in zip(bucket.slots, bucket.views, strict=True):
                 state = self._state[slot.param]
                 if "exp_avg" in state and state["exp_avg"] is not view:
-                    view.copy_(state["exp_avg"])
+                    local_of(view).copy_(local_of(state["exp_avg"]))
                 state["exp_avg"] = view
         self.all, self.layout = buckets, digest([bucket.layout() for bucket in buckets])

@@ -33,6 +33,7 @@ COMMIT, NONFINITE, OVERFLOW, R_UNVERIFIED, DISAGREE, R_STALE, R_FAILED = range(7
 # one bit of a word is its sign
 _BITS = 63
 _HEAD = ("the wire version", "the step", "the bucket layout")
+_LAYOUT = 2
 _RATES = ("lr", "betas[0]", "betas[1]", "weight_decay", "maximize")
 _TAIL = ("flags", "overflow", "microseconds", "nonfinite")
 _TAG = PAYLOADS - 1
@@ -101,7 +102,10 @@ class Decision:
 class Control:
     """The control messages of one layout: ``names`` of the parameters, param groups in use, rank and device.
 
-    ``transport`` is None for one rank alone. Where ``capturable``, nothing is copied between host and device.
+    ``transport`` is that of the ranks that decide, None for one alone. Where ``capturable``, nothing is copied between
+    host and device. Where parameters are sharded, ``order`` has the place in this rank's buckets of each parameter in
+    the order that ranks have in common, and ``layouts`` for each rank one that has its bucket layout; else they are
+    None.
     """
 
     def __init__(
@@ -112,9 +116,17 @@ class Control:
         device: torch.device,
         *,
         capturable: bool,
+        order: Sequence[int] | None = None,
+        layouts: Sequence[int] | None = None,
     ) -> None:
-        self._names, self._groups, self._capturable = names, groups, capturable
-        self._transport, self._device = transport, device
+        self._names = names if order is None else [names[i] for i in order]
+        self._groups, self._capturable = groups, capturable
+        self._transport, self._device, self._layouts, self._order = transport, device, layouts, order
+        if order is not None:
+            self._from_buckets = torch.tensor(order, dtype=torch.int64, device=device)
+            self._to_buckets = self._from_buckets.argsort()
+        if layouts is not None:
+            self._peers = torch.tensor(layouts, dtype=torch.int64, device=device)
         self._n_tensors = len(names)
         self._agreed = len(_HEAD) + len(_RATES) * len(groups)
         self._bitmap = self._agreed + len(_TAIL)
@@ -128,6 +140,11 @@ class Control:
         self._full = _bitmap([True] * len(names))
         self._all_active = torch.ones(len(names), dtype=torch.int32, device=device)
         self._expected: Exchange[Tensor] | None = None
+
+    @property
+    def is_sent(self) -> bool:
+        """Whether other ranks take part in the decision."""
+        return self._transport is not None
 
     @property
     def bytes_sent(self) -> int:
@@ -160,8 +177,11 @@ class Control:
     ) -> Tensor:
         """Write this rank's words, int64[W], without waiting for the device.
 
-        ``nonfinite`` is int32[T], 1 where a parameter's update is not finite; ``present`` tells who has a gradient.
+        ``nonfinite`` is int32[T], 1 where a parameter's update is not finite; ``present`` tells who has a gradient:
+        both in the order of the buckets.
         """
+        if self._order is not None:
+            nonfinite, present = nonfinite[self._from_buckets], [present[i] for i in self._order]
         words = [WIRE_VERSION, step, layout, *(_bits_of(rate) for i in self._groups for rate in rates[i].words())]
         words += [flags, 0 if overflow is None else overflow, microseconds, self._first(nonfinite), *_bitmap(present)]
         return self._filled(words)
@@ -204,7 +224,7 @@ class Control:
         """Decide from everyone's words int64[N, W], on the device: the same on every rank."""
         if self._is_read and (found := self._decide_at_once(everyone)) is not None:
             return found
-        head, n = everyone[:, : self._agreed], self._agreed
+        n = self._agreed
         flags, overflow, first = everyone[:, n], everyone[:, n + 1] != 0, everyone[:, n + 3]
         is_bad = first != 0
         failed, unverified = (flags & FAILED) != 0, (flags & UNVERIFIED) != 0
@@ -213,7 +233,7 @@ class Control:
                 is_bad.any(),
                 overflow.any(),
                 unverified.any(),
-                (head != head[0]).any(),
+                self._differences(everyone).any(),
                 ((flags & STALE) != 0).any(),
                 failed.any(),
             ]
@@ -224,18 +244,36 @@ class Control:
         rank = len(self._first_ranks) - (who * self._first_ranks).amax()
         present = ((everyone[:, self._words] >> self._shifts) & 1).amax(0)
         active = (present * (reason == COMMIT)).to(torch.int32)
+        if self._order is not None:
+            active = active[self._to_buckets]
         report = torch.stack([reason, everyone[0, 1], least, rank, active.sum(), everyone[:, n + 2].amax()])
         return Decision(active, report, everyone)
 
     def _decide_at_once(self, everyone: Tensor) -> Decision | None:
         """`decide` by the host where all ranks agree that all parameters move, else None: a tenth of the time."""
         n, rows = self._agreed, everyone.tolist()
-        fine = all(row[:n] == rows[0][:n] and not any(row[n : n + 2]) and not row[n + 3] for row in rows)
+        heads = [row[:n] for row in rows]
+        if self._layouts is not None:
+            for head, peer in zip(heads, self._layouts, strict=True):
+                head[_LAYOUT] -= rows[peer][_LAYOUT]
+        fine = all(
+            head == heads[0] and not any(row[n : n + 2]) and not row[n + 3]
+            for head, row in zip(heads, rows, strict=True)
+        )
         columns = zip(*(row[self._bitmap :] for row in rows), strict=True)
         if not fine or [functools.reduce(operator.or_, column) for column in columns] != self._full:
             return None
         report = Report(COMMIT, rows[0][1], 0, 0, self._n_tensors, max(row[n + 2] for row in rows))
         return Decision(self._all_active, None, everyone, report)
+
+    def _differences(self, everyone: Tensor) -> Tensor:
+        """Return for each word that must be equal on all ranks whether it is not, bool[N, agreed]."""
+        head = everyone[:, : self._agreed]
+        expected = head[:1]
+        if self._layouts is not None:
+            expected = expected.repeat(len(head), 1)
+            expected[:, _LAYOUT] = head[self._peers, _LAYOUT]
+        return head != expected
 
     def have_flag(self, everyone: Tensor, flag: int) -> Tensor:
         """Return whether all ranks have set a flag, as a tensor."""
@@ -268,8 +306,8 @@ class Control:
                 "workers disagree on the step, the bucket layout or the hyperparameters (lr, betas, weight_decay, "
                 f"maximize) at step {report.step}; no worker changed anything"
             )
-        head = everyone[:, : self._agreed].cpu()
-        i = int((head != head[0]).any(0).to(torch.int64).argmax())
+        head, differs = everyone[:, : self._agreed].cpu(), self._differences(everyone).any(0)
+        i = int(differs.to(torch.int64).argmax())
         if i < len(_HEAD):
             values = head[:, i].tolist()
             shown = values if i < 2 else [f"hash {value & (2**64 - 1):016x}" for value in values]

@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lioncub.arguments import Hyperparameters, gradient_of
+from lioncub.arguments import Hyperparameters
 from lioncub.base import MomentumOptimizer, Params
 from lioncub.buckets import Slot, param_id_of, slot_of
 from lioncub.config import Precision, check_config, refuse_unknown
 from lioncub.kernels import foreach_lion_step_
 from lioncub.kernels.checks import storage_order_view
+from lioncub.params import Meshes, align_gradient, local_gradient_of, local_of
 from lioncub.precision import rounding_of
 
 
@@ -57,14 +58,15 @@ class Lion(MomentumOptimizer):
     def _hold(self) -> None:
         super()._hold()
         # with the momentum of each in storage order
-        self._slots = [self._slots_of(index) for index in range(len(self.param_groups))]
+        meshes = Meshes([param for _, param in self._named_parameters()])
+        self._slots = [self._slots_of(index, meshes) for index in range(len(self.param_groups))]
 
-    def _slots_of(self, index: int) -> list[tuple[Slot, torch.device, Tensor]]:
+    def _slots_of(self, index: int, meshes: Meshes) -> list[tuple[Slot, torch.device, Tensor]]:
         return [
             (
-                slot_of(param_id_of(index, i), name, param),
-                param.device,
-                storage_order_view(name, self.state[param]["exp_avg"]),
+                slot_of(param_id_of(index, i), name, param, meshes.part_of(param)),
+                local_of(param).device,
+                storage_order_view(name, local_of(self.state[param]["exp_avg"])),
             )
             for i, (name, param) in enumerate(self._named_group(index))
         ]
@@ -119,7 +121,9 @@ class Lion(MomentumOptimizer):
         moved, is_traced = [], torch.compiler.is_compiling()
         for slot, device, exp_avg in self._slots[index]:
             slot.check_unchanged(device)
-            grad = gradient_of(slot.name, slot.param)
+            if slot.part.may_be_partial:
+                align_gradient(slot.param)
+            grad = local_gradient_of(slot.name, slot.param, local_of(slot.param))
             if grad is None:
                 continue
             if device not in by_device:

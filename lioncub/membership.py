@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from os import PathLike
 
 import torch
@@ -12,14 +13,15 @@ from torch.distributed.device_mesh import DeviceMesh
 from lioncub.arguments import check_flag
 from lioncub.buckets import Bucket, bucket_bytes_of
 from lioncub.collectives import ALGORITHMS, Costs, ProcessGroups, Profile, Voter, find_topology
-from lioncub.collectives.agreement import digest
+from lioncub.collectives.agreement import agreement, digest
 from lioncub.collectives.cost import candidates, default_costs
-from lioncub.collectives.groups import subgroups
+from lioncub.collectives.groups import new_group, subgroups
 from lioncub.collectives.probe import measure_costs
 from lioncub.collectives.simulated import SimulatedProcessGroup
-from lioncub.collectives.transport import backend_of, rank_of, world_size_of
+from lioncub.collectives.transport import Group, backend_of, gather_objects, rank_of, world_size_of
 from lioncub.config import Comm
 from lioncub.momentum_sync import MomentumSync
+from lioncub.params import Meshes
 from lioncub.tuning import LEAST_BYTES, Plan, Tuner, plans_of
 
 # one rank sends nothing, so all that may share a bucket does: on a GPU a step is two launches and one wait
@@ -41,6 +43,7 @@ class Membership:
         comm: Comm,
         overlap: bool,
         impl: str,
+        meshes: Meshes,
     ) -> None:
         algorithm, mesh, profile = comm.algorithm, comm.mesh, comm.profile
         if algorithm not in ("auto", *ALGORITHMS):
@@ -68,8 +71,38 @@ class Membership:
         self.own_groups: list[dist.ProcessGroup] = []
         self.groups: ProcessGroups
         self.costs: Costs
+        self.meshes = meshes
+        # where parameters are sharded: the ranks that decide together, and for each the first one of its vote
+        self._deciding: dist.ProcessGroup | None = None
+        self.layouts: list[int] | None = None
         # a group may be collected on one rank before others: only backends whose ends are independent allow that
         self.ends_alone = False
+
+    @property
+    def own_state(self) -> str:
+        """Whose momentum this rank has: the text in a checkpoint."""
+        return f"rank {self.rank} of {self.workers}"
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether no other rank takes part in a decision."""
+        return self.workers == 1 and self._deciding is None
+
+    @property
+    def deciding(self) -> Group:
+        """The group of all ranks that take part in a decision: those of the vote, and all that share a parameter."""
+        return self.groups.group if self._deciding is None else self._deciding
+
+    @property
+    def voting_ranks(self) -> list[int]:
+        """The ranks of the vote, numbered in the world; of simulated ones and of one alone this process."""
+        if self.workers == 1 or isinstance(self.group, SimulatedProcessGroup):
+            return [dist.get_rank() if dist.is_initialized() else 0]
+        return dist.get_process_group_ranks(self.group or dist.group.WORLD)
+
+    def agreeing(self, device: torch.device) -> AbstractContextManager[object]:
+        """Make an error in the body, where the ranks of each vote communicate, one of all ranks; a collective."""
+        return nullcontext() if self._deciding is None else agreement(self._deciding, device)
 
     def fingerprint(self) -> dict[str, object]:
         """Return what ranks must have in common, by the names that an error gives it."""
@@ -86,6 +119,9 @@ class Membership:
         Raises ValueError where a profile was measured on another group, or "hierarchical" is asked for on nodes that
         do not allow it.
         """
+        self._connect_deciders(device)
+        if self.workers == 1:
+            return
         # votes that are sent during backward must not come between a user's own collectives
         group = subgroups(self.group, [range(self.workers)], device)[0] if self.overlap else self.group
         self._own(group)
@@ -110,6 +146,22 @@ class Membership:
             self.costs = default_costs(self.groups.topology, backend)
         else:
             self.costs = measure_costs(self.groups, device, self._impl)
+
+    def _connect_deciders(self, device: torch.device) -> None:
+        """Create the group of all ranks that share a parameter, through a vote or a mesh. A collective of them."""
+        if not self.meshes.groups:
+            return
+        mine, voting = sorted(self.meshes.ranks), self.voting_ranks
+        meshes = gather_objects(mine, self.group, device) if self.workers > 1 else [mine]
+        ranks = sorted({rank for mesh in meshes for rank in mesh})
+        self.ends_alone = backend_of(self.meshes.groups[0], device.type) == "gloo"
+        self._deciding = new_group(ranks, self.group if self.workers > 1 else self.meshes.groups[0], device)
+        stated = gather_objects((ranks, voting[0]), self._deciding, device)
+        if any(theirs != ranks for theirs, _ in stated):
+            raise ValueError(f"process_group: expected votes and meshes that make a grid of ranks, got {stated}")
+        self.layouts = [ranks.index(first) for _, first in stated]
+        if len(ranks) == dist.get_world_size():
+            self.own_groups.append(self._deciding)
 
     @property
     def _is_open(self) -> bool:
@@ -184,6 +236,7 @@ def check_capturable(
         (drift_every is not None, "drift_every: expected None", drift_every),
         (isinstance(members.group, SimulatedProcessGroup), "process_group: expected real workers", "simulated ones"),
         (len(set(devices)) > 1, "params: expected all on one device", devices),
+        (bool(members.meshes.groups), "params: expected whole tensors", "shards (DTensor)"),
         (
             members.algorithm not in ("auto", *CAPTURABLE),
             f"algorithm: expected one of {('auto', *CAPTURABLE)}",

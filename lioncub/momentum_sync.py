@@ -123,12 +123,15 @@ def segments_of(
     if piece is None:
         return {}
     places = [place for place in buckets.slots if place[2].param_id in chosen]
-    blocks = sum(_blocks(slot.numel) for *_, slot in places)
+    # pieces are those of whole parameters, so that a shard's are the same elements
+    parts = [(slot.part.first, slot.part.numel) if slot.part.is_run else (0, slot.numel) for *_, slot in places]
+    blocks = sum(_blocks(numel) for _, numel in parts)
     first, last = (blocks * i // piece[1] for i in (piece[0], piece[0] + 1))
     before = 0
-    for bucket, j, slot in places:
-        start, end = max(first - before, 0) * BLOCK, min((last - before) * BLOCK, slot.numel)
-        before += _blocks(slot.numel)
+    for (bucket, j, slot), (begin, numel) in zip(places, parts, strict=True):
+        start = max((first - before) * BLOCK - begin, 0)
+        end = min((last - before) * BLOCK - begin, slot.numel)
+        before += _blocks(numel)
         if start < end:
             found.setdefault(bucket, []).append(Segment(j, start, end))
     return {bucket: tuple(segments) for bucket, segments in found.items()}

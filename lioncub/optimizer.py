@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any, ClassVar
@@ -15,13 +15,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lioncub.arguments import check_count, check_flag, hint_of_shards, refuse_shards
-from lioncub.base import Params
+from lioncub.base import AVERAGED, Params
 from lioncub.buckets import BucketList
 from lioncub.collectives import WorkersDisagreeError, handshake
 from lioncub.collectives.agreement import informing
 from lioncub.collectives.average import average_agreed_
 from lioncub.collectives.groups import destroy_groups
-from lioncub.compression import AnyCompression, check_compression, default_compression
+from lioncub.collectives.transport import world_size_of
+from lioncub.compression import AnyCompression, BySize, check_compression, default_compression
 from lioncub.config import Comm, Precision, check_config, refuse_unknown
 from lioncub.control import (
     LateReport,
@@ -30,6 +31,7 @@ from lioncub.kernels import resolve_impl
 from lioncub.membership import Membership, check_capturable
 from lioncub.momentum_sync import MomentumSync, check_momentum_sync
 from lioncub.overlap import check_devices
+from lioncub.params import Meshes, describe, is_sharded, local_of, locals_of
 from lioncub.payloads import NOT_AGREED, NOT_MEASURED, Drift, MomentumAverages, SharedScales
 from lioncub.replicas import check_equal
 from lioncub.state import keep_tensors
@@ -109,8 +111,10 @@ class LionCub(TransactionalOptimizer):
         impl: str = "auto",
         **unknown: Any,
     ) -> None:
+        params = _as_list(params)
+        meshes = Meshes(_tensors_of(params))
         # construction is a collective: where it fails on one rank alone, the others must know
-        with _informing(process_group):
+        with _informing(process_group, meshes):
             refuse_unknown("LionCub", unknown)
             check_config("comm", comm, Comm)
             check_config("precision", precision, Precision)
@@ -124,20 +128,23 @@ class LionCub(TransactionalOptimizer):
             if drift_every is not None:
                 check_count("drift_every", drift_every, "a number of steps")
             self._policy, self._drift_every = policy, drift_every
-            self._members = Membership(process_group, comm, overlap, impl)
+            self._members = Membership(process_group, comm, overlap, impl, meshes)
             self._given_compression = compression
             # one for each param group; not in the groups, since a checkpoint fits any
             self._compressions: list[AnyCompression] = []
+            # the same for any number of ranks
+            self._configured: list[AnyCompression] = []
             self._capturable = capturable
             self._compression = check_compression(compression or self._default_compression())
             self._comm, self._on_nonfinite = comm, on_nonfinite
             self._start_transactions()
+            self._is_averaged, self._own_state = True, self._members.own_state
             self._is_built = self._is_closed = False
             super().__init__(params, lr, betas, weight_decay, maximize, impl, precision)
             if not self._named_parameters():
                 raise ValueError("params: expected at least one parameter, got none")
-            self._device = self._named_parameters()[0][1].device
-            devices = sorted({str(param.device) for _, param in self._named_parameters()})
+            self._device = local_of(self._named_parameters()[0][1]).device
+            devices = sorted({str(param.device) for _, param in locals_of(self._named_parameters())})
             if overlap:
                 check_devices(devices)
             self._late: LateReport | None = None
@@ -147,15 +154,13 @@ class LionCub(TransactionalOptimizer):
                 self._clock = torch.zeros((), dtype=torch.int64, device=self._device)
                 self.param_groups[0]["step"] = self._clock
             fingerprint = self._fingerprint()
-        if self._workers > 1:
-            self._shake_hands(fingerprint)
-            self._connect()
+        self._shake_hands(fingerprint)
         self._buckets = BucketList(
-            self.state, self._compressions, precision.momentum_dtype, self._members.choose_bucket_bytes
+            self.state, self._compressions, precision.momentum_dtype, self._members.choose_bucket_bytes, meshes
         )
         self._drift = Drift(drift_every, self._buckets, self.state)
         self._momentum = MomentumAverages(policy if self._workers > 1 else None, self._buckets, self._drift)
-        self._scales = SharedScales(self._buckets, self.state, capturable=capturable)
+        self._scales = SharedScales(self._buckets, self.state, self._configured, capturable=capturable)
         self._is_built = True
         self._add_buckets(range(len(self.param_groups)))
         self._engine = StepEngine(
@@ -184,15 +189,17 @@ class LionCub(TransactionalOptimizer):
         it has one.
         """
         self._check_open()
-        compression = self._compression
+        compression, configured = self._compression, self._given_compression or BySize()
         if isinstance(param_group, dict) and "compression" in param_group:
             param_group = dict(param_group)
-            compression = check_compression(param_group.pop("compression"))
+            compression = configured = check_compression(param_group.pop("compression"))
         self._compressions.append(compression)
+        self._configured.append(configured)
         try:
             super().add_param_group(param_group)
         except BaseException:
             self._compressions.pop()
+            self._configured.pop()
             raise
 
     @contextlib.contextmanager
@@ -263,16 +270,16 @@ class LionCub(TransactionalOptimizer):
         self._check_open()
         old = self._members
         try:
-            with _informing(process_group):
+            meshes = old.meshes
+            with _informing(process_group, meshes):
                 if self._pending is not None:
                     raise RuntimeError("rebind: expected no step between propose and commit, got one")
                 # nodes and profile are those of the old group
                 comm = replace(self._comm, mesh=None, profile=None)
-                self._members = Membership(process_group, comm, old.overlap, self._impl)
+                self._members = Membership(process_group, comm, old.overlap, self._impl, meshes)
+                meshes.check(self._named_parameters(), self._members.voting_ranks)
                 fingerprint = {**self._fingerprint(), "the step": self._step_count}
-            if self._workers > 1:
-                self._shake_hands(fingerprint)
-                self._connect()
+            self._shake_hands(fingerprint)
         except BaseException:
             self._members = old
             raise
@@ -289,11 +296,11 @@ class LionCub(TransactionalOptimizer):
         self._buckets.choose_bytes = self._members.choose_bucket_bytes
         self._rearrange(None)
         self._momentum.use(self._policy if self._workers > 1 else None)
-        if self._workers > 1:
-            self._scales.add([param for _, param in self._named_parameters()])
-        else:
-            self._scales.remove()
-        self._engine.members = self._members
+        if self._workers == 1:
+            self._scales.reset()
+        # what one rank alone has differs from what others have
+        self._is_averaged = self._workers == 1 or (self._is_averaged and old.workers > 1)
+        self._engine.members, self._own_state = self._members, self._members.own_state
         self._engine.agree()
         self._hold()
         self._start_overlap()
@@ -339,9 +346,10 @@ class LionCub(TransactionalOptimizer):
         captured. Raises WorkersDisagreeError on all ranks where they differ.
         """
         self._check_open()
-        if self._workers > 1:
-            fingerprint = {"the bucket layout": self._momentum.agreed_layout(), "the step": self._step_count}
-            handshake(fingerprint, group=self._group, device=self._device)
+        fingerprint = {"the bucket layout": self._momentum.agreed_layout(), "the step": self._step_count}
+        with self._members.agreeing(self._device):
+            if self._workers > 1:
+                handshake(fingerprint, group=self._group, device=self._device)
         if self._late is not None:
             self._refresh_masters()
             # an error that was not raised yet refers to the parameters of then
@@ -359,26 +367,35 @@ class LionCub(TransactionalOptimizer):
     def check_replicas(self) -> None:
         """Verify that all workers' parameters, and masters, are bit-identical; a collective call.
 
-        Raises WorkersDisagreeError on all workers, naming the first parameter that differs.
+        Shards are compared with the same shards, DTensors also over the meshes that replicate them. Raises
+        WorkersDisagreeError on all workers, naming the first parameter that differs.
         """
         self._check_open()
-        if self._workers > 1:
-            self._refresh_masters()
-            named = self._named_parameters()
-            check_equal([*named, *self._masters.named(named)], group=self._group)
+        self._refresh_masters()
+        named = self._named_parameters()
+        with self._members.agreeing(self._device):
+            if self._workers > 1:
+                check_equal([*locals_of(named), *self._masters.named(named)], group=self._group)
+        for group, replicated in self._members.meshes.replicated(named):
+            with self._members.agreeing(self._device):
+                check_equal([*locals_of(replicated), *self._masters.named(replicated)], group=group)
 
     def sync_momentum(self) -> None:
         """Average momentum over workers, summed in rank order, so that all hold the same bits; a collective call.
 
-        Before `state_dict`, it makes one worker's file serve any number of workers.
+        Before `state_dict`, it makes one worker's file serve any number of workers, and before
+        `torch.distributed.checkpoint`, which keeps one replica of each shard, any mesh.
         """
         self._check_open()
+        with self._members.agreeing(self._device):
+            if self._workers > 1:
+                handshake({"the bucket layout": self._buckets.layout}, group=self._group, device=self._device)
         if self._workers > 1:
-            handshake({"the bucket layout": self._buckets.layout}, group=self._group, device=self._device)
             for bucket in self._buckets.all:
                 mean = bucket.exp_avg.float()
                 average_agreed_(mean, group=self._group)
                 bucket.exp_avg.copy_(mean)
+        self._is_averaged = True
 
     def close(self) -> None:
         """End the thread of ``overlap``, the hooks on parameters and the process groups that were created for this.
@@ -418,6 +435,10 @@ class LionCub(TransactionalOptimizer):
             f"{impls} kernels"
         )
 
+    def _loaded_momentum(self, momentum_state: str) -> None:
+        self._is_averaged = momentum_state == AVERAGED or self._workers == 1
+        super()._loaded_momentum(momentum_state)
+
     def _default_compression(self) -> AnyCompression:
         return default_compression(self._workers)
 
@@ -426,10 +447,18 @@ class LionCub(TransactionalOptimizer):
             raise RuntimeError("LionCub: expected an open optimizer, got one after close()")
 
     def _shake_hands(self, fingerprint: dict[str, object]) -> None:
-        try:
-            handshake(fingerprint, group=self._group, device=self._device)
-        except WorkersDisagreeError as error:
-            raise WorkersDisagreeError(f"{error}{hint_of_shards(str(error))}") from None
+        """Agree with all ranks of the vote, then with those of the meshes, and create process groups."""
+        meshes = self._members.meshes.groups
+        groups = [*([self._group] if self._workers > 1 else []), *meshes]
+        for i, group in enumerate(groups):
+            # an error on any rank of a grid reaches all, along one of its dimensions after the other
+            with informing(*groups[i + 1 :], device=self._device):
+                try:
+                    handshake(fingerprint, group=group, device=self._device)
+                except WorkersDisagreeError as error:
+                    raise WorkersDisagreeError(f"{error}{hint_of_shards(str(error))}") from None
+        if groups:
+            self._connect()
 
     def _connect(self) -> None:
         """Create process groups; their end comes with this optimizer's."""
@@ -440,7 +469,12 @@ class LionCub(TransactionalOptimizer):
 
     def _check_last_group(self) -> None:
         super()._check_last_group()
-        refuse_shards(self._named_parameters(), are_broadcast=self._comm.broadcast and self._workers > 1)
+        named, meshes = self._named_parameters(), self._members.meshes
+        whole = [(name, param) for name, param in named if not is_sharded(param)]
+        refuse_shards(whole, are_broadcast=self._comm.broadcast and self._workers > 1)
+        if self._is_built and not Meshes(param for _, param in named).ranks <= meshes.ranks:
+            raise ValueError("params: expected shards on the meshes of the other groups, got one on another mesh")
+        meshes.check(named, self._members.voting_ranks)
 
     def _create_state(self, group_index: int) -> None:
         # at construction all groups are laid out together, when the group is connected
@@ -449,10 +483,10 @@ class LionCub(TransactionalOptimizer):
 
     def _add_buckets(self, groups: range) -> None:
         """Lay out new groups; where it raises, nothing has changed."""
+        self._members.meshes.add(param for i in groups for param in self.param_groups[i]["params"])
         params = self._buckets.append(self.param_groups, groups, by_readiness=self._members.overlap)
         self._drift.add(params)
-        if self._workers > 1:
-            self._scales.add(params)
+        self._scales.add(params)
         for i in groups:
             # with capturable, one tensor that all groups share
             self.param_groups[i]["step"] = self.param_groups[0]["step"]
@@ -478,9 +512,7 @@ class LionCub(TransactionalOptimizer):
         }
         groups = [i for i, group in enumerate(self.param_groups) for _ in group["params"]]
         for i, (group_index, (name, p)) in enumerate(zip(groups, self._named_parameters(), strict=True)):
-            fingerprint[f"parameter {i}"] = (
-                f"{name} of {p.dtype}, shape {tuple(p.shape)}, strides {p.stride()}, group {group_index}"
-            )
+            fingerprint[f"parameter {i}"] = f"{name} of {describe(p)}, group {group_index}"
         return fingerprint
 
     def _announce(self) -> None:
@@ -489,10 +521,29 @@ class LionCub(TransactionalOptimizer):
         _LOG.info("%r", self)
 
 
-def _informing(group: dist.ProcessGroup | None) -> AbstractContextManager[object]:
-    """Return `informing`, where there are other ranks."""
+def _informing(group: dist.ProcessGroup | None, meshes: Meshes) -> AbstractContextManager[object]:
+    """Return `informing` of all groups with which a handshake follows."""
     is_there = dist.is_initialized() if group is None else isinstance(group, dist.ProcessGroup)
-    return informing(group) if is_there else contextlib.nullcontext()
+    if is_there and meshes.groups and world_size_of(group) == 1:
+        # nobody waits in it
+        is_there = False
+    return informing(*([group] if is_there else []), *meshes.groups)
+
+
+def _as_list(params: Params) -> Any:
+    """Return parameters as a list, which is read twice; what is none is refused later, with the other arguments."""
+    return list(params) if isinstance(params, Iterable) and not isinstance(params, Tensor | Mapping) else params
+
+
+def _tensors_of(params: Any) -> list[Tensor]:
+    """Return the tensors among parameters, named ones or groups; raises nothing."""
+    if isinstance(params, Tensor):
+        return [params]
+    if isinstance(params, Mapping):
+        return _tensors_of(params.get("params"))
+    if isinstance(params, list | tuple):
+        return [tensor for one in params for tensor in _tensors_of(one)]
+    return []
 
 
 # called, not traced: an error that is raised while a compiler traces makes it run the step as it is, in pieces

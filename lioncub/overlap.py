@@ -22,6 +22,7 @@ from torch.utils.hooks import RemovableHandle
 from lioncub.buckets import Bucket
 from lioncub.collectives.algorithms import Exchange
 from lioncub.control import Attempt
+from lioncub.params import local_of
 
 if TYPE_CHECKING:
     from lioncub.step import SentBucket, StepContext, StepEngine
@@ -74,6 +75,8 @@ class CommStream:
 
     def __init__(self, device: torch.device) -> None:
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        # those of backward and, of fully_shard, of its reduction
+        self._gradients: dict[torch.cuda.Stream, None] = {}
 
     def carry(self, exchange: Exchange[Any], message: Any) -> None:
         """Start an exchange and enqueue all of its phases behind what the current stream has encoded."""
@@ -82,6 +85,16 @@ class CommStream:
             self._stream.wait_event(encoded)
             exchange.start(message)
             exchange.result()
+
+    def follow(self) -> None:
+        """Make what is encoded later wait for the current stream, on which a gradient was reduced."""
+        self._gradients[torch.cuda.current_stream(self._stream.device)] = None
+
+    def join_gradients(self) -> None:
+        """Make the current stream wait for all gradients."""
+        now = torch.cuda.current_stream(self._stream.device)
+        for stream in self._gradients:
+            now.wait_stream(stream)
 
     def wait(self) -> None:
         """Make the current stream wait for what has been enqueued."""
@@ -97,16 +110,26 @@ class CommStream:
 
 @dataclass(frozen=True)
 class Evidence:
-    """The inputs of an encoded bucket: gradients with their versions, the version of its momentum."""
+    """The inputs of an encoded bucket: gradients with their versions, the version of its momentum.
+
+    Operations on lists of DTensors, as of clipping, count no versions: sums of such gradients are compared too.
+    """
 
     gradients: tuple[tuple[Tensor | None, int], ...]
     momentum: int
+    sums: Tensor | None
 
     @classmethod
     def of(cls, bucket: Bucket) -> Evidence:
         """Note the bucket as it is."""
-        grads = [slot.param.grad for slot in bucket.slots]
-        return cls(tuple((grad, 0 if grad is None else grad._version) for grad in grads), bucket.exp_avg._version)
+        grads = [param.grad for param in bucket.owners]
+        versions = tuple((grad, 0 if grad is None else grad._version) for grad in grads)
+        return cls(versions, bucket.exp_avg._version, _sums_of(bucket) if bucket.is_sharded else None)
+
+    def has_sums_of(self, bucket: Bucket) -> bool:
+        """Whether gradients add up to what they did; waits for the device where they are sharded."""
+        # of sums that are not finite, bits can be compared
+        return self.sums is None or torch.equal(self.sums.view(torch.int32), _sums_of(bucket).view(torch.int32))
 
 
 class Overlap:
@@ -223,6 +246,12 @@ class Overlap:
                         "sent its votes, got one that was changed (by clipping, scaling or DistributedDataParallel); "
                         "use overlap=False"
                     )
+            if not self._stale and not evidence.has_sums_of(bucket):
+                raise RuntimeError(
+                    f"gradients of {bucket.slots[0].name} to {bucket.slots[-1].name}: expected them unchanged since "
+                    "backward, as overlap=True has already sent their votes, got some that were changed (by clipping "
+                    "or scaling); use overlap=False"
+                )
 
     def _on_gradient(self, param: Tensor) -> None:
         """Send the parameter's bucket, and those that waited for it, once they are complete."""
@@ -231,6 +260,8 @@ class Overlap:
             self._stale = True
         if self.paused:
             return
+        if isinstance(self.comm, CommStream):
+            self.comm.follow()
         if not self._clock and self._buckets:
             # what the others send can then arrive without this rank's help
             self._engine.expect()
@@ -242,11 +273,19 @@ class Overlap:
         self._waiting[home] -= 1
         while len(self.sent) < len(self._buckets) and not self._waiting[len(self.sent)]:
             i = len(self.sent)
+            if isinstance(self.comm, CommStream):
+                self.comm.join_gradients()
             self._evidence.append(Evidence.of(self._buckets[i]))
             with torch.no_grad():
                 if self._context is None:
                     self._context = self._attempt.run(self._optimizer._read_context)
                 self.sent.append(self._engine.send(i, self._context, self._attempt))
+
+
+def _sums_of(bucket: Bucket) -> Tensor:
+    """Return the sums of the local gradients, and of their absolute values, fp32."""
+    grads = [local_of(param.grad) for param in bucket.owners if param.grad is not None]
+    return torch.stack([total for grad in grads for total in (grad.float().sum(), grad.float().abs().sum())])
 
 
 def end_overlap(comm: CommThread | CommStream, hooks: list[RemovableHandle]) -> None:

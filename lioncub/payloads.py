@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -17,13 +17,15 @@ from lioncub.collectives.agreement import digest
 from lioncub.collectives.algorithms import Done, Exchange, Phases
 from lioncub.collectives.average import average_bytes, average_phases
 from lioncub.collectives.transport import PAYLOADS, Transport
-from lioncub.compression import Quantized
+from lioncub.compression import AnyCompression, Compression, Quantized, compression_of
 from lioncub.kernels import lion_ema
 from lioncub.kernels.checks import storage_order_view
 from lioncub.kernels.quantization import foreach_lion_scale, scale_count
 from lioncub.momentum_sync import MomentumSync, Segment, chosen_ids, segments_of
+from lioncub.params import Meshes, local_of
 
 if TYPE_CHECKING:
+    from lioncub.control import Attempt
     from lioncub.step import EncodedBucket, StepContext
 
 # elements of a parameter whose momentum is sampled to measure its drift: a share of them, but neither very few nor
@@ -88,46 +90,61 @@ class SharedScales(Payload):
 
     kind = _SCALES
 
-    def __init__(self, buckets: BucketList, state: Mapping[Any, Any], *, capturable: bool) -> None:
+    def __init__(
+        self,
+        buckets: BucketList,
+        state: Mapping[Any, Any],
+        configured: Sequence[AnyCompression],
+        *,
+        capturable: bool,
+    ) -> None:
         super().__init__()
         self._buckets, self._state, self._capturable = buckets, state, capturable
+        # by param group, and whatever the number of ranks, on which the entries of a checkpoint must not depend
+        self._configured = configured
         # by bucket, whether all its scales are known; asked of the device once
         self._is_known: dict[Bucket, bool] = {}
+        # of parameters in parts with several scales: those of this part, which no checkpoint can put together
+        self._of_parts: dict[Tensor, dict[str, Tensor]] = {}
+        # this rank's scales of parameters that are in parts: those of the whole, of the step in progress
+        self.of_wholes: dict[Bucket, Sequence[Tensor]] = {}
 
     def add(self, params: Sequence[Tensor]) -> None:
         """Make the entries of new parameters."""
         self.invalidate()
         new = set(params)
-        for bucket in filter(_shares_scales, self._buckets.all):
-            for slot, count in zip(bucket.slots, _scale_counts(bucket), strict=True):
-                if slot.param in new and "scale" not in self._state[slot.param]:
-                    scale = torch.full((count,), NOT_AGREED, dtype=torch.float32, device=bucket.device)
-                    self._state[slot.param]["scale"] = scale
+        for bucket, _, slot in self._buckets.slots:
+            compression = compression_of(self._configured[bucket.group_index], slot.part.numel)
+            if slot.param not in new or not _shares(compression):
+                continue
+            state, count = self._state_of(compression, slot), scale_count(slot.numel, compression.block or 0)
+            state.setdefault("scale", torch.full((count,), NOT_AGREED, dtype=torch.float32, device=bucket.device))
 
-    def remove(self) -> None:
-        """Drop all entries: one rank alone shares none."""
-        for *_, slot in self._buckets.slots:
-            self._state[slot.param].pop("scale", None)
+    def reset(self) -> None:
+        """Go on with scales that are unknown: one rank alone shares none."""
+        for state in (*self._of_parts.values(), *(self._state[slot.param] for *_, slot in self._buckets.slots)):
+            if "scale" in state:
+                state["scale"].fill_(NOT_AGREED)
         self.invalidate()
 
     def invalidate(self) -> None:
         """Ask the state anew: it was loaded, or buckets have changed."""
         self._is_known.clear()
 
-    def of(self, bucket: Bucket, own: Callable[[], Sequence[Tensor]]) -> list[Tensor] | None:
+    def of(self, bucket: Bucket, own: Callable[[], Sequence[Tensor]]) -> Sequence[Tensor] | None:
         """Return the scales to quantize a bucket by; None: by this rank's own.
 
         ``own`` computes these, where only the device knows which are to be taken.
         """
-        if not _shares_scales(bucket) or "scale" not in self._state[bucket.slots[0].param]:
-            return None
+        if not _shares_scales(bucket):
+            return self.of_wholes.get(bucket)
         shared = self._scales_of(bucket)
         if self._capturable:
             unknown = torch.cat(shared).isnan().any()
             return [torch.where(unknown, mine, ours) for mine, ours in zip(own(), shared, strict=True)]
         if bucket not in self._is_known:
             self._is_known[bucket] = not bool(torch.cat(shared).isnan().any())
-        return shared if self._is_known[bucket] else None
+        return shared if self._is_known[bucket] else self.of_wholes.get(bucket)
 
     def is_due(self, bucket: Bucket, step: int) -> bool:
         """See `Payload.is_due`; where the host does not know the step, in all of them."""
@@ -139,7 +156,8 @@ class SharedScales(Payload):
 
     def values(self, bucket: Bucket, step: int, encoded: EncodedBucket, context: StepContext) -> Tensor:
         """See `Payload.values`."""
-        return torch.cat(list(own_scales(bucket, encoded.grads, context)))
+        own = self.of_wholes.get(bucket)
+        return torch.cat(list(own_scales(bucket, encoded.grads, context) if own is None else own))
 
     def write(
         self, bucket: Bucket, step: int, result: Tensor, active: Tensor | None, takes_step: Tensor | None, now: Any
@@ -156,7 +174,69 @@ class SharedScales(Payload):
             self._is_known[bucket] = True
 
     def _scales_of(self, bucket: Bucket) -> list[Tensor]:
-        return [self._state[slot.param]["scale"] for slot in bucket.slots]
+        return [self._state_of(bucket.compression, slot)["scale"] for slot in bucket.slots]
+
+    def _state_of(self, compression: Compression, slot: Slot) -> dict[str, Tensor]:
+        """Return what has a parameter's scales."""
+        is_one = isinstance(compression, Quantized) and compression.block is None
+        if slot.part.sharded and not is_one:
+            return self._of_parts.setdefault(slot.param, {})
+        state: dict[str, Tensor] = self._state[slot.param]
+        return state
+
+
+class LateBuckets:
+    """The buckets whose codes need what other ranks of a mesh have: before they are encoded, gradients are made whole
+    sums, and scales those of whole parameters. Collectives of the meshes; nothing without shards.
+    """
+
+    def __init__(self, buckets: Sequence[Bucket], meshes: Meshes, scales: SharedScales) -> None:
+        self._meshes, self._scales = meshes, scales
+        late = [bucket for bucket in buckets if bucket.is_late] if meshes.groups else []
+        self._partial = sorted(
+            (slot for bucket in late for slot in bucket.slots if slot.part.may_be_partial),
+            key=lambda slot: slot.param_id,
+        )
+        in_parts = [(bucket, slot) for bucket in late if _has_whole_scales(bucket) for slot in bucket.slots]
+        self._in_parts = sorted(in_parts, key=lambda place: place[1].param_id)
+        self._buckets = list(dict.fromkeys(bucket for bucket, _ in in_parts))
+
+    def prepare(self, context: StepContext | None, attempt: Attempt) -> None:
+        """Make gradients and scales those of whole parameters; a rank that fails takes part with zeros."""
+        if self._partial:
+            named = [(slot.name, slot.param) for slot in self._partial]
+            self._meshes.align_gradients(named, attempt, local_of(self._partial[0].param).device)
+        if self._in_parts:
+            own = None if context is None else attempt.run(self._own, context)
+            self._combine(own or {})
+
+    def _own(self, context: StepContext) -> dict[int, Tensor]:
+        """Return the scale of this rank's part of each parameter, by its id."""
+        found: dict[int, Tensor] = {}
+        for bucket in self._buckets:
+            bucket.check_unchanged()
+            scales = own_scales(bucket, bucket.gradients()[0], context)
+            found |= {slot.param_id: scale for slot, scale in zip(bucket.slots, scales, strict=True)}
+        return found
+
+    def _combine(self, own: dict[int, Tensor]) -> None:
+        """Reduce scales over the parts: maxima, or sums of absolute values or squares, in float64."""
+        device = self._buckets[0].device
+        zero = torch.zeros(1, dtype=torch.float32, device=device)
+        slots, norms = [slot for _, slot in self._in_parts], [_norm_of(bucket) for bucket, _ in self._in_parts]
+        mine = torch.cat([own.get(slot.param_id, zero) for slot in slots]).double()
+        sizes, wholes = (
+            torch.tensor(of, dtype=torch.float64, device=device)
+            for of in ([slot.numel for slot in slots], [max(slot.part.numel, 1) for slot in slots])
+        )
+        is_max, is_rms = (torch.tensor([norm == name for norm in norms], device=device) for name in ("linf", "l2"))
+        sums = torch.where(is_rms, mine.square(), mine) * sizes
+        parts = [slot.part for slot in slots]
+        total = self._meshes.combined(sums, parts, lambda everyone: everyone.sum(0)) / wholes
+        largest = self._meshes.combined(mine, parts, lambda everyone: everyone.amax(0))
+        found = torch.where(is_max, largest, torch.where(is_rms, total.sqrt(), total)).float()
+        by_id = dict(zip([slot.param_id for slot in slots], torch.split(found, 1), strict=True))
+        self._scales.of_wholes = {bucket: [by_id[slot.param_id] for slot in bucket.slots] for bucket in self._buckets}
 
 
 class MomentumAverages(Payload):
@@ -180,6 +260,11 @@ class MomentumAverages(Payload):
         self._chosen: tuple[int, frozenset[int]] | None = None
         # segments by bucket of the last step that was asked for: the same until it ends
         self._due: tuple[int, dict[Bucket, tuple[Segment, ...]]] | None = None
+
+    @property
+    def averages_all(self) -> bool:
+        """Whether every step averages all momentum."""
+        return self._policy is not None and self._policy.every == 1 and self._policy.select is None
 
     def agreed_layout(self) -> int:
         """Return the hash of the layout, and of what was chosen by drift: ranks that differ in it must not average."""
@@ -249,7 +334,8 @@ class Drift(Payload):
         """Make the entries of new parameters, if drift is ever measured."""
         if self.every is not None:
             for param in params:
-                self._state[param]["drift"] = torch.full((), NOT_MEASURED, dtype=torch.float32, device=param.device)
+                like = local_of(param)
+                self._state[param]["drift"] = torch.full((), NOT_MEASURED, dtype=torch.float32, device=like.device)
 
     def is_due(self, bucket: Bucket, step: int) -> bool:
         """See `Payload.is_due`."""
@@ -307,8 +393,24 @@ def own_scales(bucket: Bucket, grads: list[Tensor], context: StepContext) -> Seq
     )
 
 
+def _norm_of(bucket: Bucket) -> str:
+    assert isinstance(bucket.compression, Quantized)
+    return bucket.compression.norm
+
+
+def _has_whole_scales(bucket: Bucket) -> bool:
+    """Whether a parameter of the bucket has one scale, and is in parts."""
+    compression = bucket.compression
+    is_one = isinstance(compression, Quantized) and compression.block is None
+    return is_one and any(slot.part.sharded for slot in bucket.slots)
+
+
 def _shares_scales(bucket: Bucket) -> bool:
-    return isinstance(bucket.compression, Quantized) and bucket.compression.share_scales_every is not None
+    return _shares(bucket.compression)
+
+
+def _shares(compression: Compression) -> TypeGuard[Quantized]:
+    return isinstance(compression, Quantized) and compression.share_scales_every is not None
 
 
 def _every(bucket: Bucket) -> int:

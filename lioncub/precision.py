@@ -12,6 +12,7 @@ from torch import Tensor
 from lioncub.config import Precision
 from lioncub.kernels import Rounding
 from lioncub.kernels.checks import storage_order_view
+from lioncub.params import is_sharded, like_param, local_of
 
 Named = Sequence[tuple[str, Tensor]]
 
@@ -29,8 +30,9 @@ def rounding_of(precision: Precision, step: int | Tensor, rank: int) -> Rounding
 
 
 def master_of(param: Tensor) -> Tensor:
-    """Return a new master: the parameter in fp32, in its storage order."""
-    return torch.empty_like(param, dtype=torch.float32, requires_grad=False).copy_(param.detach())
+    """Return a new master: the parameter in fp32, in its storage order, sharded as it is."""
+    local = local_of(param.detach())
+    return like_param(param, torch.empty_like(local, dtype=torch.float32).copy_(local))
 
 
 @dataclass(frozen=True)
@@ -50,24 +52,27 @@ class Masters:
         return storage_order_view(name, self.moved(name, param))
 
     def moved(self, name: str, param: Tensor) -> Tensor:
-        """Return the tensor that is updated: the parameter's master, or itself."""
+        """Return the local tensor that is updated: that of the parameter's master, or its own."""
         if not self.in_use:
-            return param
+            return local_of(param)
         master: Tensor | None = self.state[param].get("master")
         if master is None:
-            return param
+            return local_of(param)
         if master.dtype != torch.float32 or master.shape != param.shape or master.stride() != param.stride():
             raise RuntimeError(f"state of parameter {name}: expected the master made at construction, got another one")
-        return master
+        return local_of(master)
 
     def refresh(self, named: Named) -> None:
         """Copy a parameter into its master where it was changed from outside since `write_back`."""
         for _, param in named:
             master = self.state[param].get("master")
-            if master is None or self.versions.get(param) == param._version:
+            # operations on lists of DTensors, as of clipping or averaging, do not count versions
+            is_known = self.versions.get(param) == param._version and not is_sharded(param)
+            if master is None or is_known:
                 continue
-            if not torch.equal(master.to(param.dtype), param):
-                master.copy_(param.detach())
+            mine, theirs = local_of(master), local_of(param.detach())
+            if not torch.equal(mine.to(theirs.dtype), theirs):
+                mine.copy_(theirs)
             self.versions[param] = param._version
 
     def write_back(self, params: Sequence[Tensor]) -> None:
@@ -76,10 +81,13 @@ class Masters:
             return
         low = [param for param in params if "master" in self.state[param]]
         if low:
-            torch._foreach_copy_(low, [self.state[param]["master"] for param in low])
+            masters = [local_of(self.state[param]["master"]) for param in low]
+            torch._foreach_copy_([local_of(param) for param in low], masters)
         if not torch.compiler.is_compiling():
             self.versions.update({param: param._version for param in low})
 
     def named(self, named: Named) -> list[tuple[str, Tensor]]:
-        """Return all masters with their names."""
-        return [(f"{name} (master)", self.state[p]["master"]) for name, p in named if "master" in self.state[p]]
+        """Return the local tensors of all masters with their names."""
+        return [
+            (f"{name} (master)", local_of(self.state[p]["master"])) for name, p in named if "master" in self.state[p]
+        ]

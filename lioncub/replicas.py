@@ -74,7 +74,7 @@ def check_equal(named: Sequence[tuple[str, Tensor]], *, group: Group = None) -> 
 
     Raises WorkersDisagreeError on all workers, naming the first tensor that differs and each rank's hash.
     """
-    with informing(group, _device_of(named)):
+    with informing(group, device=_device_of(named)):
         hashes = [(name, f"hash {int(hash_bits(tensor)) & (2**64 - 1):016x}") for name, tensor in named]
     stated = gather_where_different(hashes, group, _device_of(named))
     if stated is None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-Named = Sequence[tuple[str, Tensor]]
+from lioncub.params import Named, local_of
 
 # what `state[p]` may hold
 STATE_ENTRIES = ("exp_avg", "master", "drift", "scale")
@@ -27,7 +27,7 @@ class Holding:
         self._params = [[param for _, param in named] for named in param_groups]
         params = [(name, param) for named in param_groups for name, param in named]
         self._entries = [
-            (name, param, entry, tensor, tensor.data_ptr())
+            (name, param, entry, tensor, local_of(tensor).data_ptr())
             for name, param in params
             for entry, tensor in _entries_of(state[param])
         ]
@@ -37,6 +37,8 @@ class Holding:
         self._keys = [entry for *_, entry, _, _ in self._entries]
         self._tensors = [tensor for *_, tensor, _ in self._entries]
         self._addresses = [address for *_, address in self._entries]
+        # a DTensor shares the memory of this one, which is its own for ever
+        self._locals = list(map(local_of, self._tensors))
 
     def check_parameters(self, param_groups: Sequence[dict[str, Any]]) -> None:
         """Raise RuntimeError where ``param_groups`` hold other parameters, or in another order."""
@@ -55,12 +57,12 @@ class Holding:
         if (
             all(map(is_, map(state.get, self._owners), self._dicts))
             and all(map(is_, map(dict.get, self._dicts, self._keys), self._tensors))
-            and list(map(Tensor.data_ptr, self._tensors)) == self._addresses
+            and list(map(Tensor.data_ptr, self._locals)) == self._addresses
         ):
             return None
         for name, param, entry, tensor, address in self._entries:
             mine = self._state.get(param, {})
-            if mine.get(entry) is not tensor or tensor.data_ptr() != address:
+            if mine.get(entry) is not tensor or local_of(tensor).data_ptr() != address:
                 got = "one in other memory" if mine.get(entry) is tensor else "another object"
                 return (
                     f"state of parameter {name}: expected the {entry} made at construction, got {got}; change it "

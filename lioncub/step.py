@@ -34,7 +34,7 @@ from lioncub.kernels import (
 from lioncub.kernels.scalars import Scalar
 from lioncub.membership import Membership
 from lioncub.overlap import Overlap
-from lioncub.payloads import Drift, MomentumAverages, Payload, SharedScales, own_scales
+from lioncub.payloads import Drift, LateBuckets, MomentumAverages, Payload, SharedScales, own_scales
 from lioncub.precision import Masters, rounding_of
 
 R = TypeVar("R")
@@ -130,12 +130,22 @@ class StepEngine:
         self.n_agreed = len(buckets)
         names = [slot.name for bucket in buckets for slot in bucket.slots]
         self.voters: list[Voter] = []
-        self._device, self._transport = buckets[0].device, None
+        self._device, self._transport, deciding = buckets[0].device, None, None
         if members.workers > 1:
             self.voters = members.voters(buckets, functional=self._capturable)
             self._transport = Transport(members.groups.group, self._device, functional=self._capturable)
-        groups = sorted({bucket.group_index for bucket in buckets})
-        self.control = Control(names, groups, self._transport, self._device, capturable=self._capturable)
+        if not members.is_alone:
+            deciding = Transport(members.deciding, self._device, functional=self._capturable)
+        self.control = Control(
+            names,
+            sorted({bucket.group_index for bucket in buckets}),
+            deciding,
+            self._device,
+            capturable=self._capturable,
+            order=None if members.layouts is None else self.buckets.order(self.n_agreed),
+            layouts=members.layouts,
+        )
+        self._late = LateBuckets(buckets, members.meshes, self.scales)
         self._n_params = len(names)
         self._least = [_least_scales(bucket) for bucket in buckets]
         self.seconds: list[float] = [0.0] * len(self.voters)
@@ -172,6 +182,7 @@ class StepEngine:
         # of none twice: those of a later step would take its messages, even if other voters carry it
         self.expect(len(early))
         sent = list(early)
+        self._late.prepare(context, attempt)
         for i in range(len(sent), self.n_agreed):
             sent.append(self.send(i, context, attempt))
         message = None
@@ -180,9 +191,9 @@ class StepEngine:
         if message is None:
             message = self.control.blank(FAILED, self.schedule if context is None else context.step)
         everyone = message.view(1, -1)
-        if self.voters:
+        if self.control.is_sent:
             everyone = self._exchange_control(message, [exchange for one in sent for exchange in one.exchanges])
-            self.seconds = [0.0 if one.vote is None else one.vote.seconds for one in sent]
+            self.seconds = [one.vote.seconds for one in sent if one.vote is not None]
             self.sync_seconds = sum(exchange.seconds for one in sent for _, exchange in one.payloads)
         decision = self.control.decide(everyone)
         if attempt.failure is not None or context is None:
@@ -201,7 +212,7 @@ class StepEngine:
         if encoded is None:
             bucket.packed.zero_()
         now: Any = step if context is None else context.step
-        vote = self._start(self.voters[i].prepare(), (bucket.packed, tie_parity(now)))
+        vote = self._start(self.voters[i].prepare(), (bucket.packed, tie_parity(now) + bucket.parity))
         payloads: list[tuple[Payload, Exchange[Tensor]]] = []
         for payload in (self.scales, self.momentum, self.drift):
             if i == 0:
@@ -233,7 +244,7 @@ class StepEngine:
                 counts.append(voted.counts)
             for payload, exchange in sent.payloads:
                 payload.write(bucket, self.schedule, exchange.result(), active, takes_step, context.step)
-            self._masters.write_back(bucket.params)
+            self._masters.write_back(bucket.owners)
         if self._capturable and counts:
             self._totals.copy_(torch.stack(counts).sum(0))
             counts = [self._totals]
@@ -293,7 +304,8 @@ class StepEngine:
             "impl": self._impl,
         }
         if compression.form.bits == 1:
-            foreach_lion_encode(bucket.exp_avg, grads, parity=abstain_parity(step, rank, workers), **how)
+            parity = abstain_parity(step, rank, workers) + bucket.parity
+            foreach_lion_encode(bucket.exp_avg, grads, parity=parity, **how)
             return EncodedBucket(grads, present)
         if isinstance(compression, Quantized):
             how |= {

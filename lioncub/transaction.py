@@ -7,6 +7,7 @@ import math
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from itertools import takewhile
 
 import torch
 import torch.distributed as dist
@@ -31,6 +32,7 @@ from lioncub.control import (
 )
 from lioncub.membership import Membership
 from lioncub.overlap import NEVER, Overlap, end_overlap, refuse_with_overlap
+from lioncub.params import local_of
 from lioncub.payloads import MomentumAverages, SharedScales
 from lioncub.replicas import broadcast_tensors
 from lioncub.step import Proposal, SentBucket, StepContext, StepEngine
@@ -171,13 +173,13 @@ class TransactionalOptimizer(MomentumOptimizer):
             if first is not None and context is not None and not is_stale:
                 context = replace(context, nonfinite=first.nonfinite)
         while True:
-            if attempt.failure is not None and self._workers == 1:
+            if attempt.failure is not None and self._members.is_alone:
                 raise attempt.failure
             current = flags | (UNVERIFIED if self._unverified else 0)
             proposal = engine.exchange(context, attempt, early, current, overflow)
             decision = proposal.decision if isinstance(proposal, Proposal) else proposal
             report = None
-            if attempt.failure is not None and self._workers == 1:
+            if attempt.failure is not None and self._members.is_alone:
                 raise attempt.failure
             if self._late is None or self._unverified:
                 report = decision.read()
@@ -203,6 +205,7 @@ class TransactionalOptimizer(MomentumOptimizer):
                 self._interrupted = True
                 self._engine.apply(proposal, None if self._late is not None or report is None else report.n_active)
                 self._interrupted = False
+                self._is_averaged &= self._workers == 1 or self._momentum.averages_all
             else:
                 reason = "the gradient scaler found an overflow"
                 if report.reason == NONFINITE:
@@ -265,7 +268,7 @@ class TransactionalOptimizer(MomentumOptimizer):
 
     def _agree(self) -> None:
         """Make new parameters equal, compare all, and carry all buckets from now on: ranks agree on the layout."""
-        if self._workers > 1:
+        if not self._members.is_alone:
             self._make_equal()
             self.check_replicas()
         self._engine.agree()
@@ -294,7 +297,7 @@ class TransactionalOptimizer(MomentumOptimizer):
             return
         self._overlap.reset(learn=True)
         if self._order_known and not self._unverified and not self._overlap.sends_early:
-            self._overlap.send_early(self._buckets.all)
+            self._overlap.send_early(list(takewhile(lambda bucket: not bucket.is_late, self._buckets.all)))
 
     def _learn(self, report: Report) -> None:
         """Take from a step that all ranks agree on what `_finish` arranges buckets by; a collective at first."""
@@ -318,7 +321,7 @@ class TransactionalOptimizer(MomentumOptimizer):
         assert self._overlap is not None
         params = [param for _, param in self._named_parameters()]
         mine = torch.tensor(self._overlap.order(params), dtype=torch.int64, device=self._device)
-        everyone = Transport(self._group, self._device).gather(mine).wait()
+        everyone = Transport(self._members.deciding, self._device).gather(mine).wait()
         latest = everyone.amax(dim=0).tolist()
         return None if min(latest) == NEVER else dict(zip(params, latest, strict=True))
 
@@ -349,8 +352,10 @@ class TransactionalOptimizer(MomentumOptimizer):
         return overlap is None or overlap.comm.join(_PATIENCE)
 
     def _make_equal(self) -> None:
-        if self._comm.broadcast and self._workers > 1:
-            broadcast_tensors(self._unequal, group=self._group)
+        if self._comm.broadcast and not self._members.is_alone:
+            with self._members.agreeing(self._device):
+                if self._workers > 1:
+                    broadcast_tensors(map(local_of, self._unequal), group=self._group)
         self._unequal = []
 
     def _check_state(self) -> None:

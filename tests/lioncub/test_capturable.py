@@ -23,6 +23,7 @@ from lioncub.buckets import BucketList
 from lioncub.compression import SignVote
 from lioncub.control import Attempt, LateReport
 from lioncub.membership import Membership
+from lioncub.params import Meshes
 from lioncub.payloads import Drift, MomentumAverages, SharedScales
 from lioncub.precision import Masters, Precision
 from lioncub.step import Proposal, StepEngine
@@ -215,18 +216,19 @@ def test_the_host_reads_nothing_from_the_device() -> None:
         clock, state = torch.zeros((), dtype=torch.int64), defaultdict[Any, dict[str, Any]](dict)
         options = {"lr": torch.ones(()), "betas": (0.9, 0.99), "weight_decay": 0.1, "maximize": False}
         groups = [{"params": params, **options}]
-        buckets = BucketList(state, [SignVote()], torch.float32, lambda sizes: 8)
+        meshes = Meshes([])
+        buckets = BucketList(state, [SignVote()], torch.float32, lambda sizes: 8, meshes)
         buckets.append(groups, range(1), by_readiness=False)
         assert len(buckets.all) == 2
         drift = Drift(None, buckets, state)
         engine = StepEngine(
             buckets,
-            Membership(None, Comm(bucket_mb=1e-5), False, "reference"),
+            Membership(None, Comm(bucket_mb=1e-5), False, "reference", meshes),
             Masters(state, {}, False),
             Precision(param_rounding="stochastic"),
             MomentumAverages(None, buckets, drift),
             drift,
-            SharedScales(buckets, state, capturable=True),
+            SharedScales(buckets, state, [SignVote()], capturable=True),
             impl="reference",
             capturable=True,
         )

@@ -29,7 +29,8 @@ _CONTEXT = mp.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(
     [
         "torch",
-        "torch.distributed.device_mesh",
+        "torch.distributed.fsdp",
+        "torch.distributed.tensor.parallel",
         "torch.nn.parallel",
         "torch._dynamo.testing",
         "lioncub.kernels.numba_cpu",
