@@ -14,6 +14,7 @@ from lioncub.collectives.cost import (
 )
 from lioncub.collectives.groups import ProcessGroups, Topology, find_topology
 from lioncub.collectives.probe import Profile
+from lioncub.collectives.transport import PeerLostError
 from lioncub.collectives.vote import PendingVote, Voter, vote, vote_async
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "CodeFormat",
     "Costs",
     "Link",
+    "PeerLostError",
     "PendingVote",
     "ProcessGroups",
     "Profile",

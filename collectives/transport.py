@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
@@ -13,6 +13,7 @@ import torch.distributed as dist
 # outlive destroy_process_group, and one that still frees a message while the interpreter ends aborts the process
 import torch.distributed.nn
 from torch import Tensor
+from torch.distributed import distributed_c10d
 
 from lioncub.collectives.simulated import SimulatedProcessGroup
 
@@ -24,6 +25,10 @@ _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_t
 # averages, and as many again for the second message of each
 _FIRST_TAG = 0x4C000000
 PAYLOADS, SINGLE_VOTES, SINGLE_AVERAGE, SECOND = 1 << 19, 1 << 20, 1 << 21, 1 << 22
+
+
+class PeerLostError(RuntimeError):
+    """The connection to a rank of the group ended, or it did not answer within the group's timeout."""
 
 
 class Pending(Protocol):
@@ -138,6 +143,35 @@ class _Functional:
         return arrived.view(self._shape)
 
 
+class _Message(NamedTuple):
+    """A message to or from one rank of a group."""
+
+    work: Any
+    peer: int
+    group: dist.ProcessGroup
+
+    def wait(self) -> None:
+        """Wait for its end. Raises PeerLostError."""
+        try:
+            self.work.wait()
+        except RuntimeError as error:
+            peer = _first_lost(self.group, self.peer)
+            raise PeerLostError(f"rank {peer} of the process group was lost: {error}") from error
+
+
+def _first_lost(group: dist.ProcessGroup, peer: int) -> int:
+    """Return the rank that any rank of the group has lost first, which is ``peer`` where nobody knows better.
+
+    A rank that ends because it has lost another one is lost to the others in its turn.
+    """
+    try:
+        store = distributed_c10d._get_process_group_store(group)
+        return int(store.compare_set("lioncub/lost", "", str(peer)))
+    except (RuntimeError, ValueError):
+        # the store may be gone, with the process that kept it
+        return peer
+
+
 class _PointToPoint:
     """An all-to-all of single messages into ``output`` [N, M]: the receives are posted on construction."""
 
@@ -149,13 +183,13 @@ class _PointToPoint:
         distances = range(1, self._size) if output.shape[1] else range(0)
         self._received = [self._receive(d) for d in distances]
 
-    def _receive(self, distance: int) -> Any:
+    def _receive(self, distance: int) -> _Message:
         source = (self._rank - distance) % self._size
-        return self._group.recv([self._rows[source]], source, self._tag)
+        return _Message(self._group.recv([self._rows[source]], source, self._tag), source, self._group)
 
-    def _send(self, rows: Sequence[Tensor], distance: int) -> Any:
+    def _send(self, rows: Sequence[Tensor], distance: int) -> _Message:
         target = (self._rank + distance) % self._size
-        return self._group.send([rows[target]], target, self._tag)
+        return _Message(self._group.send([rows[target]], target, self._tag), target, self._group)
 
 
 class PairwiseAllToAll(_PointToPoint):

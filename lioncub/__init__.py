@@ -1,7 +1,7 @@
 """lioncub: data-parallel training with one-bit Lion updates (Lion Cub, arXiv 2411.16462)."""
 
 from lioncub import simulate
-from lioncub.collectives import WorkersDisagreeError
+from lioncub.collectives import PeerLostError, WorkersDisagreeError
 from lioncub.compression import BySize, Quantized, SignMean, SignVote, TernaryVote
 from lioncub.config import Comm, Precision
 from lioncub.control import NonFiniteError
@@ -23,6 +23,7 @@ __all__ = [
     "LionCub",
     "MomentumSync",
     "NonFiniteError",
+    "PeerLostError",
     "PendingStep",
     "Precision",
     "Quantized",

@@ -63,7 +63,7 @@ class Slot:
             got = (p.dtype, tuple(p.shape), p.stride(), p.device)
             raise ValueError(
                 f"parameter {self.name}: expected (dtype, shape, strides, device) {expected} as when the optimizer was "
-                f"built, got {got}"
+                f"built, got {got}; build it when the model has been moved, cast or prepared"
             )
 
 

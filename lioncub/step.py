@@ -8,6 +8,7 @@ report at the next step. Encoding reads only; parameters, momentum and scales ch
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Any, TypeVar
@@ -192,7 +193,8 @@ class StepEngine:
             message = self.control.blank(FAILED, self.schedule if context is None else context.step)
         everyone = message.view(1, -1)
         if self.control.is_sent:
-            everyone = self._exchange_control(message, [exchange for one in sent for exchange in one.exchanges])
+            with _range("exchange"):
+                everyone = self._exchange_control(message, [exchange for one in sent for exchange in one.exchanges])
             self.seconds = [one.vote.seconds for one in sent if one.vote is not None]
             self.sync_seconds = sum(exchange.seconds for one in sent for _, exchange in one.payloads)
         decision = self.control.decide(everyone)
@@ -206,7 +208,10 @@ class StepEngine:
         A rank that takes no step sends codes and values of zero.
         """
         bucket, step = self.buckets.all[i], self.schedule
-        encoded = None if context is None else attempt.run(self._encode, i, context)
+        encoded = None
+        if context is not None:
+            with _range("encode"):
+                encoded = attempt.run(self._encode, i, context)
         if not self.voters:
             return SentBucket(encoded)
         if encoded is None:
@@ -239,7 +244,8 @@ class StepEngine:
             active = None if all_move else decision.active[bucket.span]
             assert sent.encoded is not None
             voted = None if sent.vote is None else sent.vote.result()
-            self._apply(bucket, sent.encoded, context, active, None if voted is None else voted.packed)
+            with _range("apply"):
+                self._apply(bucket, sent.encoded, context, active, None if voted is None else voted.packed)
             if voted is not None:
                 counts.append(voted.counts)
             for payload, exchange in sent.payloads:
@@ -356,6 +362,13 @@ class StepEngine:
         step, offset, divisor = form.result_value(workers)
         bits = form.result_bits(workers)
         foreach_lion_apply_(params, voted, bits=bits, step=step, offset=offset, divisor=divisor, **how)
+
+
+def _range(name: str) -> AbstractContextManager[object]:
+    """Return a range of torch's profiler, named ``lioncub::`` and the stage, where one runs."""
+    if torch.compiler.is_compiling() or not torch.autograd._profiler_enabled():
+        return nullcontext()
+    return torch.profiler.record_function(f"lioncub::{name}")
 
 
 def _least_scales(bucket: Bucket) -> list[Tensor]:

@@ -37,6 +37,7 @@ from lioncub.payloads import MomentumAverages, SharedScales
 from lioncub.replicas import broadcast_tensors
 from lioncub.step import Proposal, SentBucket, StepContext, StepEngine
 from lioncub.tuning import Plan
+from lioncub.watch import Watch
 
 _LOG = logging.getLogger("lioncub")
 # seconds that `close` waits for messages to end
@@ -113,6 +114,7 @@ class TransactionalOptimizer(MomentumOptimizer):
         self._learned: tuple[dict[Tensor, int] | None, Plan | None] | None = None
         self._pending: PendingStep | None = None
         self._skipped = 0
+        self._watch = Watch()
 
     @property
     def _group(self) -> dist.ProcessGroup | None:
@@ -206,6 +208,8 @@ class TransactionalOptimizer(MomentumOptimizer):
                 self._engine.apply(proposal, None if self._late is not None or report is None else report.n_active)
                 self._interrupted = False
                 self._is_averaged &= self._workers == 1 or self._momentum.averages_all
+                if report is not None and self._late is None:
+                    self._watch.note(self._engine, report.n_active)
             else:
                 reason = "the gradient scaler found an overflow"
                 if report.reason == NONFINITE:

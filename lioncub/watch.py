@@ -1,0 +1,69 @@
+"""What a step alone does not show: votes that are always unanimous, and gradients that never come."""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lioncub.step import StepEngine
+
+# steps in a row that warn
+_UNANIMOUS_STEPS, _EMPTY_STEPS = 5, 3
+# votes are looked at in the first steps of so many, since on a GPU the host waits for their counts
+_PERIOD = 1000
+# fewer votes may be unanimous by chance
+_LEAST_VOTES = 1024
+
+
+class Watch:
+    """Warns once where gradients seem to be averaged before the vote, and once where there are none."""
+
+    def __init__(self) -> None:
+        self._steps = self._unanimous = self._empty = 0
+        self._has_warned_of_votes = self._has_warned_of_gradients = False
+
+    def note(self, engine: StepEngine, n_active: int) -> None:
+        """Look at a step that was taken, in which ``n_active`` parameters moved."""
+        self._note_gradients(n_active)
+        is_looked_at = self._steps % _PERIOD < _UNANIMOUS_STEPS
+        self._steps += 1
+        if self._has_warned_of_votes or not is_looked_at or not engine.counts:
+            return
+        self._unanimous = self._unanimous + 1 if _are_unanimous(engine) else 0
+        if self._unanimous < _UNANIMOUS_STEPS:
+            return
+        self._has_warned_of_votes = True
+        if engine.members.rank == 0:
+            warnings.warn(
+                f"all votes of the last {_UNANIMOUS_STEPS} steps were unanimous, so {engine.members.workers} workers "
+                "have the same gradients, and voting on them saves nothing. Is the model wrapped in "
+                "DistributedDataParallel without lioncub.keep_gradients_local(model), or sharded by fully_shard on a "
+                "mesh that replicates too? Both average gradients before the vote. Do all workers read the same data?",
+                UserWarning,
+                stacklevel=5,
+            )
+
+    def _note_gradients(self, n_active: int) -> None:
+        self._empty = 0 if n_active else self._empty + 1
+        if self._empty < _EMPTY_STEPS or self._has_warned_of_gradients:
+            return
+        self._has_warned_of_gradients = True
+        warnings.warn(
+            f"no parameter had a gradient on any worker in the last {_EMPTY_STEPS} steps, so nothing moved. Are these "
+            "still the model's parameters? Build the optimizer when the model has been moved, cast or prepared",
+            UserWarning,
+            stacklevel=5,
+        )
+
+
+def _are_unanimous(engine: StepEngine) -> bool:
+    """Whether all ranks gave all signs alike; waits for the device."""
+    votes = [
+        (voter.counted_codes, counts)
+        for voter, counts in zip(engine.voters, engine.counts, strict=True)
+        if voter.form.bits == 1
+    ]
+    if sum(codes for codes, _ in votes) < _LEAST_VOTES:
+        return False
+    return all(int(counts[1]) == codes for codes, counts in votes)
