@@ -140,6 +140,10 @@ class Bucket:
             grads.append(self._zeros_for(slot) if grad is None else grad)
         return grads, present
 
+    def no_gradients(self) -> tuple[list[Tensor], list[bool]]:
+        """Return what `gradients` does where no parameter has one."""
+        return list(map(self._zeros_for, self.slots)), [False] * len(self.slots)
+
     def _are_like_params(self, grads: list[Tensor]) -> bool:
         """Whether gradients are dense and as the parameters but, maybe, of another float dtype."""
         return (

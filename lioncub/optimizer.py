@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.algorithms.join import Join, Joinable, JoinHook
 
 from lioncub.arguments import check_count, check_flag, hint_of_shards, refuse_shards
 from lioncub.base import AVERAGED, Params
@@ -50,7 +51,7 @@ _NOT_CAPTURABLE = (
 _DRIFT_EVERY = 100
 
 
-class LionCub(TransactionalOptimizer):
+class LionCub(TransactionalOptimizer, Joinable):
     """Lion whose workers agree by majority vote on packed signs (Lion Cub, arXiv 2411.16462).
 
     Every worker keeps its own gradients and momentum, votes with the sign of its update, and moves by the majority:
@@ -137,6 +138,7 @@ class LionCub(TransactionalOptimizer):
             self._capturable = capturable
             self._compression = check_compression(compression or self._default_compression())
             self._comm, self._on_nonfinite = comm, on_nonfinite
+            Joinable.__init__(self)
             self._start_transactions()
             self._is_averaged, self._own_state = True, self._members.own_state
             self._is_built = self._is_closed = False
@@ -233,6 +235,8 @@ class LionCub(TransactionalOptimizer):
         self._check_open()
         if torch.compiler.is_compiling() and not self._capturable:
             _refuse_to_compile()
+        if not torch.compiler.is_compiling():
+            Join.notify_join_context(self)
         loss, failure = None, None
         if closure is not None and self._overlap is None:
             try:
@@ -251,15 +255,33 @@ class LionCub(TransactionalOptimizer):
         return loss
 
     @torch.no_grad()
-    def propose(self) -> PendingStep:
+    def propose(self, *, abstain: bool = False) -> PendingStep:
         """Exchange the votes of a step and decide, without changing anything; a collective.
+
+        A rank that abstains has no opinion: its gradients and momentum do not count, by the rule for elements whose
+        update is zero. It moves with the others. So does one that has no data left, or is not up to date.
 
         The first half of `step`, for those who take part in a larger transaction: every rank calls `PendingStep.commit`
         on the result, or every rank calls `PendingStep.discard`, before the next step. Gradients must not change in
         between. Raises as `step`.
         """
         self._check_open()
-        return self._propose(None, has_closure=False)
+        Join.notify_join_context(self)
+        return self._propose(None, has_closure=False, abstains=check_flag("abstain", abstain))
+
+    def join_hook(self, **kwargs: Any) -> JoinHook:
+        """Return the hook of `torch.distributed.algorithms.Join`: a rank whose inputs have ended abstains in steps."""
+        return _Abstentions(self)
+
+    @property
+    def join_device(self) -> torch.device:
+        """See `torch.distributed.algorithms.Joinable`."""
+        return self._device
+
+    @property
+    def join_process_group(self) -> Any:
+        """See `torch.distributed.algorithms.Joinable`."""
+        return dist.group.WORLD if self._group is None else self._group
 
     def rebind(self, process_group: dist.ProcessGroup | None) -> None:
         """Continue with another set of ranks: parameters, momentum and the step stay; a collective of the new group.
@@ -519,6 +541,17 @@ class LionCub(TransactionalOptimizer):
         if self._members.rank != 0:
             return
         _LOG.info("%r", self)
+
+
+class _Abstentions(JoinHook):
+    """Takes the steps of a rank whose inputs have ended, while others still have some."""
+
+    def __init__(self, opt: LionCub) -> None:
+        self._opt = opt
+
+    def main_hook(self) -> None:
+        """Abstain in one step."""
+        self._opt._propose(None, has_closure=False, abstains=True).commit()
 
 
 def _informing(group: dist.ProcessGroup | None, meshes: Meshes) -> AbstractContextManager[object]:

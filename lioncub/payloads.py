@@ -156,6 +156,8 @@ class SharedScales(Payload):
 
     def values(self, bucket: Bucket, step: int, encoded: EncodedBucket, context: StepContext) -> Tensor:
         """See `Payload.values`."""
+        if context.abstains and self._is_known.get(bucket):
+            return torch.cat(self._scales_of(bucket))
         own = self.of_wholes.get(bucket)
         return torch.cat(list(own_scales(bucket, encoded.grads, context) if own is None else own))
 
@@ -215,7 +217,7 @@ class LateBuckets:
         found: dict[int, Tensor] = {}
         for bucket in self._buckets:
             bucket.check_unchanged()
-            scales = own_scales(bucket, bucket.gradients()[0], context)
+            scales = own_scales(bucket, context.gradients_of(bucket)[0], context)
             found |= {slot.param_id: scale for slot, scale in zip(bucket.slots, scales, strict=True)}
         return found
 
@@ -385,7 +387,7 @@ def own_scales(bucket: Bucket, grads: list[Tensor], context: StepContext) -> Seq
     return foreach_lion_scale(
         bucket.momenta,
         [storage_order_view("grad", grad) for grad in grads],
-        beta1=context.rates[bucket.group_index].beta1,
+        beta1=context.beta1_of(bucket),
         norm=compression.norm,
         block=compression.block,
         grad_scale=context.factors[bucket.group_index],

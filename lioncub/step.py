@@ -48,7 +48,7 @@ class StepContext:
     """The inputs of a step beside gradients and momentum: its number, each group's rates, the factors of gradients.
 
     ``step`` is a number, or a tensor on the device in a capturable step. ``nonfinite`` is int32[T], written as buckets
-    are encoded: 1 where a parameter's update is not finite.
+    are encoded: 1 where a parameter's update is not finite. A rank that ``abstains`` encodes updates of zero.
     """
 
     step: int | Tensor
@@ -57,10 +57,20 @@ class StepContext:
     factors: tuple[Scalar, ...]
     nonfinite: Tensor
     impl: str
+    abstains: bool = False
+
+    def beta1_of(self, bucket: Bucket) -> Scalar:
+        """Return the beta1 by which a bucket is encoded: 0 leaves momentum out."""
+        return 0.0 if self.abstains else self.rates[bucket.group_index].beta1
+
+    def gradients_of(self, bucket: Bucket) -> tuple[list[Tensor], list[bool]]:
+        """Return `Bucket.gradients`, or zeros for a rank that abstains."""
+        return bucket.no_gradients() if self.abstains else bucket.gradients()
 
     def is_like(self, other: StepContext) -> bool:
         """Whether codes that were encoded in the other are those of this one."""
-        return (self.step, self.layout, self.rates) == (other.step, other.layout, other.rates)
+        same = (self.step, self.layout, self.rates) == (other.step, other.layout, other.rates)
+        return same and self.abstains == other.abstains
 
 
 @dataclass(frozen=True)
@@ -154,13 +164,18 @@ class StepEngine:
             self._totals = torch.zeros(2, dtype=torch.int64, device=self._device)
 
     def context(
-        self, groups: Sequence[Mapping[str, Any]], step: int | Tensor, scale: Tensor | float | None
+        self,
+        groups: Sequence[Mapping[str, Any]],
+        step: int | Tensor,
+        scale: Tensor | float | None,
+        *,
+        abstains: bool = False,
     ) -> StepContext:
         """Read the hyperparameters of a step; ``scale`` is that of a GradScaler."""
         rates = tuple(Hyperparameters.of(group, keep_tensors=self._capturable) for group in groups)
         factors = tuple(_factor(now, scale) for now in rates)
         nonfinite = torch.zeros(self._n_params, dtype=torch.int32, device=self._device)
-        return StepContext(step, self.momentum.agreed_layout(), rates, factors, nonfinite, self._impl)
+        return StepContext(step, self.momentum.agreed_layout(), rates, factors, nonfinite, self._impl, abstains)
 
     def expect(self, first: int = 0) -> None:
         """Post the receives of a step, of buckets from ``first`` on."""
@@ -297,12 +312,12 @@ class StepEngine:
         """Run stage 1: pack the codes of a bucket's updates. Reads momentum and gradients, changes neither."""
         bucket = self.buckets.all[i]
         bucket.check_unchanged()
-        grads, present = bucket.gradients()
+        grads, present = context.gradients_of(bucket)
         compression = bucket.compression
         rank, workers = self.members.rank, self.members.workers
         step: Any = context.step
         how: dict[str, Any] = {
-            "beta1": context.rates[bucket.group_index].beta1,
+            "beta1": context.beta1_of(bucket),
             "grad_scale": context.factors[bucket.group_index],
             "starts": bucket.starts,
             "out": bucket.packed,
@@ -366,7 +381,7 @@ class StepEngine:
 
 def _range(name: str) -> AbstractContextManager[object]:
     """Return a range of torch's profiler, named ``lioncub::`` and the stage, where one runs."""
-    if torch.compiler.is_compiling() or not torch.autograd._profiler_enabled():
+    if torch.compiler.is_compiling() or not torch._C._autograd._profiler_enabled():
         return nullcontext()
     return torch.profiler.record_function(f"lioncub::{name}")
 

@@ -128,7 +128,7 @@ class TransactionalOptimizer(MomentumOptimizer):
         """See `LionCub.check_replicas`."""
         raise NotImplementedError
 
-    def _propose(self, failure: Exception | None, *, has_closure: bool) -> PendingStep:
+    def _propose(self, failure: Exception | None, *, has_closure: bool, abstains: bool = False) -> PendingStep:
         """Run stages 1 to 5, again where votes were stale or parameters had to be verified."""
         is_traced = _is_traced()
         if is_traced:
@@ -144,7 +144,7 @@ class TransactionalOptimizer(MomentumOptimizer):
         scale, overflow = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         attempt = Attempt(failure)
         try:
-            proposal, report = self._exchange(attempt, scale, overflow, has_closure)
+            proposal, report = self._exchange(attempt, scale, overflow, has_closure, abstains)
             if report is not None and self._late is None:
                 self._learn(report)
         except BaseException:
@@ -157,7 +157,12 @@ class TransactionalOptimizer(MomentumOptimizer):
         return pending
 
     def _exchange(
-        self, attempt: Attempt, scale: Tensor | None, overflow: Tensor | int | None, has_closure: bool
+        self,
+        attempt: Attempt,
+        scale: Tensor | None,
+        overflow: Tensor | int | None,
+        has_closure: bool,
+        abstains: bool,
     ) -> tuple[Proposal, Report | None]:
         engine, overlap, flags = self._engine, self._overlap, 0
         engine.exposed_seconds = 0.0
@@ -165,7 +170,7 @@ class TransactionalOptimizer(MomentumOptimizer):
         def read() -> StepContext:
             if overlap is not None:
                 refuse_with_overlap(has_closure, scale is not None or overflow is not None)
-            return self._read_context(scale, overflow)
+            return self._read_context(scale, overflow, abstains=abstains)
 
         context = attempt.run(read)
         early: list[SentBucket] = []
@@ -244,7 +249,9 @@ class TransactionalOptimizer(MomentumOptimizer):
         """Whether all ranks know that parameters must be verified; those of a capturable step know of themselves."""
         return self._late is None or bool(self._engine.control.have_flag(decision.everyone, UNVERIFIED))
 
-    def _read_context(self, scale: Tensor | None = None, overflow: Tensor | int | None = None) -> StepContext:
+    def _read_context(
+        self, scale: Tensor | None = None, overflow: Tensor | int | None = None, *, abstains: bool = False
+    ) -> StepContext:
         """Check this rank's part of a step, and read what it depends on."""
         step: int | Tensor
         factor: Tensor | float | None = scale
@@ -268,7 +275,7 @@ class TransactionalOptimizer(MomentumOptimizer):
                 factor = float(scale)
                 if not 0 < factor < math.inf:
                     raise ValueError(f"grad_scale: expected a finite scale > 0, got {factor}")
-        return self._engine.context(self.param_groups, step, factor)
+        return self._engine.context(self.param_groups, step, factor, abstains=abstains)
 
     def _agree(self) -> None:
         """Make new parameters equal, compare all, and carry all buckets from now on: ranks agree on the layout."""
