@@ -13,7 +13,7 @@ from lioncub.collectives.cost import (
     default_costs,
 )
 from lioncub.collectives.groups import ProcessGroups, Topology, find_topology
-from lioncub.collectives.probe import Profile
+from lioncub.collectives.profile import Profile
 from lioncub.collectives.transport import PeerLostError
 from lioncub.collectives.vote import PendingVote, Voter, vote, vote_async
 

@@ -2,32 +2,26 @@
 
 from __future__ import annotations
 
-import dataclasses
 import datetime
 import importlib.metadata
-import json
 import platform
 import socket
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from os import PathLike
-from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from lioncub.collectives.agreement import agreement
-from lioncub.collectives.cost import ALGORITHMS, Costs, Link, candidates, default_costs, rounds_pay
+from lioncub.collectives.cost import Costs, Link, candidates, default_costs, rounds_pay
 from lioncub.collectives.groups import ProcessGroups, Topology
+from lioncub.collectives.profile import Point, Profile
 from lioncub.collectives.transport import backend_of, check_carried, gather_objects, rank_of
 from lioncub.collectives.vote import Voter
 from lioncub.kernels import resolve_impl
 
-FORMAT = 2
-LEVELS = ("whole", "intra", "inter")
 MESSAGE_BYTES = (512, 4096, 32768, 262144, 2097152)
 # what `measure_costs` tries: the larger ones while the time lasts
 QUICK_BYTES = (1024, 32768, 524288)
@@ -35,101 +29,6 @@ QUICK_BYTES = (1024, 32768, 524288)
 FEWEST_SIZES = 2
 MOST_PASSES = 20
 OnProgress = Callable[[float, str], None]
-
-
-@dataclass(frozen=True)
-class Point:
-    """A measured vote of ``n_bytes`` of one bit per code: median seconds of the slowest rank.
-
-    ``level`` is "whole" (all ranks), "intra" (those of each node by themselves, all nodes at once) or "inter" (those
-    with the same place on every node, all places at once).
-    """
-
-    level: str
-    algorithm: str
-    n_bytes: int
-    seconds: float
-
-
-@dataclass(frozen=True)
-class Profile:
-    """The measured votes of one group, and the links that were fitted to them.
-
-    ``nodes`` are the group's ranks by node, ``hosts`` a host name for each node, ``versions`` those of lioncub, torch
-    and python. ``error`` is the root mean square of relative errors of predictions over points of level "whole".
-    """
-
-    world_size: int
-    hosts: tuple[str, ...]
-    nodes: tuple[tuple[int, ...], ...]
-    backend: str
-    date: str
-    versions: dict[str, str]
-    inter: Link
-    intra: Link
-    error: float
-    points: tuple[Point, ...]
-
-    def __post_init__(self) -> None:
-        """Raise ValueError where fields contradict each other."""
-        topology = self.topology
-        if topology.workers != self.world_size or len(self.hosts) != topology.n_nodes:
-            raise ValueError(f"nodes: expected {self.world_size} ranks on {len(self.hosts)} hosts, got {self.nodes}")
-        for point in self.points:
-            if point.level not in LEVELS or point.algorithm not in ALGORITHMS:
-                raise ValueError(f"points: expected a known level and algorithm, got {point.level}, {point.algorithm}")
-            if not (point.n_bytes > 0 and 0 < point.seconds < float("inf")):
-                raise ValueError(f"points: expected finite numbers > 0, got {point}")
-
-    @property
-    def topology(self) -> Topology:
-        """The group's nodes. Raises ValueError where ``nodes`` are none."""
-        return Topology(self.nodes)
-
-    @property
-    def about(self) -> str:
-        """The group and the date, e.g. ``4 nodes of 1 worker over gloo on 2026-01-01``."""
-        return f"{self.topology.describe()} over {self.backend} on {self.date}"
-
-    def costs(self, topology: Topology, backend: str) -> Costs:
-        """Return the cost model of a group.
-
-        Raises ValueError where the group's world size, nodes or backend are not those that were measured.
-        """
-        facts = (
-            ("world size", self.world_size, topology.workers),
-            ("nodes", self.topology.describe(), topology.describe()),
-            ("ranks of the nodes", self.nodes, topology.nodes),
-            ("backend", self.backend, backend),
-        )
-        for name, measured, got in facts:
-            if measured != got:
-                raise ValueError(f"profile: expected this group's {name}, {got}, got a profile of {measured}")
-        return Costs(topology, self.inter, self.intra, f"measured on {self.about}", self.error)
-
-    def predicted(self, point: Point) -> float:
-        """Return the cost model's seconds of a point of all ranks."""
-        return Costs(self.topology, self.inter, self.intra).seconds(point.algorithm, point.n_bytes)
-
-    def to_json(self) -> str:
-        """Return the profile as indented JSON text."""
-        return json.dumps({"format": FORMAT, **dataclasses.asdict(self)}, indent=2) + "\n"
-
-    @classmethod
-    def load(cls, path: str | PathLike[str]) -> Profile:
-        """Read a profile that `lioncub probe` wrote.
-
-        Raises ValueError, naming the file, where it cannot be read or is not a profile of this format.
-        """
-        try:
-            return _from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"profile {path}: expected JSON, got something else: {error}") from error
-        except (OSError, UnicodeDecodeError) as error:
-            reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-            raise ValueError(f"profile {path}: cannot be read: {reason}") from error
-        except ValueError as error:
-            raise ValueError(f"profile {path}: {error}") from error
 
 
 def probe(
@@ -357,35 +256,3 @@ class _Run:
         dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self._groups.group)
         taken, self._elapsed = largest.tolist()
         return max(float(taken), 1e-9)
-
-
-def _from_dict(raw: Any) -> Profile:
-    if not isinstance(raw, dict) or raw.get("format") != FORMAT:
-        got = raw.get("format", "none") if isinstance(raw, dict) else type(raw).__name__
-        raise ValueError(f"format: expected {FORMAT}, as this version of lioncub writes it, got {got}")
-    names = [field.name for field in dataclasses.fields(Profile)]
-    missing = [name for name in names if name not in raw]
-    if missing:
-        raise ValueError(f"fields: expected {', '.join(names)}, got none of {', '.join(missing)}")
-    try:
-        links = {
-            name: Link(float(raw[name]["latency_s"]), float(raw[name]["bytes_per_s"])) for name in ("inter", "intra")
-        }
-        return Profile(
-            world_size=int(raw["world_size"]),
-            hosts=tuple(map(str, raw["hosts"])),
-            nodes=tuple(tuple(map(int, ranks)) for ranks in raw["nodes"]),
-            backend=str(raw["backend"]),
-            date=str(raw["date"]),
-            versions={str(name): str(version) for name, version in raw["versions"].items()},
-            error=float(raw["error"]),
-            points=tuple(
-                Point(str(p["level"]), str(p["algorithm"]), int(p["n_bytes"]), float(p["seconds"]))
-                for p in raw["points"]
-            ),
-            **links,
-        )
-    except KeyError as error:
-        raise ValueError(f"points: expected the field {error.args[0]}, got none") from error
-    except (TypeError, AttributeError) as error:
-        raise ValueError(f"fields: expected those of a profile, got others: {error}") from error

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lioncub.collectives.cost import Link
-from lioncub.collectives.probe import Profile
+from lioncub.collectives.profile import Profile
 
 if TYPE_CHECKING:
     from lioncub.plan import Cluster
@@ -119,7 +119,9 @@ def run_plan(parser: argparse.ArgumentParser, given: dict[str, Any]) -> int:
         if given["plot"] is not None:
             write_plot(cluster, over_worlds(cluster), Path(given["plot"]))
     except OSError as error:
-        return _fail("plan", f"{error.filename}: cannot be written: {error.strerror}", 1)
+        # an error while data is written has no name
+        name = error.filename or " or ".join(filter(None, (given["json"], given["plot"])))
+        return _fail("plan", f"{name}: cannot be written: {error.strerror}", 1)
     Console().print(build_table(cluster, rows))
     print(*notes(cluster), sep="\n")
     return 0

@@ -18,7 +18,8 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 from lioncub.collectives.cost import Costs
 from lioncub.collectives.groups import ProcessGroups, Topology
-from lioncub.collectives.probe import Point, Profile, probe
+from lioncub.collectives.probe import probe
+from lioncub.collectives.profile import Point, Profile
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -23,11 +23,11 @@ from lioncub.collectives.probe import (
     FEWEST_SIZES,
     MESSAGE_BYTES,
     QUICK_BYTES,
-    Point,
     fit_links,
     measure_costs,
     probe,
 )
+from lioncub.collectives.profile import Point
 
 
 def assert_like(found: Link, expected: Link) -> None:
@@ -134,9 +134,20 @@ def edited(change: Callable[[dict[str, Any]], object]) -> str:
         (edited(lambda p: p.update(format=1)), "format: expected 2, as this version of lioncub writes it, got 1"),
         (edited(lambda p: p.pop("nodes")), "got none of nodes"),
         (edited(lambda p: p["points"][0].pop("seconds")), "points: expected the field seconds, got none"),
-        (edited(lambda p: p["inter"].pop("latency_s")), "points: expected the field latency_s, got none"),
+        (edited(lambda p: p["inter"].pop("latency_s")), "inter: expected the field latency_s, got none"),
         (edited(lambda p: p["intra"].update(latency_s=-1)), "latency_s: expected seconds >= 0, got -1"),
-        (edited(lambda p: p.update(points=3)), "fields: expected those of a profile, got others: "),
+        (edited(lambda p: p.update(points=3)), "points: expected a list, got 3"),
+        (edited(lambda p: p.update(points=[7])), "points: expected an object, got 7"),
+        (edited(lambda p: p.update(points={"7": 1})), "points: expected a list, got {'7': 1}"),
+        (edited(lambda p: p.update(world_size=1e400)), "world_size: expected a number, got inf"),
+        (edited(lambda p: p.update(world_size=True)), "world_size: expected a number, got True"),
+        (edited(lambda p: p["points"][0].update(n_bytes=-8)), "points.n_bytes: expected a number >= 0, got -8"),
+        (edited(lambda p: p["inter"].update(bytes_per_s=10**400)), "bytes_per_s: expected a bandwidth > 0, got inf"),
+        (edited(lambda p: p.update(error=float("nan"))), "error: expected a number, got nan"),
+        (edited(lambda p: p.update(hosts=["\x1b[2J", "b"])), "hosts: expected printable text, got "),
+        (edited(lambda p: p.update(nodes=[[0], []])), "nodes: expected every rank from 0 up on exactly one node"),
+        ("[" * 100_000, "expected JSON, got something else: maximum recursion depth"),
+        (" " * (2**24 + 1), "expected a file of at most 16,777,216 bytes, got 16,777,217"),
         (edited(lambda p: p.update(world_size=3)), "nodes: expected 3 ranks on 2 hosts, got ((0,), (1,))"),
         (edited(lambda p: p.update(hosts=["a"])), "nodes: expected 2 ranks on 1 hosts"),
         (edited(lambda p: p["points"][0].update(level="up")), "points: expected a known level and algorithm, got up"),
@@ -150,6 +161,26 @@ def test_files_that_are_no_profiles(tmp_path: Path, text: str, message: str) -> 
         Profile.load(path)
     assert str(caught.value).startswith(f"profile {path}: ")
     assert message in str(caught.value)
+
+
+def test_any_value_in_any_place_is_a_profile_or_one_error(tmp_path: Path) -> None:
+    path, found = tmp_path / "p.json", 0
+    values: list[Any] = [None, -1, 2.5, 1e400, "", "7", "\x1b[1m", [], [[]], {}, {"7": 7}, True, 10**30]
+
+    def places(raw: Any) -> list[tuple[Any, Any]]:
+        items = list(raw.items() if isinstance(raw, dict) else enumerate(raw) if isinstance(raw, list) else ())
+        return [(raw, key) for key, _ in items] + [place for _, value in items for place in places(value)]
+
+    for i in range(len(places(json.loads(profile_of(Topology.flat(2)).to_json())))):
+        for value in values:
+            raw = json.loads(profile_of(Topology.flat(2)).to_json())
+            holder, key = places(raw)[i]
+            holder[key] = value
+            path.write_text(json.dumps(raw))
+            said = said_by(lambda: Profile.load(path))
+            assert said == "no error" or said.startswith(f"ValueError: profile {path}: "), said
+            found += said != "no error"
+    assert found > 500
 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:

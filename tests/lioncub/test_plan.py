@@ -194,6 +194,11 @@ def test_bad_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().err == expected
     assert main([*FLAGS, "--json", str(tmp_path / "none" / "plan.json")]) == 1
     assert "expected a file in a folder that exists" in capsys.readouterr().err
+    # a disk that is full
+    for flag in ("--json", "--plot"):
+        assert main([*FLAGS, flag, "/dev/full", "--overwrite"]) == 1
+        said = capsys.readouterr().err
+        assert said == "lioncub plan: /dev/full: cannot be written: No space left on device\n"
 
 
 def test_amounts() -> None:

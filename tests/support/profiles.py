@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from lioncub.collectives import Costs, Link, Profile, Topology
 from lioncub.collectives.cost import candidates
-from lioncub.collectives.probe import MESSAGE_BYTES, Point
+from lioncub.collectives.probe import MESSAGE_BYTES
+from lioncub.collectives.profile import Point
 
 INTER, INTRA = Link(2e-3, 12.5e6), Link(1e-4, 1e9)
 
