@@ -190,6 +190,64 @@ def test_the_pieces_of_the_pages_run(tmp_path: Path) -> None:
     assert written == {"checkpoint-0.pt", "checkpoint-1.pt", "checkpoint.pt"}
 
 
+class Blocks(nn.Module):
+    """Blocks to shard one by one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Linear(40, 40) for _ in range(2))
+        self.head = nn.Linear(40, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = nn.functional.gelu(block(x))
+        return self.head(x)
+
+
+def run_the_pieces_about_shards(rank: int, world_size: int, folder: str) -> list[str]:
+    """Every block of the page in order, on two nodes of two ranks; before each but the first a step."""
+    os.chdir(folder)
+    torch.manual_seed(0)
+    model = Blocks()
+    names: dict[str, Any] = {
+        "LionCub": LionCub,
+        "model": model,
+        "device": torch.device("cpu"),
+        "nodes": 2,
+        "ranks_per_node": 2,
+    }
+    torch.manual_seed(1 + rank)
+
+    def bits() -> list[bytes]:
+        opt = names["opt"]
+        tensors = [t for p in model.parameters() for t in (p.detach(), opt.state[p]["exp_avg"])]
+        return [tensor.full_tensor().numpy().tobytes() for tensor in tensors]
+
+    saved: list[bytes] = []
+    for block in _blocks("sharding.md"):
+        if "opt" in names:
+            opt = names["opt"]
+            opt.zero_grad()
+            model(torch.randn(8, 40)).square().sum().backward()
+            opt.step()
+        exec(block, names)
+        if "sync_momentum" in block:
+            saved = bits()
+        if "dcp.load" in block:
+            assert bits() == saved, "what is loaded must be what was saved"
+    assert saved
+    assert names["opt"].stats().steps > 1
+    return sorted(path.parent.name for path in Path(folder).glob("*/.metadata"))
+
+
+def test_the_pieces_about_shards_run(tmp_path: Path) -> None:
+    assert len(_blocks("sharding.md")) == 5
+    for names in results_of(run_the_pieces_about_shards, 4, str(tmp_path)):
+        assert set(names) <= {"checkpoint", "checkpoint-replica0", "checkpoint-replica1"}
+    written = sorted(path.parent.name for path in tmp_path.glob("*/.metadata"))
+    assert written == ["checkpoint", "checkpoint-replica0", "checkpoint-replica1"]
+
+
 def _worked_examples() -> list[tuple[str, int, int, str, str]]:
     """(algorithm, workers, message bytes, formula, bytes) of every row of the tables of byte counts."""
     rows = []

@@ -10,12 +10,14 @@ import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
 from gloo_workers import on_ranks, same_on_all
 from programs import printed_by
 from torch import Tensor, nn
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torch.distributed.device_mesh import init_device_mesh
 
 from lioncub.kernels import pack_signs, packed_bytes, quantize, unpack_signs
@@ -37,8 +39,8 @@ def _load(name: str) -> ModuleType:
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
 def test_examples_are_short_and_use_public_names_alone(path: Path) -> None:
     code = path.read_text()
-    # train_gpt.py is one to copy, the others show one thing each
-    assert len(code.splitlines()) < (130 if path.stem == "train_gpt" else 60)
+    # some are whole programs to copy, the others show one thing each
+    assert len(code.splitlines()) < {"train_gpt": 130, "train_hsdp": 150}.get(path.stem, 60)
     modules = set(re.findall(r"^(?:from|import) (lioncub[\w.]*)", code, re.MULTILINE))
     assert modules
     assert modules <= {"lioncub", "lioncub.collectives", "lioncub.kernels"}
@@ -90,6 +92,57 @@ def test_a_killed_run_resumes_with_the_losses_of_one_that_goes_on(tmp_path: Path
     assert float(resumed[60]) < 0.9 * float(killed[1])
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["step-000060"]
     assert sorted(path.name for path in (tmp_path / "run" / "step-000060").iterdir()) == ["rank-0.pt", "rank-1.pt"]
+
+
+def test_a_sharded_run_resumes_on_its_mesh_and_on_others(tmp_path: Path) -> None:
+    def losses_on(nodes: int, shards: int, *, last: int = 20) -> dict[int, str]:
+        flags = ["--out=run", f"--steps={last}", "--save-every=10", "--print-every=1", "--batch=2", "--width=16"]
+        arguments = [*flags, "--lr=0.003", f"--nodes={nodes}"]
+        printed = printed_by(EXAMPLES / "train_hsdp.py", nodes * shards, tmp_path, arguments=arguments)
+        return {int(step): loss for step, loss in re.findall(r"^step (\d+): loss ([\d.]+)$", printed, re.MULTILINE)}
+
+    def metadata() -> list[Path]:
+        return sorted((tmp_path / "run").glob("*/.metadata"))
+
+    first = losses_on(2, 2)
+    assert list(first) == list(range(1, 21))
+    assert float(first[20]) < 0.9 * float(first[1])
+    assert [path.parent.name for path in metadata()] == ["step-000010", "step-000020"]
+    last_ten = {step: loss for step, loss in first.items() if step > 10}
+    # as where a rank died while it saved: the checkpoint before it is taken
+    metadata()[-1].unlink()
+    assert losses_on(2, 2) == last_ten, "a run that resumed must have the losses of one that never stopped"
+    metadata()[-1].unlink()
+    other = losses_on(4, 1)
+    assert list(other) == list(last_ten)
+    # the same weights see the same data, then four ranks vote instead of two nodes
+    assert other[11] == first[11]
+    assert other[20] != first[20]
+    alone = losses_on(1, 2, last=30)
+    assert list(alone) == list(range(21, 31))
+    assert float(alone[30]) < 0.9 * float(first[1])
+    assert [path.parent.name for path in metadata()] == ["step-000020", "step-000030"]
+    _assert_saved_parameters_moved(tmp_path / "run", 0.003)
+
+
+def _assert_saved_parameters_moved(folder: Path, lr: float) -> None:
+    """Compare two checkpoints of whole tensors, ten steps of at most lr and decay apart."""
+    before, after = (_whole_checkpoint(folder / name, folder / f"{name}.pt") for name in ("step-000020", "step-000030"))
+    assert (before["step"], after["step"]) == (20, 30)
+    assert after["optimizer"]["param_groups"][0]["momentum_state"] == "averaged"
+    assert before["model"].keys() == after["model"].keys()
+    for name, mine in after["model"].items():
+        distance = (mine - before["model"][name]).abs().max()
+        # a step adds at most lr to what decays by lr/10 of it
+        bound = 10 * lr * (1 + 0.1 * float(before["model"][name].abs().max() + 10 * lr))
+        assert 0 < distance <= bound, name
+        assert after["optimizer"]["state"][name]["exp_avg"].shape == mine.shape
+
+
+def _whole_checkpoint(folder: Path, path: Path) -> dict[str, Any]:
+    dcp_to_torch_save(folder, path)
+    loaded: dict[str, Any] = torch.load(path, weights_only=False)
+    return loaded
 
 
 @on_ranks(2, 3)

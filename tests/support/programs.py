@@ -8,19 +8,25 @@ import io
 import os
 import runpy
 import socket
+import sys
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from gloo_workers import everyone, results_of
 
 
-def printed_by(script: Path, workers: int, folder: Path, backend: str | None = None) -> str:
+def printed_by(
+    script: Path, workers: int, folder: Path, backend: str | None = None, arguments: Sequence[str] = ()
+) -> str:
     """What all of them print, in the order of ranks; ``backend`` is that of `torch.compile` where none is named."""
-    return "".join(results_of(_run_script, workers, str(script), str(folder), backend, timeout=200.0))
+    return "".join(results_of(_run_script, workers, str(script), str(folder), backend, arguments, timeout=200.0))
 
 
-def _run_script(rank: int, world_size: int, script: str, folder: str, backend: str | None) -> str:
+def _run_script(
+    rank: int, world_size: int, script: str, folder: str, backend: str | None, arguments: Sequence[str]
+) -> str:
     import torch
     import torch.distributed as dist
 
@@ -33,6 +39,7 @@ def _run_script(rank: int, world_size: int, script: str, folder: str, backend: s
     ranks: dict[str, Any] = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
     found = {"MASTER_ADDR": "localhost", "MASTER_PORT": port, **ranks}
     os.environ.update({name: str(value) for name, value in found.items()})
+    sys.argv = [script, *arguments]
     warnings.resetwarnings()
     if backend is not None:
         torch.compile = functools.partial(torch.compile, backend=backend)
