@@ -130,6 +130,17 @@ class LionCub(TransactionalOptimizer, Joinable):
                 check_count("drift_every", drift_every, "a number of steps")
             self._policy, self._drift_every = policy, drift_every
             self._members = Membership(process_group, comm, overlap, impl, meshes)
+            # for copies of an optimizer that is alone
+            self._options = {
+                "compression": compression,
+                "momentum_sync": momentum_sync,
+                "overlap": overlap,
+                "capturable": capturable,
+                "comm": comm,
+                "precision": precision,
+                "on_nonfinite": on_nonfinite,
+                "impl": impl,
+            }
             self._given_compression = compression
             # one for each param group; not in the groups, since a checkpoint fits any
             self._compressions: list[AnyCompression] = []
@@ -142,6 +153,7 @@ class LionCub(TransactionalOptimizer, Joinable):
             self._start_transactions()
             self._is_averaged, self._own_state = True, self._members.own_state
             self._is_built = self._is_closed = False
+            self._offloaded: list[tuple[Tensor, Tensor]] | None = None
             super().__init__(params, lr, betas, weight_decay, maximize, impl, precision)
             if not self._named_parameters():
                 raise ValueError("params: expected at least one parameter, got none")
@@ -191,6 +203,7 @@ class LionCub(TransactionalOptimizer, Joinable):
         it has one.
         """
         self._check_open()
+        self._check_in_place()
         compression, configured = self._compression, self._given_compression or BySize()
         if isinstance(param_group, dict) and "compression" in param_group:
             param_group = dict(param_group)
@@ -294,6 +307,7 @@ class LionCub(TransactionalOptimizer, Joinable):
         try:
             meshes = old.meshes
             with _informing(process_group, meshes):
+                self._check_in_place()
                 if self._pending is not None:
                     raise RuntimeError("rebind: expected no step between propose and commit, got one")
                 # nodes and profile are those of the old group
@@ -334,6 +348,7 @@ class LionCub(TransactionalOptimizer, Joinable):
         Raises ValueError or TypeError, with nothing changed, where groups, shapes or dtypes do not fit.
         """
         self._check_open()
+        self._check_in_place()
         kept = [{name: value for name, value in g.items() if isinstance(value, Tensor)} for g in self.param_groups]
         try:
             super().load_state_dict(state_dict)
@@ -343,9 +358,48 @@ class LionCub(TransactionalOptimizer, Joinable):
         finally:
             # a user's hook can raise when the state has been loaded
             self._unverified = True
-            self._scales.invalidate()
+            self._scales.loaded()
             if self._overlap is not None:
                 self._overlap.send_late()
+
+    def offload(self) -> None:
+        """Move momentum and masters to the host, and free their memory on the device, until `reload`.
+
+        For phases without steps, such as sampling. On each rank, at any time when no step is in progress; it
+        communicates nothing. Steps, checkpoints and `rebind` raise RuntimeError until then.
+        """
+        self._check_open()
+        self._check_in_place()
+        if self._pending is not None:
+            raise RuntimeError("offload: expected no step between propose and commit, got one")
+        self._offloaded = [(tensor, tensor.to("cpu", copy=True)) for tensor in self._movable()]
+        for tensor, _ in self._offloaded:
+            # state, and whatever refers to it, keeps its tensors
+            tensor.untyped_storage().resize_(0)
+
+    def reload(self) -> None:
+        """Bring back what `offload` moved, bit for bit."""
+        if self._offloaded is None:
+            raise RuntimeError("reload: expected an optimizer after offload(), got one whose state is in place")
+        for tensor, kept in self._offloaded:
+            tensor.untyped_storage().resize_(tensor.numel() * tensor.element_size())
+            tensor.copy_(kept)
+        self._offloaded = None
+        self._hold()
+
+    def _movable(self) -> list[Tensor]:
+        """Return the tensors of state that own memory of the device: momentum of each bucket, masters."""
+        masters = [local_of(tensor) for _, tensor in self._masters.named(self._named_parameters())]
+        tensors = [*(bucket.exp_avg for bucket in self._buckets.all), *masters]
+        return [tensor for tensor in tensors if not _is_on_host(tensor)]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state as `torch.optim.Optimizer` does; ``momentum_state`` of a group tells whose momentum it is.
+
+        Of a sharded parameter, entries are DTensors with its mesh and placements.
+        """
+        self._check_in_place()
+        return super().state_dict()
 
     def stats(self) -> Stats:
         """Return what the last step cost and how its votes fell; see `Stats`."""
@@ -389,10 +443,21 @@ class LionCub(TransactionalOptimizer, Joinable):
     def check_replicas(self) -> None:
         """Verify that all workers' parameters, and masters, are bit-identical; a collective call.
 
-        Shards are compared with the same shards, DTensors also over the meshes that replicate them. Raises
-        WorkersDisagreeError on all workers, naming the first parameter that differs.
+        Shards are compared with the same shards, DTensors also over the meshes that replicate them, and plain
+        parameters of a model with shards over all ranks that share any. Raises WorkersDisagreeError on all workers,
+        naming the first parameter that differs.
         """
         self._check_open()
+        self._compare()
+        if self._members.layouts is not None:
+            check_equal(self._plain(), group=self._members.deciding)
+
+    def _plain(self) -> list[tuple[str, Tensor]]:
+        """Return the parameters that are no DTensors."""
+        return [(name, param) for name, param in self._named_parameters() if not is_sharded(param)]
+
+    def _compare(self) -> None:
+        """Compare what ranks must have in common; see `check_replicas`."""
         self._refresh_masters()
         named = self._named_parameters()
         with self._members.agreeing(self._device):
@@ -409,6 +474,8 @@ class LionCub(TransactionalOptimizer, Joinable):
         `torch.distributed.checkpoint`, which keeps one replica of each shard, any mesh.
         """
         self._check_open()
+        with _informing(self._group, self._members.meshes):
+            self._check_in_place()
         with self._members.agreeing(self._device):
             if self._workers > 1:
                 handshake({"the bucket layout": self._buckets.layout}, group=self._group, device=self._device)
@@ -441,7 +508,25 @@ class LionCub(TransactionalOptimizer, Joinable):
         destroy_groups(groups)
 
     def __getstate__(self) -> dict[str, Any]:
-        raise TypeError("LionCub cannot be copied or pickled, since its process group cannot; use state_dict()")
+        self._check_open()
+        if not self._members.is_alone or dist.is_initialized():
+            raise TypeError(
+                "LionCub cannot be copied or pickled, since its process group cannot; build another one of the copied "
+                "model's parameters, and load_state_dict(opt.state_dict())"
+            )
+        groups = []
+        for group, compression in zip(self.param_groups, self._compressions, strict=True):
+            options = {name: value for name, value in group.items() if name not in ("params", "param_names", "step")}
+            names = group.get("param_names")
+            options["params"] = (
+                list(group["params"]) if names is None else list(zip(names, group["params"], strict=True))
+            )
+            groups.append(options if compression is self._compression else {**options, "compression": compression})
+        return {"groups": groups, "state": super().state_dict(), "options": self._options}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["groups"], **state["options"])  # type: ignore[misc]
+        self.load_state_dict(state["state"])
 
     def __repr__(self) -> str:
         if self._is_closed:
@@ -468,6 +553,14 @@ class LionCub(TransactionalOptimizer, Joinable):
         if self._is_closed:
             raise RuntimeError("LionCub: expected an open optimizer, got one after close()")
 
+    def _check_in_place(self) -> None:
+        if self._offloaded is not None:
+            raise RuntimeError("LionCub: expected its state in place, got one after offload(); call reload() first")
+
+    def _check_state(self) -> None:
+        self._check_in_place()
+        super()._check_state()
+
     def _shake_hands(self, fingerprint: dict[str, object]) -> None:
         """Agree with all ranks of the vote, then with those of the meshes, and create process groups."""
         meshes = self._members.meshes.groups
@@ -492,8 +585,7 @@ class LionCub(TransactionalOptimizer, Joinable):
     def _check_last_group(self) -> None:
         super()._check_last_group()
         named, meshes = self._named_parameters(), self._members.meshes
-        whole = [(name, param) for name, param in named if not is_sharded(param)]
-        refuse_shards(whole, are_broadcast=self._comm.broadcast and self._workers > 1)
+        refuse_shards(self._plain(), are_broadcast=self._comm.broadcast and self._workers > 1)
         if self._is_built and not Meshes(param for _, param in named).ranks <= meshes.ranks:
             raise ValueError("params: expected shards on the meshes of the other groups, got one on another mesh")
         meshes.check(named, self._members.voting_ranks)
@@ -541,6 +633,10 @@ class LionCub(TransactionalOptimizer, Joinable):
         if self._members.rank != 0:
             return
         _LOG.info("%r", self)
+
+
+def _is_on_host(tensor: Tensor) -> bool:
+    return tensor.is_cpu
 
 
 class _Abstentions(JoinHook):

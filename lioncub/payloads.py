@@ -127,6 +127,12 @@ class SharedScales(Payload):
                 state["scale"].fill_(NOT_AGREED)
         self.invalidate()
 
+    def loaded(self) -> None:
+        """Go on with what was loaded, and unknown scales where a checkpoint has none."""
+        for state in self._of_parts.values():
+            state["scale"].fill_(NOT_AGREED)
+        self.invalidate()
+
     def invalidate(self) -> None:
         """Ask the state anew: it was loaded, or buckets have changed."""
         self._is_known.clear()

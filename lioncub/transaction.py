@@ -124,8 +124,12 @@ class TransactionalOptimizer(MomentumOptimizer):
     def _workers(self) -> int:
         return self._members.workers
 
-    def check_replicas(self) -> None:
-        """See `LionCub.check_replicas`."""
+    def _compare(self) -> None:
+        """Compare what ranks must have in common."""
+        raise NotImplementedError
+
+    def _plain(self) -> list[tuple[str, Tensor]]:
+        """Return the parameters that are no DTensors."""
         raise NotImplementedError
 
     def _propose(self, failure: Exception | None, *, has_closure: bool, abstains: bool = False) -> PendingStep:
@@ -144,6 +148,8 @@ class TransactionalOptimizer(MomentumOptimizer):
         scale, overflow = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         attempt = Attempt(failure)
         try:
+            if self._members.layouts is not None:
+                self._watch.compare(self._plain(), self._members.deciding)
             proposal, report = self._exchange(attempt, scale, overflow, has_closure, abstains)
             if report is not None and self._late is None:
                 self._learn(report)
@@ -281,7 +287,7 @@ class TransactionalOptimizer(MomentumOptimizer):
         """Make new parameters equal, compare all, and carry all buckets from now on: ranks agree on the layout."""
         if not self._members.is_alone:
             self._make_equal()
-            self.check_replicas()
+            self._compare()
         self._engine.agree()
         self._engine.schedule = 0 if self._late is not None else self._step_count
         self._momentum.invalidate()

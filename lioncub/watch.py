@@ -3,7 +3,14 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from lioncub.collectives import WorkersDisagreeError
+from lioncub.collectives.transport import Group, rank_of
+from lioncub.replicas import check_equal
 
 if TYPE_CHECKING:
     from lioncub.step import StepEngine
@@ -21,7 +28,7 @@ class Watch:
 
     def __init__(self) -> None:
         self._steps = self._unanimous = self._empty = 0
-        self._has_warned_of_votes = self._has_warned_of_gradients = False
+        self._has_warned_of_votes = self._has_warned_of_gradients = self._has_compared = False
 
     def note(self, engine: StepEngine, n_active: int) -> None:
         """Look at a step that was taken, in which ``n_active`` parameters moved."""
@@ -43,6 +50,23 @@ class Watch:
                 UserWarning,
                 stacklevel=5,
             )
+
+    def compare(self, plain: Sequence[tuple[str, Tensor]], group: Group) -> None:
+        """Compare parameters that are no shards over all ranks that share some, once; a collective in that step."""
+        if self._has_compared or self._steps < _UNANIMOUS_STEPS or not plain:
+            return
+        self._has_compared = True
+        try:
+            check_equal(plain, group=group)
+        except WorkersDisagreeError as error:
+            if rank_of(group) == 0:
+                warnings.warn(
+                    f"{error}; ranks that hold shards of one model vote on whole parameters each with their own "
+                    "counterparts on other nodes, so these must have the same gradients on all ranks of a mesh: shard "
+                    "them too, as fully_shard(model) does, or reduce their gradients over the mesh before the step",
+                    UserWarning,
+                    stacklevel=5,
+                )
 
     def _note_gradients(self, n_active: int) -> None:
         self._empty = 0 if n_active else self._empty + 1

@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from nets import Net, all_bits, bits_of, give_gradients, groups_of, momentum_of,
 from optimizers import PRECISIONS, Lion, LionCub
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
-from lioncub import Quantized
+from lioncub import Quantized, SignMean
 from lioncub.simulate import Workers
 
 BOTH = pytest.mark.parametrize("optimizer", [Lion, LionCub])
@@ -54,21 +55,79 @@ def test_workers_resume_with_the_bits_of_never_stopping(rank: int, world_size: i
         assert_resumes(LionCub, rank, shared_folder() / f"{precision} {rank}.pt", PRECISIONS[precision])
 
 
+@BOTH
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_lion_can_be_copied_and_pickled(precision: str) -> None:
+def test_one_alone_can_be_copied_and_pickled(optimizer: type, precision: str) -> None:
     net = Net(seed=0)
-    opt = Lion(groups_of(net), lr=1e-2, **PRECISIONS[precision])
+    opt = optimizer(groups_of(net), lr=1e-2, **PRECISIONS[precision])
     train(net, opt, 0, range(2))
     twins = copy.deepcopy((net, opt)), pickle.loads(pickle.dumps((net, opt)))
     train(net, opt, 0, range(2, 4))
     for twin_net, twin in twins:
         train(twin_net, twin, 0, range(2, 4))
         assert (bits_of(twin_net), all_bits(twin)) == (bits_of(net), all_bits(opt))
+        assert repr(twin) == repr(opt)
 
 
-def test_lioncub_says_that_it_cannot_be_copied() -> None:
+def test_a_copy_keeps_all_options() -> None:
+    net = Net(seed=0)
+    first, *others = groups_of(net)
+    groups = [{**first, "compression": SignMean()}, *others]
+    opt = LionCub(groups, lr=torch.tensor(1e-2), capturable=True, on_nonfinite="skip", maximize=True)
+    train(net, opt, 0, range(2))
+    twin_net, twin = copy.deepcopy((net, opt))
+    assert repr(twin) == repr(opt)
+    assert twin.param_groups[0]["lr"] is not opt.param_groups[0]["lr"]
+    train(net, opt, 0, range(2, 4))
+    train(twin_net, twin, 0, range(2, 4))
+    assert (bits_of(twin_net), all_bits(twin)) == (bits_of(net), all_bits(opt))
+
+
+@on_ranks(2)
+def test_one_of_several_says_that_it_cannot_be_copied(rank: int, world_size: int) -> None:
     opt = LionCub([torch.ones(3).requires_grad_()])
-    assert re.match("TypeError: .*cannot be copied or pickled", said_by(lambda: copy.deepcopy(opt)))
+    for way in (copy.deepcopy, pickle.dumps):
+        said = said_by(lambda way=way: way(opt))
+        assert said.startswith("TypeError: LionCub cannot be copied or pickled, since its process group cannot;")
+        assert "load_state_dict(opt.state_dict())" in said
+
+
+@pytest.mark.parametrize("options", [{"master_weights": True}, {"overlap": True}, {"capturable": True}], ids=str)
+@on_ranks(2)
+def test_state_can_leave_the_device_and_come_back(rank: int, world_size: int, options: dict[str, Any]) -> None:
+    net, twin = Net(seed=0), Net(seed=0)
+    opt, other = (LionCub(groups_of(n), lr=1e-2, impl="reference", **options) for n in (net, twin))
+    train(net, opt, rank, range(3))
+    train(twin, other, rank, range(3))
+    held = dict(opt.state[net.table.weight])
+    # memory that numpy has seen, as by the kernels of the CPU, cannot be given back
+    with mock.patch("lioncub.optimizer._is_on_host", return_value=False):
+        opt.offload()
+    assert all(bucket.exp_avg.untyped_storage().size() == 0 for bucket in opt._buckets.all)
+    assert opt.stats().steps == 3
+    assert "2 worker(s)" in repr(opt)
+    gone = "RuntimeError: LionCub: expected its state in place, got one after offload(); call reload() first"
+    for call in (opt.state_dict, opt.offload, opt.sync_momentum, lambda: opt.rebind(None)):
+        assert said_by(call) == gone
+    opt.reload()
+    before = all_bits(opt)
+    assert before == all_bits(other)
+    assert all(opt.state[net.table.weight][name] is value for name, value in held.items())
+    # of one rank that forgets it, the others are told
+    if rank == 0:
+        opt.offload()
+    said = said_by(lambda: (opt.step(), opt.raise_errors()))
+    assert said == gone if rank == 0 else "because of an error on rank 0" in said, said
+    if rank == 0:
+        opt.reload()
+    if not options.get("capturable"):
+        assert all_bits(opt) == before
+        train(net, opt, rank, range(3, 5))
+        train(twin, other, rank, range(3, 5))
+        assert all_bits(opt) == all_bits(other)
+    assert said_by(opt.reload).startswith("RuntimeError: reload: expected an optimizer after offload()")
+    opt.close()
+    other.close()
 
 
 def average_and_save(rank: int, world_size: int, path: str) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -11,7 +13,7 @@ import torch
 import torch.distributed as dist
 from gloo_workers import everyone, on_ranks, said_by, same_on_all
 from optimizers import Lion, LionCub
-from shards import Net, batch_of, fsdp, grid, tensor_parallel, whole
+from shards import WIDTH, Net, batch_of, fsdp, grid, tensor_parallel, whole
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -459,3 +461,50 @@ def test_models_made_without_memory(rank: int, world_size: int) -> None:
     train(net, opt, rank // 2, range(2))
     assert all(not torch.equal(whole(p.detach()), old) for p, old in zip(net.parameters(), before, strict=True))
     opt.check_replicas()
+
+
+@on_ranks(4)
+def test_plain_parameters_that_drift_apart_inside_a_node_are_noticed(rank: int, world_size: int) -> None:
+    """A call of fully_shard that was forgotten: gradients of the root's parameters are reduced by nobody."""
+    mesh = grid(2, 2)
+    net = Net()
+    for block in net.blocks:
+        fully_shard(block, mesh=mesh["shard"])
+    opt = LionCub(net.named_parameters(), lr=1e-2, process_group=mesh.get_group("replicate"))
+    opt.check_replicas()
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        # as backward would leave them
+        for step in range(8):
+            give_gradients(net, Net(), 10 * step + mesh.get_local_rank("replicate"))
+            net.head.weight.grad = torch.randn(3, WIDTH, generator=torch.Generator().manual_seed(10 * step + rank))
+            opt.step()
+    texts = [str(warning.message) for warning in found]
+    assert len(texts) == int(rank == 0), texts
+    assert all(text.startswith("parameter head.weight differs between workers: ") for text in texts)
+    assert all("as fully_shard(model) does" in text for text in texts)
+    assert "parameter head.weight differs between workers" in said_by(opt.check_replicas)
+
+
+@on_ranks(4)
+def test_a_checkpoint_rolls_back_scales_of_parts(rank: int, world_size: int) -> None:
+    mesh = grid(2, 2)
+    options = {"process_group": mesh.get_group("replicate"), "compression": OPTIONS["blocks"]["compression"]}
+    net, twin = fsdp(Net((8, 100)), mesh["shard"]), fsdp(Net((8, 100)), mesh["shard"])
+    opt = LionCub(net.named_parameters(), lr=1e-2, **options)
+    saved = copy.deepcopy(opt.state_dict())
+    start = [param._local_tensor.clone() for param in net.parameters()]
+    for step in range(2):
+        give_gradients(net, Net((8, 100)), 10 * step + rank // 2)
+        opt.step()
+    with torch.no_grad():
+        for param, old in zip(net.parameters(), start, strict=True):
+            param._local_tensor.copy_(old)
+    opt.load_state_dict(saved)
+    other = LionCub(twin.named_parameters(), lr=1e-2, **options)
+    for step in range(2, 4):
+        for n, o in ((net, opt), (twin, other)):
+            give_gradients(n, Net((8, 100)), 10 * step + rank // 2)
+            o.step()
+    for param, theirs in zip(net.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(param._local_tensor, theirs._local_tensor)
