@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint types docs copy bench bench-save bench-compare gpu-test gpu-bench gpu-report triton-versions netlab study study-quick setup clean
+.PHONY: demo test lint types docs copy bench bench-save bench-compare gpu-test gpu-bench gpu-report triton-versions netlab netlab-shards study study-quick setup clean
 
 # without OMP_NUM_THREADS torchrun warns that it sets it
 demo: setup
@@ -61,6 +61,10 @@ triton-versions: setup
 # needs root and iproute2, and the machine to itself for an hour
 netlab: setup
 	$(BIN)/python bench/netlab matrix
+
+# sharded models on 2 hosts of 2 workers, under the same conditions; half an hour
+netlab-shards: setup
+	$(BIN)/python bench/netlab shards
 
 # an interrupted study goes on where it was; KEEP_OLD=1 adds to runs of another commit
 study: setup

@@ -46,11 +46,12 @@ class Turns:
                 raise ValueError(f"{name}: expected at least {least}, got {getattr(self, name)}")
 
     def untimed_of(self, method: str) -> int:
-        """Return the number of untimed steps: few for plain DDP, which can take seconds, more where votes settle."""
+        """Return the number of untimed steps: few for full gradients, which take seconds, more where votes settle."""
         votes = parse_method(method)
         if votes is not None and votes.settles:
             return max(self.untimed, SETTLING_STEPS)
-        return min(self.untimed, 2) if method.startswith(("ddp_fp32", "ddp_bf16")) else self.untimed
+        slow = ("ddp_fp32", "ddp_bf16", "hsdp")
+        return min(self.untimed, 2) if method.startswith(slow) else self.untimed
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ def run_session(
                 crews[code].ask("measure", method=method, untimed=turns.untimed, steps=1, seconds=1.0)
         for rate in rates:
             lab.set_rate(rate)
-            share = _check(rate, crews["new"]) if session.per_host == 1 else None
+            share = _check(rate, crews["new"])
             found = _measure(methods, turns, crews)
             cell = {"kind": "turn", "workers": session.workers, "per_host": session.per_host, "model": session.model}
             for turn in found:
@@ -133,7 +134,8 @@ def _measure(methods: Sequence[str], turns: Turns, crews: Mapping[str, Crew]) ->
                 # a step ends with its slowest worker
                 seconds = [max(step) for step in zip(*(answer["seconds"] for answer in answers), strict=True)]
                 sent = max(answer["sent"] for answer in answers)
-                found.append({"method": method, "code": code, "seconds": seconds, "sent": sent})
+                # memory and stated bytes are those of the first worker
+                found.append({"method": method, "code": code, **answers[0], "seconds": seconds, "sent": sent})
     return found
 
 

@@ -6,20 +6,35 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 
-from reporting.pages import OURS, OURS_TOO, PAGE, PEERS, machine_line, markdown_table, median_ratio, write_results
-from reporting.records import Record, RecordsError
+from reporting.pages import (
+    OURS,
+    OURS_TOO,
+    PAGE,
+    PEERS,
+    insert,
+    machine_line,
+    markdown_table,
+    median_ratio,
+    write_results,
+)
+from reporting.records import Record, RecordsError, write_records
 
 from netlab.cells import medians_of
 from netlab.lab import rate_name
-from netlab.worker import parse_method
+from netlab.worker import MEMORY, parse_method
 
 BASELINE = "ddp_fp32_lion_pytorch"
+SHARDS_BASELINE = "hsdp_fp32"
 TITLES = {
     "no_communication": "no communication",
     BASELINE: "DDP fp32, lion-pytorch",
     "ddp_fp32": "DDP fp32, `lioncub.Lion`",
     "ddp_bf16": "DDP bf16 hook",
     "ddp_powersgd": "DDP PowerSGD, rank 4",
+    "fsdp_no_communication": "FSDP2, Lion, nothing between hosts",
+    "hsdp_fp32": "HSDP fp32, Lion",
+    "hsdp_bf16": "HSDP bf16, Lion",
+    "hsdp_fp32_adamw": "HSDP fp32, AdamW",
 }
 
 
@@ -42,6 +57,42 @@ def write_report(records: Sequence[Record], folder: Path, page: Path = PAGE) -> 
         panels.append((f"times as fast as DDP fp32, {rate_name(rate)}", bars))
     text = "\n\n".join(table for table in tables if table)
     write_results("network", records, text, panels, height=3.4, folder=folder, page=page)
+
+
+def write_shards_report(records: Sequence[Record], folder: Path, page: Path = PAGE) -> None:
+    """Write network_shards.jsonl into ``folder`` and its table into ``page``.
+
+    Raises RecordsError where turns of HSDP in fp32 are missing.
+    """
+    turns = [record for record in records if record["kind"] == "turn"]
+    rates = sorted({turn["rate"] for turn in turns})
+    if not turns or any(not of(turns, rate, SHARDS_BASELINE) for rate in rates):
+        raise RecordsError(f"expected turns with {SHARDS_BASELINE}, got {len(turns)}")
+    write_records(folder / "network_shards.jsonl", records)
+    insert(page, "network shards", f"{machine_line(records[0])}\n\n{shards_table(turns, rates)}")
+
+
+def shards_table(turns: Sequence[Record], rates: Sequence[int]) -> str:
+    """Tabulate time, speedup, bytes between hosts and memory by model and method.
+
+    Bytes are those that a host sends: counted at its link, and stated by LionCub. Those of memory are by parameter.
+    """
+    rows = []
+    for model, method in dict.fromkeys((turn["model"], turn["method"]) for turn in turns):
+        cell = [turn for turn in turns if turn["model"] == model]
+        times = [f"{1e3 * median(medians_of(of(cell, rate, method))):,.0f}" for rate in rates]
+        ratios = [f"{speedup(cell, rate, method, SHARDS_BASELINE):.2f}" for rate in rates]
+        mine, base = ([turn for turn in cell if turn["method"] == name] for name in (method, SHARDS_BASELINE))
+        sent, full = (median(turn["sent"] for turn in found) for found in (mine, base))
+        stated = [turn["stated"] * turn["per_host"] for turn in mine if "stated" in turn]
+        bytes_sent = (f"{sent / 1e6:.3f}", f"{median(stated) / 1e6:.3f}" if stated else "", f"{full / sent:.1f}")
+        sizes = mine[-1]["memory"]
+        kinds = [f"{sizes[kind] / sizes['numel']:.2f}" for kind in MEMORY]
+        rows.append((model, title_of(method), *times, *ratios, *bytes_sent, " + ".join(kinds)))
+    names = [rate_name(rate) for rate in rates]
+    header = ["model", "method", *(f"ms, {name}" for name in names), *(f"times as fast, {name}" for name in names)]
+    header += ["MB sent", "stated", "fewer bytes", f"memory: {' + '.join(MEMORY)}"]
+    return markdown_table(header, rows, text_columns=2)
 
 
 def step_table(turns: Sequence[Record], rates: Sequence[int]) -> str:
@@ -71,9 +122,9 @@ def speedup_table(turns: Sequence[Record]) -> str:
     return markdown_table(("workers", "model", "rate", *map(title_of, methods)), rows, text_columns=3)
 
 
-def speedup(turns: Sequence[Record], rate: int, method: str) -> float | None:
+def speedup(turns: Sequence[Record], rate: int, method: str, baseline: str = BASELINE) -> float | None:
     """Return the median ratio of paired turns; None where the cell has none."""
-    base, other = medians_of(of(turns, rate, BASELINE)), medians_of(of(turns, rate, method))
+    base, other = medians_of(of(turns, rate, baseline)), medians_of(of(turns, rate, method))
     return median_ratio(base, other)[0] if base and len(base) == len(other) else None
 
 
@@ -87,7 +138,8 @@ def title_of(method: str) -> str:
     votes = parse_method(method)
     if votes is None:
         return TITLES.get(method, method)
-    parts = ["LionCub" if votes.algorithm == "auto" else f"LionCub {votes.algorithm}"]
+    parts = ["FSDP2"] * method.startswith("fsdp_")
+    parts += ["LionCub" if votes.algorithm == "auto" else f"LionCub {votes.algorithm}"]
     parts += ["overlap"] * votes.overlap + ["signs alone"] * votes.signs + ["momentum synchronized"] * votes.synced
     return ", ".join(parts if votes.bucket_mb is None else [*parts, f"buckets of {votes.bucket_mb:g} MiB"])
 

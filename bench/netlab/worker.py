@@ -10,9 +10,10 @@ import inspect
 import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cached_property
 from multiprocessing.connection import Connection
 from pathlib import Path
 from time import perf_counter
@@ -21,9 +22,12 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from demo.gpt import GPT, VOCABULARY
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import lioncub
@@ -52,6 +56,9 @@ OPTIONS: dict[str, Any] = {"lr": 1e-4, "betas": (0.9, 0.99), "weight_decay": 0.1
 ALGORITHMS = ("auto", "all_gather", "reduce_scatter", "all_reduce", "hierarchical")
 OTHERS = ("no_communication", "ddp_fp32_lion_pytorch", "ddp_fp32", "ddp_bf16", "ddp_powersgd")
 ADAMW = ("ddp_fp32_adamw", "ddp_bf16_adamw")
+# with fsdp_lioncub...: shards within a host, votes between hosts
+SHARDED = ("fsdp_no_communication", "hsdp_fp32", "hsdp_bf16", "hsdp_fp32_adamw")
+MEMORY = ("parameters", "gradients", "state", "rest")
 
 
 class Votes(NamedTuple):
@@ -84,7 +91,14 @@ def under_ddp(model: nn.Module, name: str) -> DistributedDataParallel:
     return ddp
 
 
-def lion_cub(params: Any, votes: Votes) -> torch.optim.Optimizer:
+def shard(model: GPT, mesh: DeviceMesh, name: str) -> None:
+    """Shard each block and the rest over the ranks of a host; methods of HSDP average gradients over hosts, too."""
+    policy = MixedPrecisionPolicy(reduce_dtype=torch.bfloat16 if name.startswith("hsdp_bf16") else None)
+    for module in (*model.blocks, model):
+        fully_shard(module, mesh=mesh if name.startswith("hsdp") else mesh["shard"], mp_policy=policy)
+
+
+def lion_cub(params: Any, votes: Votes, group: dist.ProcessGroup | None) -> torch.optim.Optimizer:
     """Make a LionCub, by the arguments that the measured version has."""
     transport: dict[str, Any] = {"algorithm": votes.algorithm}
     transport |= {} if votes.bucket_mb is None else {"bucket_mb": votes.bucket_mb}
@@ -94,7 +108,7 @@ def lion_cub(params: Any, votes: Votes) -> torch.optim.Optimizer:
         transport["momentum_sync"] = lioncub.MomentumSync(every=4, dtype="int8")
     if votes.signs:
         transport["compression"] = lioncub.SignVote()
-    return lioncub.LionCub(params, overlap=votes.overlap, **transport, **OPTIONS)
+    return lioncub.LionCub(params, process_group=group, overlap=votes.overlap, **transport, **OPTIONS)
 
 
 def peer(params: Any, method: str) -> torch.optim.Optimizer:
@@ -130,9 +144,13 @@ class Worker:
     def measure(self, method: str, untimed: int, steps: int, seconds: float) -> dict[str, Any]:
         """Time up to ``steps`` steps of ``method``, fewer where they would take more than ``seconds``, at least one.
 
-        The bytes per step are those of the network interface, headers and acknowledgements included.
+        The bytes per step are those of the network interface, headers and acknowledgements included; those that
+        LionCub states are beside them, and the memory at the end of a step.
         """
-        step = self._method(method)
+        gc.collect()
+        others = _bytes_of(_live_tensors())
+        model, optimizer = self._build(method)
+        step = self._step_of(model, optimizer)
         slowest = torch.zeros(1)
         for _ in range(untimed):
             dist.barrier()
@@ -146,10 +164,12 @@ class Worker:
             dist.barrier()
             times.append(self._seconds(step))
         dist.barrier()
-        sent = (_sent_bytes() - sent) / steps
-        del step
+        answer = {"seconds": times, "sent": (_sent_bytes() - sent) / steps, "memory": memory(model, optimizer, others)}
+        if isinstance(optimizer, lioncub.LionCub):
+            answer["stated"] = optimizer.stats().bytes_sent_per_step
+        del step, model, optimizer
         gc.collect()
-        return {"seconds": times, "sent": sent}
+        return answer
 
     def carry(self, n_bytes: int) -> dict[str, Any]:
         """Time sending so many bytes to the next rank while as many come from the one before."""
@@ -170,9 +190,15 @@ class Worker:
             torch.cuda.synchronize()
         return perf_counter() - begin
 
-    def _method(self, name: str) -> Callable[[], None]:
-        """Return one training step of the method."""
-        model, optimizer = self._build(name)
+    @cached_property
+    def _mesh(self) -> DeviceMesh:
+        """All ranks, a row for each host."""
+        per_host = int(os.environ["LOCAL_WORLD_SIZE"])
+        sizes = (dist.get_world_size() // per_host, per_host)
+        return init_device_mesh(self._device.type, sizes, mesh_dim_names=("replicate", "shard"))
+
+    def _step_of(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> Callable[[], None]:
+        """Return one training step."""
 
         def step() -> None:
             optimizer.zero_grad()
@@ -184,35 +210,77 @@ class Worker:
         return step
 
     def _build(self, name: str) -> tuple[nn.Module, torch.optim.Optimizer]:
-        """Return module and optimizer with new parameters in the shared memory, so that hooks end with them."""
+        """Return module and optimizer with new parameters in the shared memory, so that hooks end with them.
+
+        Shards are copies of their part of it.
+        """
         with torch.device("meta"):
-            model: nn.Module = self._model.build()
+            model = self._model.build()
         model.load_state_dict(self._initial, assign=True)
-        votes = parse_method(name)
+        votes, group = parse_method(name), None
+        if name.startswith(("fsdp", "hsdp")):
+            shard(model, self._mesh, name)
+            group = self._mesh.get_group("replicate")
         if votes is not None:
-            return model, lion_cub(model.named_parameters(), votes)
+            return model, lion_cub(model.named_parameters(), votes, group)
         optimizer = peer(model.parameters(), name)
         return (under_ddp(model, name) if name.startswith("ddp") else model), optimizer
 
 
 def parse_method(name: str) -> Votes | None:
-    """Parse "lioncub_reduce_scatter_overlap:0.25" to algorithm, MiB of a bucket and overlap.
+    """Parse "lioncub_reduce_scatter_overlap:0.25" to algorithm, MiB of a bucket and overlap; "fsdp_" may precede.
 
     Returns None for a method without votes. Raises ValueError for a name that does not exist.
     """
-    if name in (*OTHERS, *ADAMW):
+    peers = (*OTHERS, *ADAMW, *SHARDED)
+    if name in peers:
         return None
-    base, _, bucket_mb = name.partition(":")
+    base, _, bucket_mb = name.removeprefix("fsdp_").partition(":")
     base, synced = base.removesuffix("_synced"), base.endswith("_synced")
     base, signs = base.removesuffix("_signs"), base.endswith("_signs")
     base, overlap = base.removesuffix("_overlap"), base.endswith("_overlap")
     algorithm = base.removeprefix("lioncub").removeprefix("_") or "auto"
     if not base.startswith("lioncub") or algorithm not in ALGORITHMS:
         raise ValueError(
-            f"method: expected {', '.join((*OTHERS, *ADAMW))} or lioncub[_ALGORITHM][_overlap][_signs][_synced]"
-            f"[:BUCKET_MB] with one of {', '.join(ALGORITHMS)}, got {name!r}"
+            f"method: expected {', '.join(peers)} or [fsdp_]lioncub[_ALGORITHM][_overlap][_signs][_synced][:BUCKET_MB] "
+            f"with one of {', '.join(ALGORITHMS)}, got {name!r}"
         )
     return Votes(algorithm, float(bucket_mb) if bucket_mb else None, overlap, synced, signs)
+
+
+def memory(model: nn.Module, optimizer: torch.optim.Optimizer, others: dict[int, int]) -> dict[str, int]:
+    """Return the elements of this rank's parameters, and the bytes of the tensors that live between steps, by kind.
+
+    Every storage is counted once and whole. "rest" is what the garbage collector finds besides them and ``others``: of
+    LionCub its codes and messages. Memory that is no tensor's, as Gloo's, is not counted.
+    """
+    params = [_local(param) for param in model.parameters()]
+    gradients = [_local(param.grad) for param in model.parameters() if param.grad is not None]
+    entries = [value for state in optimizer.state.values() for value in state.values()]
+    state = [_local(value) for value in entries if isinstance(value, Tensor)]
+    kinds = [_bytes_of(tensors) for tensors in (params, gradients, state, _live_tensors())]
+    found = {"numel": sum(param.numel() for param in params)}
+    counted = {place: size for place, size in others.items() if place not in kinds[0]}
+    for kind, sizes in zip(MEMORY, kinds, strict=True):
+        found[kind] = sum(size for place, size in sizes.items() if place not in counted)
+        counted |= sizes
+    return found
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _live_tensors() -> Iterable[Tensor]:
+    # isinstance would ask deprecated objects of torch for their class, which warns
+    found = [thing for thing in gc.get_objects() if issubclass(type(thing), Tensor)]
+    return [tensor for tensor in found if not isinstance(tensor, DTensor) and tensor.device.type != "meta"]
+
+
+def _bytes_of(tensors: Iterable[Tensor]) -> dict[int, int]:
+    """Return the bytes of tensors' storages, by address."""
+    storages = [tensor.untyped_storage() for tensor in tensors]
+    return {storage.data_ptr(): storage.nbytes() for storage in storages if storage.nbytes()}
 
 
 def _sent_bytes() -> float:

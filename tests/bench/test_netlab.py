@@ -30,8 +30,8 @@ from netlab.lab import (
     shape_of,
     worker_environment,
 )
-from netlab.report import write_report
-from netlab.worker import ADAMW, ALGORITHMS, OTHERS, Worker, parse_method
+from netlab.report import write_report, write_shards_report
+from netlab.worker import ADAMW, ALGORITHMS, MEMORY, OTHERS, SHARDED, Worker, parse_method
 from reporting.records import RecordsError, run_record
 
 RATES = (10**8, 10**9, 10**10)
@@ -124,7 +124,7 @@ def test_only_namespaces_of_dead_labs_are_stale() -> None:
     assert is_stale(f"lioncub-{2**22 + 1}.1-bridge")
 
 
-@pytest.mark.parametrize("command", [["matrix"], ["cells"]])
+@pytest.mark.parametrize("command", [["matrix"], ["cells"], ["shards"]])
 def test_it_needs_root_and_says_so(
     command: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -165,23 +165,25 @@ def test_bad_arguments_are_refused(arguments: list[str], words: str, capsys: pyt
         ("lioncub_reduce_scatter_overlap:0.25", ("reduce_scatter", 0.25, True, False, False)),
         ("lioncub_overlap_synced", ("auto", None, True, True, False)),
         *((f"lioncub_{name}", (name, None, False, False, False)) for name in ALGORITHMS),
-        *((name, None) for name in (*OTHERS, *ADAMW)),
+        ("fsdp_lioncub_overlap", ("auto", None, True, False, False)),
+        *((name, None) for name in (*OTHERS, *ADAMW, *SHARDED)),
     ],
 )
 def test_methods_have_names(name: str, parsed: object) -> None:
     assert parse_method(name) == parsed
 
 
-@pytest.mark.parametrize("name", ["", "magic", "lioncub_magic", "ddp_fp32_overlap"])
+@pytest.mark.parametrize("name", ["", "magic", "lioncub_magic", "ddp_fp32_overlap", "hsdp_lioncub"])
 def test_methods_that_do_not_exist_are_refused(name: str) -> None:
-    with pytest.raises(ValueError, match=r"method: expected no_communication, .* or lioncub"):
+    with pytest.raises(ValueError, match=r"method: expected no_communication, .* or \[fsdp_\]lioncub"):
         parse_method(name)
 
 
 def test_plain_ddp_takes_few_untimed_steps_and_what_settles_many() -> None:
     turns = Turns(untimed=3)
-    expected = {"ddp_fp32": 2, "ddp_powersgd": 3, "lioncub_all_gather": 3, "lioncub_all_gather_overlap:1": 3}
-    expected |= dict.fromkeys(("lioncub", "lioncub_overlap:1", "lioncub_all_gather_overlap"), 45)
+    expected = {"ddp_powersgd": 3, "lioncub_all_gather": 3, "lioncub_all_gather_overlap:1": 3}
+    expected |= dict.fromkeys(("ddp_fp32", "hsdp_bf16"), 2)
+    expected |= dict.fromkeys(("lioncub", "lioncub_overlap:1", "lioncub_all_gather_overlap", "fsdp_lioncub"), 45)
     assert {name: turns.untimed_of(name) for name in expected} == expected
     with pytest.raises(ValueError, match="2 or more"):
         Session(1)
@@ -205,6 +207,33 @@ def test_workers_measure_every_method() -> None:
         assert facts["parameters"] == (256 + 64 + 1) * 64 + 12 * 64**2 + 2 * 64
         assert all(len(answer["seconds"]) == 3 and min(answer["seconds"]) > 0 for answer in answers)
         assert all(answer["sent"] == 0 for answer in answers)
+
+
+def measured_shards(rank: int, world_size: int) -> list[dict[str, Any]]:
+    import torch.distributed as dist
+    from netlab import worker
+
+    dist.init_process_group = lambda *arguments, **options: None  # type: ignore[assignment]
+    worker._sent_bytes = lambda: 7  # type: ignore[assignment]
+    os.environ["LOCAL_WORLD_SIZE"] = "2"
+    found, methods = Worker("tiny"), [*SHARDED, "fsdp_lioncub", "fsdp_lioncub_overlap"]
+    return [found.measure(name, untimed=2, steps=2, seconds=60.0) for name in methods]
+
+
+def test_workers_measure_sharded_methods_and_their_memory() -> None:
+    numel = ((256 + 64 + 1) * 64 + 12 * 64**2 + 2 * 64) // 2
+    for answers in results_of(measured_shards, 4):
+        assert ["stated" in answer for answer in answers] == [False] * 4 + [True] * 2
+        for answer in answers:
+            sizes = [answer["memory"][kind] for kind in ("numel", *MEMORY)]
+            assert sizes[:3] == [numel, 4 * numel, 4 * numel]
+        plain, _, _, adamw, *ours = [[answer["memory"][kind] for kind in MEMORY[2:]] for answer in answers]
+        # alignment of the loss and of counters
+        assert plain[0] == 4 * numel
+        assert plain[1] < 100
+        assert 8 * numel < adamw[0] < 8 * numel + 100
+        # every code once, in a message at least once
+        assert all(numel / 8 <= sum(sizes) - 4 * numel < numel / 2 for sizes in ours)
 
 
 class Processes:
@@ -270,3 +299,19 @@ def test_a_report_is_written_from_turns(tmp_path: Path) -> None:
     assert (tmp_path / "network.png").stat().st_size > 1000
     with pytest.raises(RecordsError, match="expected turns of 4 workers"):
         write_report([run_record(), *turns[2:]], tmp_path, page)
+
+
+def test_a_report_of_sharded_methods(tmp_path: Path) -> None:
+    page = tmp_path / "results.md"
+    page.write_text("<!-- network shards -->\n<!-- /network shards -->\n")
+    memory = {"numel": 10, "parameters": 40, "gradients": 40, "state": 40, "rest": 3}
+    turns = [turn("hsdp_fp32", 4.0), turn("fsdp_lioncub", 0.5)]
+    turns = [found | {"memory": memory, "per_host": 2} for found in turns]
+    turns[1] |= {"sent": 1e5, "stated": 45_000}
+    write_shards_report([run_record(), *turns], tmp_path, page)
+    text = page.read_text()
+    assert "| 10M | HSDP fp32, Lion | 4,000 | 1.00 | 2.000 |  | 1.0 | 4.00 + 4.00 + 4.00 + 0.30 |" in text
+    assert "| 10M | FSDP2, LionCub | 500 | 8.00 | 0.100 | 0.090 | 20.0 | 4.00 + 4.00 + 4.00 + 0.30 |" in text
+    assert (tmp_path / "network_shards.jsonl").exists()
+    with pytest.raises(RecordsError, match="expected turns with hsdp_fp32"):
+        write_shards_report([run_record(), turns[1]], tmp_path, page)
