@@ -80,15 +80,17 @@ def shards_table(turns: Sequence[Record], rates: Sequence[int]) -> str:
     rows = []
     for model, method in dict.fromkeys((turn["model"], turn["method"]) for turn in turns):
         cell = [turn for turn in turns if turn["model"] == model]
-        times = [f"{1e3 * median(medians_of(of(cell, rate, method))):,.0f}" for rate in rates]
-        ratios = [f"{speedup(cell, rate, method, SHARDS_BASELINE):.2f}" for rate in rates]
+        times = [milliseconds(of(cell, rate, method)) for rate in rates]
+        ratios = [speedup(cell, rate, method, SHARDS_BASELINE) for rate in rates]
         mine, base = ([turn for turn in cell if turn["method"] == name] for name in (method, SHARDS_BASELINE))
         sent, full = (median(turn["sent"] for turn in found) for found in (mine, base))
         stated = [turn["stated"] * turn["per_host"] for turn in mine if "stated" in turn]
-        bytes_sent = (f"{sent / 1e6:.3f}", f"{median(stated) / 1e6:.3f}" if stated else "", f"{full / sent:.1f}")
+        fewer = "" if method == "fsdp_no_communication" else f"{full / sent:.1f}"
+        bytes_sent = (f"{sent / 1e6:.3f}", f"{median(stated) / 1e6:.3f}" if stated else "", fewer)
         sizes = mine[-1]["memory"]
         kinds = [f"{sizes[kind] / sizes['numel']:.2f}" for kind in MEMORY]
-        rows.append((model, title_of(method), *times, *ratios, *bytes_sent, " + ".join(kinds)))
+        speedups = ["" if ratio is None else f"{ratio:.2f}" for ratio in ratios]
+        rows.append((model, title_of(method), *times, *speedups, *bytes_sent, " + ".join(kinds)))
     names = [rate_name(rate) for rate in rates]
     header = ["model", "method", *(f"ms, {name}" for name in names), *(f"times as fast, {name}" for name in names)]
     header += ["MB sent", "stated", "fewer bytes", f"memory: {' + '.join(MEMORY)}"]
@@ -99,13 +101,15 @@ def step_table(turns: Sequence[Record], rates: Sequence[int]) -> str:
     """Tabulate milliseconds of a step by method and rate, and the bytes that a worker sends in it."""
     rows = []
     for method in dict.fromkeys(turn["method"] for turn in turns):
-        cells = []
-        for rate in rates:
-            found = of(turns, rate, method)
-            cells.append(f"{1e3 * median(medians_of(found)):,.0f}" if found else "")
+        cells = [milliseconds(of(turns, rate, method)) for rate in rates]
         sent = median(turn["sent"] for turn in turns if turn["method"] == method)
         rows.append((title_of(method), *cells, f"{sent / 1e6:.2f}"))
     return markdown_table(("ms of a step", *map(rate_name, rates), "MB sent"), rows)
+
+
+def milliseconds(turns: Sequence[Record]) -> str:
+    """Return the median of turns; nothing where there are none."""
+    return f"{1e3 * median(medians_of(turns)):,.0f}" if turns else ""
 
 
 def speedup_table(turns: Sequence[Record]) -> str:
