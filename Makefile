@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint types docs copy bench bench-save bench-compare gpu-test gpu-bench gpu-report triton-versions netlab netlab-shards study study-quick setup clean
+.PHONY: demo test lint types docs copy endurance bench bench-save bench-compare gpu-test gpu-bench gpu-report triton-versions netlab netlab-shards study study-quick setup clean
 
 # without OMP_NUM_THREADS torchrun warns that it sets it
 demo: setup
@@ -29,6 +29,10 @@ docs: copy
 copy: setup
 	rm -rf build/copy
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --target build/copy .
+
+# random schedules of steps and faults, ends of processes, leaks; MINUTES=20 unless given
+endurance: setup
+	OMP_NUM_THREADS=1 $(BIN)/python bench/endurance --minutes $(or $(MINUTES),20)
 
 # a quarter of an hour, with the machine to itself; ONLY="/cpu/ 16Mi" times a part and writes no tables
 bench: setup

@@ -319,7 +319,8 @@ class LionCub(TransactionalOptimizer, Joinable):
         except BaseException:
             self._members = old
             raise
-        self._unverified = True
+        # ranks hold the same parameters: a group that is new to this rank may be known to others
+        self._unverified, self._unequal = True, []
         self._stop_overlap()
         if self._workers == 1 or not dist.is_initialized() or self._workers == dist.get_world_size():
             destroy_groups(old.own_groups)

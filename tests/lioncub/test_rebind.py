@@ -192,3 +192,34 @@ def test_nothing_is_left_of_the_old_ranks(rank: int, world_size: int) -> None:
     opt.rebind(alone)
     assert settles(threads - 1, 0, descriptors - 1), (threads, descriptors, resources())
     opt.close()
+
+
+@on_ranks(3)
+def test_a_rank_comes_back_to_a_group_that_was_added_without_it(rank: int, world_size: int) -> None:
+    two = dist.new_group([0, 1])
+    params = [torch.ones(9).requires_grad_(), torch.ones(70).requires_grad_()]
+    opt = LionCub(params[:1], lr=1e-2)
+
+    def step() -> None:
+        for p in params:
+            p.grad = torch.full_like(p, float(rank + 1))
+        opt.step()
+
+    step()
+    if rank < 2:
+        opt.rebind(two)
+        opt.add_param_group({"params": params[1:]})
+        step()
+    states = everyone((opt.state_dict(), [p.detach() for p in params]))
+    if rank == 2:
+        opt.add_param_group({"params": params[1:]})
+        state, theirs = states[0]
+        with torch.no_grad():
+            for p, other in zip(params, theirs, strict=True):
+                p.copy_(other)
+        with pytest.warns(UserWarning, match="got the momentum of rank 0 of"):
+            opt.load_state_dict(state)
+    opt.rebind(None)
+    step()
+    opt.check_replicas()
+    assert opt.stats().steps == 3
