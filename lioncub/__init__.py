@@ -5,7 +5,7 @@ from lioncub.collectives import PeerLostError, WorkersDisagreeError
 from lioncub.compression import BySize, Quantized, SignMean, SignVote, TernaryVote
 from lioncub.config import Comm, Precision
 from lioncub.control import NonFiniteError
-from lioncub.ddp import keep_gradients_local
+from lioncub.ddp import keep_gradients_local, keep_gradients_local_once_wrapped, local_gradients_hook
 from lioncub.lion import Lion
 from lioncub.momentum_sync import MomentumSync
 from lioncub.optimizer import LionCub
@@ -35,5 +35,7 @@ __all__ = [
     "__version__",
     "broadcast_module",
     "keep_gradients_local",
+    "keep_gradients_local_once_wrapped",
+    "local_gradients_hook",
     "simulate",
 ]

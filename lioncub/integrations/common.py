@@ -1,0 +1,83 @@
+"""What the stacks have in common: which optimizers are LionCub, whose gradients stay local, one momentum for a file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from lioncub.ddp import keep_gradients_local
+from lioncub.optimizer import LionCub
+
+# where stacks keep the optimizer that they wrap
+_INNER = ("optimizer", "_optimizer", "optim")
+_MAX_DEPTH = 5
+# packages and classes of torch whose optimizers give each rank a part of the state
+_SHARDING = {
+    "deepspeed": "DeepSpeed",
+    "megatron": "Megatron",
+    "torch.distributed.optim.zero_redundancy_optimizer": "ZeroRedundancyOptimizer",
+}
+
+
+def lion_cub_of(optimizer: Any) -> LionCub | None:
+    """Return the LionCub that an optimizer is or wraps; None for other optimizers.
+
+    Raises ValueError for a LionCub within an optimizer that gives each rank a part of the parameters or of the state.
+    """
+    sharding = None
+    for _ in range(_MAX_DEPTH):
+        if isinstance(optimizer, LionCub):
+            if sharding is not None:
+                raise ValueError(
+                    f"optimizer: expected LionCub without {sharding}, got one within it; {sharding} shards the state, "
+                    "so ranks would vote on other parameters. Use LionCub under DDP"
+                )
+            return optimizer
+        module = type(optimizer).__module__
+        sharding = next(
+            (name for prefix, name in _SHARDING.items() if f"{module}.".startswith(f"{prefix}.")), sharding
+        )
+        inner = [vars(optimizer)[name] for name in _INNER if name in getattr(optimizer, "__dict__", {})]
+        if not inner:
+            return None
+        (optimizer, *_) = inner
+    return None
+
+
+def lion_cubs_of(optimizers: Iterable[Any]) -> list[LionCub]:
+    """Return those of the optimizers that are LionCub, unwrapped, in their order."""
+    return [cub for cub in map(lion_cub_of, optimizers) if cub is not None]
+
+
+def stays_local(module: nn.Module, optimizers: Sequence[Any]) -> bool:
+    """Whether the gradients of a module are for LionCub to vote with: it has some of them, or there is no optimizer.
+
+    Raises ValueError where another optimizer has some too, since it would step on gradients of one rank alone.
+    """
+    if not optimizers:
+        return True
+    mine = {id(param) for param in module.parameters()}
+    local, others = False, []
+    for optimizer in optimizers:
+        if mine.isdisjoint(id(param) for group in optimizer.param_groups for param in group["params"]):
+            continue
+        if lion_cub_of(optimizer) is None:
+            others.append(type(optimizer).__name__)
+        else:
+            local = True
+    if local and others:
+        raise ValueError(
+            f"optimizers: expected LionCub for all parameters of {type(module).__name__}, since DDP then averages none "
+            f"of its gradients, got {', '.join(others)} for some, whose replicas would drift apart"
+        )
+    return local
+
+
+def keep_local(model: Any) -> None:
+    """Keep the gradients of a model local that may be wrapped in DDP, compiled or not."""
+    model = getattr(model, "_orig_mod", model)
+    if isinstance(model, DistributedDataParallel):
+        keep_gradients_local(model)
