@@ -35,6 +35,7 @@ def as_torchrun(rank: int, world_size: int, folder: Path) -> Iterator[list[str]]
     folder.mkdir(exist_ok=True)
     ranks: dict[str, Any] = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
     ranks |= {"GROUP_RANK": 0, "MASTER_ADDR": "localhost", "MASTER_PORT": 1, "TORCHELASTIC_RUN_ID": "tests"}
+    forget_accelerate()
     before, place, said = dict(os.environ), Path.cwd(), list[str]()
     os.environ.update({name: str(value) for name, value in ranks.items()})
     os.environ.update({"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"})
@@ -56,3 +57,11 @@ def as_torchrun(rank: int, world_size: int, folder: Path) -> Iterator[list[str]]
 
 def is_ours(message: str) -> bool:
     return message.startswith(("all votes of the last", "state_dict: expected", "no parameter had a gradient"))
+
+
+def forget_accelerate() -> None:
+    """Forget what Accelerate remembers of this process, as if the script were a new one."""
+    from accelerate.state import AcceleratorState, GradientState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
