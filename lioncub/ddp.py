@@ -80,8 +80,8 @@ def keep_gradients_local_once_wrapped(module: nn.Module) -> RemovableHandle:
 def local_gradients_hook(state: Any, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:  # type: ignore[name-defined]
     """Return a bucket of gradients as it is: a communication hook of DDP that sends nothing.
 
-    For frameworks that take a hook, as ``DDPStrategy(ddp_comm_hook=...)`` of Lightning; `keep_gradients_local` registers
-    it on a model at hand.
+    For frameworks that take a hook, as ``DDPStrategy(ddp_comm_hook=...)`` of Lightning. `keep_gradients_local`
+    registers it on a model at hand.
     """
     done: torch.futures.Future[Tensor] = torch.futures.Future()
     done.set_result(bucket.buffer())

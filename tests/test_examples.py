@@ -43,7 +43,8 @@ def test_examples_are_short_and_use_public_names_alone(path: Path) -> None:
     assert len(code.splitlines()) < {"train_gpt": 130, "train_hsdp": 150}.get(path.stem, 60)
     modules = set(re.findall(r"^(?:from|import) (lioncub[\w.]*)", code, re.MULTILINE))
     assert modules
-    assert modules <= {"lioncub", "lioncub.collectives", "lioncub.kernels"}
+    stacks = {f"lioncub.integrations.{name}" for name in ("accelerate", "lightning", "transformers")}
+    assert modules <= {"lioncub", "lioncub.collectives", "lioncub.kernels", *stacks}
 
 
 @pytest.mark.parametrize("name", ["signum", "ddp_hook"])

@@ -1,4 +1,4 @@
-"""LionCub with the Trainer of transformers. Run: torchrun --nproc-per-node 2 docs/examples/train_trainer.py [--resume]"""
+"""LionCub with transformers. Run: torchrun --nproc-per-node 2 docs/examples/train_trainer.py [--resume]"""
 
 import sys
 from typing import Any

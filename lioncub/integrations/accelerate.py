@@ -1,9 +1,9 @@
 """Accelerate: one call in place of ``accelerator.prepare``.
 
-    accelerator = Accelerator()
-    model.to(accelerator.device)
-    opt = LionCub(model.named_parameters(), lr=1e-3)
-    model, opt, loader = prepare(accelerator, model, opt, loader)
+accelerator = Accelerator()
+model.to(accelerator.device)
+opt = LionCub(model.named_parameters(), lr=1e-3)
+model, opt, loader = prepare(accelerator, model, opt, loader)
 """
 
 from __future__ import annotations

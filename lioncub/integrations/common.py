@@ -37,9 +37,7 @@ def lion_cub_of(optimizer: Any) -> LionCub | None:
                 )
             return optimizer
         module = type(optimizer).__module__
-        sharding = next(
-            (name for prefix, name in _SHARDING.items() if f"{module}.".startswith(f"{prefix}.")), sharding
-        )
+        sharding = next((name for prefix, name in _SHARDING.items() if f"{module}.".startswith(f"{prefix}.")), sharding)
         inner = [vars(optimizer)[name] for name in _INNER if name in getattr(optimizer, "__dict__", {})]
         if not inner:
             return None

@@ -1,7 +1,7 @@
 """The Trainer of transformers: one callback.
 
-    Trainer(model, args, optimizers=(LionCub(model.named_parameters(), lr=1e-3), None), callbacks=[LionCubCallback()])
-    Trainer(model, args, optimizer_cls_and_kwargs=(LionCub, {"lr": 1e-3}), callbacks=[LionCubCallback()])
+Trainer(model, args, optimizers=(LionCub(model.named_parameters(), lr=1e-3), None), callbacks=[LionCubCallback()])
+Trainer(model, args, optimizer_cls_and_kwargs=(LionCub, {"lr": 1e-3}), callbacks=[LionCubCallback()])
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ class LionCubCallback(TrainerCallback):
     """Keep gradients local under the Trainer's DDP, and average momentum on all ranks before a checkpoint is saved.
 
     ``resume_from_checkpoint`` then has the bits of a run that went on. Place it behind callbacks that set
-    ``should_save``. With ``save_strategy="best"`` momentum is averaged at every evaluation, since only later is it known
-    whether the model is saved.
+    ``should_save``. With ``save_strategy="best"`` momentum is averaged at every evaluation, since whether the model is
+    saved is known only later.
 
     Raises ValueError where the Trainer uses DeepSpeed or FSDP, or another optimizer.
     """

@@ -1,4 +1,4 @@
-"""Accelerate, the Trainer of transformers and Lightning: the examples of the pages, resumed, and without lioncub's help.
+"""Accelerate, the Trainer of transformers and Lightning: their examples, resumed, and without lioncub's help.
 
 One file, since importing the stacks takes longer than all of these runs.
 """
@@ -55,6 +55,10 @@ def run(
     return {"weights": weights, "stats": stats, "warnings": said}
 
 
+def count(values: Any) -> int:
+    return sum(map(count, values)) if isinstance(values, list) else 1
+
+
 def keeper_of(module: ModuleType) -> Any:
     """A callback of Lightning that keeps the optimizer, which its Trainer drops."""
 
@@ -84,8 +88,9 @@ def test_the_example_votes_and_resumes_exactly(rank: int, world_size: int, stack
         assert found["stats"].unanimous < LOCAL, "gradients must be each rank's own"
     assert resumed["weights"] == whole["weights"]
     assert same_on_all(whole["weights"])
-    (row,) = re.findall(rf"^\| \[.*?\]\(#{stack}.*?\| ([\d,]+) \|", PAGE.read_text(), re.MULTILINE)
-    assert row == f"{whole['stats'].bytes_sent_per_step:,}"
+    (row,) = re.findall(rf"^\| \[.*?\]\(#{stack}.*?\| ([\d,]+) \| ([\d,]+) \|", PAGE.read_text(), re.MULTILINE)
+    # of two ranks each sends half of the gradients, in fp32, and half of the sums
+    assert row == (f"{whole['stats'].bytes_sent_per_step:,}", f"{4 * sum(map(count, whole['weights'])):,}")
 
 
 @pytest.mark.parametrize("stack", STACKS)
