@@ -72,6 +72,16 @@ def test_all_grids_have_one_dimension() -> None:
     assert [name for name, text in sources.items() if "program_id(1)" in text or "program_id(2)" in text] == []
 
 
+def test_only_integrations_import_stacks_and_nothing_imports_them() -> None:
+    stacks = {"accelerate", "lightning", "pytorch_lightning", "transformers"}
+    for folder in LAYERS:
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            modules = _imports(path)
+            if path.parent.name != "integrations":
+                assert not stacks & {module.split(".")[0] for module in modules}, path
+                assert not [module for module in modules if module.startswith("lioncub.integrations")], path
+
+
 def _python(code: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, timeout=120, check=False)
 

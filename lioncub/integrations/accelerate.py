@@ -15,20 +15,12 @@ from accelerate import Accelerator
 from torch import nn
 from torch.optim import Optimizer
 
-from lioncub.integrations.common import keep_local, lion_cubs_of, stays_local
+from lioncub.integrations.common import keep_local, lion_cubs_of, refuse_sharding, stays_local
 from lioncub.optimizer import LionCub
 
-# by `accelerator.distributed_type.value`
-_REFUSED = {
-    "DEEPSPEED": "DeepSpeed, which steps itself, on shards of the state; train under DDP",
-    "MEGATRON_LM": "Megatron-LM, which steps itself; train under DDP",
-    "FSDP": (
-        "FSDP, by which Accelerate exchanges the parameters of an optimizer that was built; train under DDP, or call "
-        "fully_shard(model) without Accelerate before LionCub is built"
-    ),
-}
-
 _hooked: weakref.WeakSet[Accelerator] = weakref.WeakSet()
+# modules whose DDP sends no gradients
+_local: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 def prepare(accelerator: Accelerator, *objects: Any, device_placement: list[bool] | None = None) -> Any:
@@ -45,11 +37,14 @@ def prepare(accelerator: Accelerator, *objects: Any, device_placement: list[bool
     cubs = lion_cubs_of(optimizers)
     if cubs:
         _check(accelerator, cubs)
+    for module in _local:
+        # one that was prepared before, without an optimizer
+        stays_local(module, optimizers, was_local=True)
     local = [isinstance(one, nn.Module) and stays_local(one, optimizers) for one in objects]
     prepared = accelerator.prepare(*objects, device_placement=device_placement)
-    for is_local, one in zip(local, prepared if len(objects) > 1 else [prepared], strict=True):
-        if is_local:
-            keep_local(one)
+    for one, is_local, result in zip(objects, local, prepared if len(objects) > 1 else [prepared], strict=True):
+        if is_local and keep_local(result):
+            _local.add(one)
     if cubs and accelerator not in _hooked:
         _hooked.add(accelerator)
         _average_before_saving(accelerator)
@@ -57,9 +52,7 @@ def prepare(accelerator: Accelerator, *objects: Any, device_placement: list[bool
 
 
 def _check(accelerator: Accelerator, cubs: list[LionCub]) -> None:
-    kind = accelerator.distributed_type.value
-    if kind in _REFUSED:
-        raise ValueError(f"accelerator: expected one process per replica for LionCub, got {_REFUSED[kind]}")
+    refuse_sharding(accelerator.distributed_type)
     device = accelerator.device
     for cub in cubs:
         for param in (param for group in cub.param_groups for param in group["params"]):

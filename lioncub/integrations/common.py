@@ -14,6 +14,15 @@ from lioncub.optimizer import LionCub
 # where stacks keep the optimizer that they wrap
 _INNER = ("optimizer", "_optimizer", "optim")
 _MAX_DEPTH = 5
+# by `accelerator.distributed_type.value`
+_REFUSED = {
+    "DEEPSPEED": "DeepSpeed, which steps itself, on shards of the state; train under DDP",
+    "MEGATRON_LM": "Megatron-LM, which steps itself; train under DDP",
+    "FSDP": (
+        "FSDP, by which Accelerate exchanges the parameters of an optimizer that was built; train under DDP, or call "
+        "fully_shard(model) without Accelerate before LionCub is built"
+    ),
+}
 # packages and classes of torch whose optimizers give each rank a part of the state
 _SHARDING = {
     "deepspeed": "DeepSpeed",
@@ -50,32 +59,39 @@ def lion_cubs_of(optimizers: Iterable[Any]) -> list[LionCub]:
     return [cub for cub in map(lion_cub_of, optimizers) if cub is not None]
 
 
-def stays_local(module: nn.Module, optimizers: Sequence[Any]) -> bool:
+def stays_local(module: nn.Module, optimizers: Sequence[Any], *, was_local: bool = False) -> bool:
     """Whether the gradients of a module are for LionCub to vote with: it has some of them, or there is no optimizer.
 
+    ``was_local`` says that they are already, whoever will have them.
     Raises ValueError where another optimizer has some too, since it would step on gradients of one rank alone.
     """
-    if not optimizers:
-        return True
     mine = {id(param) for param in module.parameters()}
-    local, others = False, []
-    for optimizer in optimizers:
-        if mine.isdisjoint(id(param) for group in optimizer.param_groups for param in group["params"]):
-            continue
-        if lion_cub_of(optimizer) is None:
-            others.append(type(optimizer).__name__)
-        else:
-            local = True
-    if local and others:
+    stepping = [
+        optimizer
+        for optimizer in optimizers
+        if not mine.isdisjoint(id(param) for group in optimizer.param_groups for param in group["params"])
+    ]
+    others = [type(optimizer).__name__ for optimizer in stepping if lion_cub_of(optimizer) is None]
+    is_local = not optimizers or was_local or len(others) < len(stepping)
+    if is_local and others:
         raise ValueError(
-            f"optimizers: expected LionCub for all parameters of {type(module).__name__}, since DDP then averages none "
-            f"of its gradients, got {', '.join(others)} for some, whose replicas would drift apart"
+            f"optimizers: expected LionCub for all parameters of {type(module).__name__}, since DDP averages none of "
+            f"its gradients, got {', '.join(others)} for some, whose replicas would drift apart"
         )
-    return local
+    return is_local
 
 
-def keep_local(model: Any) -> None:
-    """Keep the gradients of a model local that may be wrapped in DDP, compiled or not."""
+def keep_local(model: Any) -> bool:
+    """Keep the gradients of a model local that may be wrapped in DDP, compiled or not; returns whether it is."""
     model = getattr(model, "_orig_mod", model)
     if isinstance(model, DistributedDataParallel):
         keep_gradients_local(model)
+        return True
+    return False
+
+
+def refuse_sharding(distributed_type: Any) -> None:
+    """Raise ValueError for a kind of training of Accelerate that LionCub cannot step in."""
+    name = getattr(distributed_type, "value", None)
+    if name in _REFUSED:
+        raise ValueError(f"accelerator: expected DDP or one process for LionCub, got {_REFUSED[name]}")

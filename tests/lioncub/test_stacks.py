@@ -145,7 +145,12 @@ def test_accelerate_leaves_other_optimizers_alone(rank: int, world_size: int) ->
         net = nn.Linear(4, 4)
         model, _ = prepare(Accelerator(cpu=True), net, torch.optim.AdamW(net.parameters()))
         model(torch.full((2, 4), 1.0 + rank)).sum().backward()
+        # which optimizer it will have is not known: LionCub, or the call would not have been ours
+        accelerator, alone = Accelerator(cpu=True), nn.Linear(4, 4)
+        prepare(accelerator, alone)
+        said = said_by(lambda: prepare(accelerator, torch.optim.AdamW(alone.parameters())))
     assert same_on_all(net.weight.grad.tolist())
+    assert "got AdamW for some, whose replicas would drift apart" in said
 
 
 @on_ranks(2)
@@ -177,6 +182,9 @@ def test_what_cannot_work_is_refused_by_name(rank: int, world_size: int) -> None
         assert f"args.{option}: expected none with LionCub" in said_by(
             lambda args=args: OfTrainer().on_init_end(args, None, None)
         )
+    sharded = SimpleNamespace(accelerator_state=accelerator_of("FSDP"))
+    begun = said_by(lambda: OfTrainer().on_train_begin(None, None, None, model=net, optimizer=sharded))
+    assert "got FSDP, by which" in begun
     begun = said_by(lambda: OfTrainer().on_train_begin(None, None, None, model=net, optimizer=other))
     assert begun.startswith("ValueError: optimizer: expected LionCub for LionCubCallback, got SGD")
     for name in ("DeepSpeedStrategy", "FSDPStrategy", "ModelParallelStrategy"):
