@@ -1,4 +1,4 @@
-"""LionCub with Accelerate. Run: accelerate launch --num_processes 2 docs/examples/train_accelerate.py [--resume]"""
+"""LionCub with Accelerate. Run: torchrun --nproc-per-node 2 docs/examples/train_accelerate.py [--resume]"""
 
 import sys
 from typing import Any
@@ -17,7 +17,9 @@ from lioncub.integrations.accelerate import prepare
 def main(resume: bool, **options: Any) -> tuple[nn.Module, LionCub]:
     # the order of samples then depends on the epoch alone, as a resumed run needs it
     order = DataLoaderConfiguration(use_seedable_sampler=True)
-    accelerator = Accelerator(gradient_accumulation_steps=2, dataloader_config=order, **options)
+    accelerator = Accelerator(
+        cpu=not torch.cuda.is_available(), gradient_accumulation_steps=2, dataloader_config=order, **options
+    )
     set_seed(0)
     inputs = torch.randn(512, 16)
     targets = torch.tanh(inputs @ torch.randn(16, 1))

@@ -31,6 +31,7 @@ def main(resume: bool, **options: Any) -> Trainer:
     targets = torch.tanh(inputs @ torch.randn(16, 1))
     args = TrainingArguments(
         output_dir="trainer",
+        use_cpu=not torch.cuda.is_available(),
         num_train_epochs=2,
         per_device_train_batch_size=16,
         gradient_accumulation_steps=2,

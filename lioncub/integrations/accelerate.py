@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from torch import nn
 from torch.optim import Optimizer
 
-from lioncub.integrations.common import keep_local, lion_cubs_of, refuse_sharding, stays_local
+from lioncub.integrations.common import check_processes, keep_local, lion_cubs_of, refuse_sharding, stays_local
 from lioncub.optimizer import LionCub
 
 _hooked: weakref.WeakSet[Accelerator] = weakref.WeakSet()
@@ -55,6 +55,7 @@ def _check(accelerator: Accelerator, cubs: list[LionCub]) -> None:
     refuse_sharding(accelerator.distributed_type)
     device = accelerator.device
     for cub in cubs:
+        check_processes(cub, accelerator.num_processes, "accelerator", "Accelerator(cpu=True)")
         for param in (param for group in cub.param_groups for param in group["params"]):
             if param.device.type != device.type or (device.type != "cpu" and param.device.index != device.index):
                 raise ValueError(

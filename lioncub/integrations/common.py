@@ -90,6 +90,15 @@ def keep_local(model: Any) -> bool:
     return False
 
 
+def check_processes(cub: LionCub, processes: int, name: str, cure: str) -> None:
+    """Raise ValueError where a stack trains in fewer processes than vote, so that all would read the same data."""
+    if cub._workers > processes:
+        raise ValueError(
+            f"{name}: expected {name} of {cub._workers} processes or more, as LionCub has, got one of {processes}; on "
+            f"CPUs pass {cure}"
+        )
+
+
 def refuse_sharding(distributed_type: Any) -> None:
     """Raise ValueError for a kind of training of Accelerate that LionCub cannot step in."""
     name = getattr(distributed_type, "value", None)

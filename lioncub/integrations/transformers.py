@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lioncub.ddp import keep_gradients_local, keep_gradients_local_once_wrapped
-from lioncub.integrations.common import lion_cub_of, refuse_sharding
+from lioncub.integrations.common import check_processes, lion_cub_of, refuse_sharding
 from lioncub.optimizer import LionCub
 
 
@@ -51,7 +51,7 @@ class LionCubCallback(TrainerCallback):
     ) -> None:
         """Keep gradients local from the first backward on."""
         refuse_sharding(getattr(getattr(optimizer, "accelerator_state", None), "distributed_type", None))
-        _lion_cub_of(optimizer)
+        check_processes(_lion_cub_of(optimizer), args.world_size, "args", "TrainingArguments(use_cpu=True)")
         if isinstance(model, DistributedDataParallel):
             keep_gradients_local(model)
         elif self._handle is None:

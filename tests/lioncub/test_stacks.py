@@ -39,9 +39,9 @@ def run(
         if change is not None:
             change(module)
         if stack == "accelerate":
-            model, wrapped = module.main(resume, cpu=True, **options)
+            model, wrapped = module.main(resume, **options)
         elif stack == "trainer":
-            trainer = module.main(resume, use_cpu=True, disable_tqdm=True, **options)
+            trainer = module.main(resume, disable_tqdm=True, **options)
             model, wrapped = trainer.model, trainer.optimizer
         else:
             keeper, quiet = keeper_of(module), {"enable_progress_bar": False, "enable_model_summary": False}
@@ -166,12 +166,20 @@ def test_what_cannot_work_is_refused_by_name(rank: int, world_size: int) -> None
     opt = optimizers.LionCub(net.parameters(), lr=1e-3)
 
     def accelerator_of(kind: str, device: str = "cpu") -> Any:
-        return SimpleNamespace(distributed_type=SimpleNamespace(value=kind), device=torch.device(device))
+        kinds = SimpleNamespace(value=kind)
+        return SimpleNamespace(distributed_type=kinds, device=torch.device(device), num_processes=1)
 
     for kind, text in (("DEEPSPEED", "DeepSpeed"), ("MEGATRON_LM", "Megatron-LM"), ("FSDP", "FSDP, by which")):
         assert f"got {text}" in said_by(lambda kind=kind: prepare(accelerator_of(kind), net, opt))
-    moved = said_by(lambda: prepare(accelerator_of("MULTI_GPU", f"cuda:{rank}"), net, opt))
+    gpus = accelerator_of("MULTI_GPU", f"cuda:{rank}")
+    gpus.num_processes = 2
+    moved = said_by(lambda: prepare(gpus, net, opt))
     assert moved.startswith(f"ValueError: LionCub: expected parameters on cuda:{rank}, got one on cpu")
+    alone = "expected {} of 2 processes or more, as LionCub has, got one of 1; on CPUs"
+    assert alone.format("accelerator") in said_by(lambda: prepare(accelerator_of("NO"), net, opt))
+    args = SimpleNamespace(world_size=1)
+    said = said_by(lambda: OfTrainer().on_train_begin(args, None, None, model=net, optimizer=opt))
+    assert alone.format("args") in said
     other = torch.optim.SGD([net.bias])
     assert "expected LionCub for all parameters of Linear" in said_by(lambda: stays_local(net, [opt, other]))
     # each rank has one of two parameters of the same shape, so that LionCub cannot know
