@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from numbers import Real
+from types import FrameType
 from typing import Any
 
 import torch
@@ -152,6 +154,19 @@ def refuse_shards(named: Sequence[tuple[str, Tensor]], *, are_broadcast: bool) -
                 "storage, as shards of FullyShardedDataParallel are, which broadcasting would destroy; where they are "
                 "whole on every rank, pass broadcast=False with equal parameters, or give each its own memory"
             )
+
+
+def refuse_zero() -> None:
+    """Raise TypeError where ZeroRedundancyOptimizer builds this optimizer: it gives every rank other parameters."""
+    module = sys.modules.get("torch.distributed.optim.zero_redundancy_optimizer")
+    frame: FrameType | None = sys._getframe(1)
+    while module is not None and frame is not None:
+        if isinstance(frame.f_locals.get("self"), module.ZeroRedundancyOptimizer):
+            raise TypeError(
+                "optimizer_class: expected an optimizer that steps on each rank alone, such as lioncub.Lion, got "
+                "LionCub in ZeroRedundancyOptimizer, whose ranks have different parameters and cannot vote on them"
+            )
+        frame = frame.f_back
 
 
 def hint_of_shards(message: str) -> str:

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.algorithms.join import Join, Joinable, JoinHook
 
-from lioncub.arguments import check_count, check_flag, hint_of_shards, refuse_shards
+from lioncub.arguments import check_count, check_flag, hint_of_shards, refuse_shards, refuse_zero
 from lioncub.base import AVERAGED, Params
 from lioncub.buckets import BucketList
 from lioncub.collectives import WorkersDisagreeError, handshake
@@ -117,6 +117,7 @@ class LionCub(TransactionalOptimizer, Joinable):
         # construction is a collective: where it fails on one rank alone, the others must know
         with _informing(process_group, meshes):
             refuse_unknown("LionCub", unknown)
+            refuse_zero()
             check_config("comm", comm, Comm)
             check_config("precision", precision, Precision)
             if on_nonfinite not in ("raise", "skip"):

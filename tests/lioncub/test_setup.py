@@ -316,3 +316,21 @@ def test_whole_parameters_may_share_a_storage(rank: int, world_size: int) -> Non
         p.grad = torch.ones_like(p)
     opt.step()
     assert float(flat.sum()) == -50.0
+
+
+@on_ranks(2)
+def test_zero_redundancy_is_refused(rank: int, world_size: int) -> None:
+    """Of shards of equal shapes the first rank's would overwrite the others'."""
+    with warnings.catch_warnings():
+        # torch's own, of torch.jit.script
+        warnings.simplefilter("ignore", DeprecationWarning)
+        from torch.distributed.optim import ZeroRedundancyOptimizer
+    params = [torch.full((8,), float(i)).requires_grad_() for i in range(4)]
+    said = said_by(lambda: ZeroRedundancyOptimizer(params, lioncub.LionCub, lr=1e-3))
+    assert said.startswith("TypeError: optimizer_class: expected an optimizer that steps on each rank alone"), said
+    assert [p.detach().tolist() for p in params] == [[float(i)] * 8 for i in range(4)]
+    alone = ZeroRedundancyOptimizer(params, lioncub.Lion, lr=1e-3)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    alone.step()
+    assert same_on_all([p.tolist() for p in params])
