@@ -2,38 +2,27 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
 import signal
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 from gloo_workers import on_ranks, same_on_all
 from programs import printed_by
+from stacks import EXAMPLES, load_example
 from torch import Tensor, nn
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torch.distributed.device_mesh import init_device_mesh
 
 from lioncub.kernels import pack_signs, packed_bytes, quantize, unpack_signs
 
-EXAMPLES = Path(__file__).parents[1] / "docs" / "examples"
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-
-
-def _load(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
@@ -149,7 +138,7 @@ def _whole_checkpoint(folder: Path, path: Path) -> dict[str, Any]:
 @on_ranks(2, 3)
 def test_the_signum_example_is_signum(rank: int, world_size: int) -> None:
     """The example against all workers' steps in plain torch: zeros, ties, a parameter without gradient, odd sizes."""
-    signum = _load("signum").Signum
+    signum = load_example("signum").Signum
     shapes = [(7, 19), (64,), (5,)]
     params = [torch.ones(shape).requires_grad_() for shape in shapes]
     opt = signum(params, lr=0.5, beta=0.8, weight_decay=0.1)
@@ -178,7 +167,7 @@ def test_the_signum_example_is_signum(rank: int, world_size: int) -> None:
 
 @on_ranks(4)
 def test_the_two_level_vote_is_the_majority(rank: int, world_size: int) -> None:
-    example = _load("two_level_vote")
+    example = load_example("two_level_vote")
     for nodes in (1, 2, 4):
         mesh = init_device_mesh("cpu", (nodes, world_size // nodes), mesh_dim_names=("node", "place"))
         for n, parity in ((1, 0), (64, 1), (1000, 0), (1000, 1)):
@@ -204,7 +193,7 @@ class Sum(nn.Module):
 @on_ranks(3)
 def test_the_hook_sends_what_it_says_and_is_unbiased(rank: int, world_size: int) -> None:
     """Every step against levels drawn by the reference."""
-    example, n, steps = _load("ddp_hook"), 700, 50
+    example, n, steps = load_example("ddp_hook"), 700, 50
     torch.manual_seed(0)
     grads = torch.randn(world_size, n) * torch.rand(n).square()
     parameter = nn.ParameterList([torch.zeros(n)])

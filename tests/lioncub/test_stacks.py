@@ -16,7 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from gloo_workers import on_ranks, said_by, same_on_all, shared_folder
-from stacks import as_torchrun, example
+from stacks import as_torchrun, load_example
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -34,7 +34,7 @@ def run(
 ) -> dict[str, Any]:
     """Run an example to its end: the bits of the weights, the optimizer's figures and the warnings."""
     with as_torchrun(dist.get_rank(), dist.get_world_size(), folder) as said:
-        module = example(f"train_{stack}")
+        module = load_example(f"train_{stack}")
         module.LionCub = optimizers.LionCub
         if change is not None:
             change(module)
@@ -205,7 +205,7 @@ def test_what_cannot_work_is_refused_by_name(rank: int, world_size: int) -> None
 @on_ranks(2)
 def test_the_trainer_takes_an_optimizer_that_was_built(rank: int, world_size: int) -> None:
     with as_torchrun(rank, world_size, shared_folder() / "built") as said:
-        module = example("train_trainer")
+        module = load_example("train_trainer")
         args = module.TrainingArguments(
             use_cpu=True, bf16=True, disable_tqdm=True, max_steps=8, save_strategy="no", eval_on_start=True
         )

@@ -16,7 +16,7 @@ from typing import Any
 EXAMPLES = Path(__file__).parents[2] / "docs" / "examples"
 
 
-def example(name: str) -> ModuleType:
+def load_example(name: str) -> ModuleType:
     """An example as a module."""
     spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
     assert spec is not None
