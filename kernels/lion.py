@@ -155,13 +155,15 @@ def foreach_lion_apply_(
     active: Tensor | None = None,
     rounding: Rounding | None = None,
     param_ids: Sequence[int] | None = None,
+    stream_starts: Sequence[int] | None = None,
     starts: Sequence[int] | None = None,
     impl: str = "auto",
 ) -> None:
     """`lion_apply_` of lists on one device. With ``starts`` codes and momentum are flat.
 
     Where int32[n] ``active`` is zero, a parameter and its momentum stay as they are. ``param_ids`` select the streams
-    to round by; they are the places in the list unless given.
+    to round by; they are the places in the list unless given. ``stream_starts``, multiples of 4, are the elements of
+    whole parameters at which these begin: a shard is then rounded as the whole is. They are 0 unless given.
     """
     check_all_or_none(grad=grad, exp_avg=exp_avg, beta2=beta2)
     lists: dict[str, object] = {"param": param}
@@ -176,7 +178,7 @@ def foreach_lion_apply_(
     _check_format(bits, step, offset, divisor)
     check_flat("active", active, torch.int32, len(x), "param", x[0] if x else None)
     rates, scale = rate_scalars(lr, weight_decay), float_scalar("grad_scale", grad_scale)
-    how = NO_STREAM if rounding is None else rounding_arguments(rounding, param_ids, x)
+    how = NO_STREAM if rounding is None else rounding_arguments(rounding, param_ids, stream_starts, x)
     _APPLY(x, codes, bits, step, offset, divisor, *rates, g, m, b2, scale, active, *how, starts, impl)
 
 
@@ -193,15 +195,16 @@ def foreach_lion_step_(
     active: Tensor | None = None,
     rounding: Rounding | None = None,
     param_ids: Sequence[int] | None = None,
+    stream_starts: Sequence[int] | None = None,
     starts: Sequence[int] | None = None,
     impl: str = "auto",
 ) -> None:
-    """`lion_step_` of lists; ``active``, ``param_ids`` and ``starts`` as in `foreach_lion_apply_`."""
+    """`lion_step_` of lists; ``active``, ids and starts as in `foreach_lion_apply_`."""
     x, g, m = tensor_lists({"param": param, "grad": grad}, {"exp_avg": exp_avg}, starts)
     check_flat("active", active, torch.int32, len(x), "param", x[0] if x else None)
     rates, scale = rate_scalars(lr, weight_decay), float_scalar("grad_scale", grad_scale)
     betas = float_scalar("beta1", beta1, 0.0, 1.0), float_scalar("beta2", beta2, 0.0, 1.0)
-    how = NO_STREAM if rounding is None else rounding_arguments(rounding, param_ids, x)
+    how = NO_STREAM if rounding is None else rounding_arguments(rounding, param_ids, stream_starts, x)
     _STEP(x, g, m, *rates, *betas, scale, active, *how, starts, impl)
 
 
@@ -231,6 +234,7 @@ def _apply(
     rounding: Tensor | None,
     rounding_step: Tensor | None,
     param_ids: Sequence[int],
+    stream_starts: Sequence[int],
     starts: Sequence[int] | None,
     impl: str,
 ) -> None:
@@ -244,7 +248,7 @@ def _apply(
     check_lists_apart([x] if m is None else [x, m], [codes] if g is None else [codes, g])
     if param:
         rates = rates_of(lr, weight_decay, divisor)
-        streams = None if rounding is None else streams_of(rounding, rounding_step, param_ids)
+        streams = None if rounding is None else streams_of(rounding, rounding_step, param_ids, stream_starts)
         backend(impl, param[0].device).lion_apply_(x, codes, bits, step, offset, *rates, g, m, mix, active, streams)
     mark_written(param, exp_avg)
 
@@ -262,6 +266,7 @@ def _step(
     rounding: Tensor | None,
     rounding_step: Tensor | None,
     param_ids: Sequence[int],
+    stream_starts: Sequence[int],
     starts: Sequence[int] | None,
     impl: str,
 ) -> None:
@@ -271,7 +276,7 @@ def _step(
     check_lists_apart([x, m], [g])
     if param:
         rates, betas = rates_of(lr, weight_decay), (mix_of(beta1, grad_scale), mix_of(beta2, grad_scale))
-        streams = None if rounding is None else streams_of(rounding, rounding_step, param_ids)
+        streams = None if rounding is None else streams_of(rounding, rounding_step, param_ids, stream_starts)
         backend(impl, param[0].device).lion_step_(x, g, m, *rates, *betas, active, streams)
     mark_written(param, exp_avg)
 
@@ -279,12 +284,12 @@ def _step(
 _APPLY = register(
     "lion_apply_(Tensor(a!)[] param, Tensor[] packed, int bits, int step, int offset, int divisor, Tensor lr, "
     "Tensor weight_decay, Tensor[] grad, Tensor(b!)[] exp_avg, Tensor? beta2, Tensor grad_scale, Tensor? active, "
-    "Tensor? rounding, Tensor? rounding_step, int[] param_ids, int[]? starts, str impl) -> ()",
+    "Tensor? rounding, Tensor? rounding_step, int[] param_ids, int[] stream_starts, int[]? starts, str impl) -> ()",
     _apply,
 )
 _STEP = register(
     "lion_step_(Tensor(a!)[] param, Tensor[] grad, Tensor(b!)[] exp_avg, Tensor lr, Tensor weight_decay, "
     "Tensor beta1, Tensor beta2, Tensor grad_scale, Tensor? active, Tensor? rounding, Tensor? rounding_step, "
-    "int[] param_ids, int[]? starts, str impl) -> ()",
+    "int[] param_ids, int[] stream_starts, int[]? starts, str impl) -> ()",
     _step,
 )

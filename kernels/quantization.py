@@ -69,7 +69,7 @@ def quantize(
     """
     check_float("x", x)
     size = check_fields(bits, norm, block, x.numel(), stochastic)
-    stream = stream_arguments("stochastic", seed, worker, step, [param_id], [x]) if stochastic else NO_STREAM
+    stream = stream_arguments("stochastic", seed, worker, step, [param_id], None, [x]) if stochastic else NO_STREAM
     if out is None:
         out = torch.empty(packed_bytes(x.numel(), bits), dtype=torch.uint8, device=x.device)
     given = None if scale is None else [scale]
@@ -140,6 +140,7 @@ def foreach_lion_quantize(
     worker: int = 0,
     step: int | Tensor = 0,
     param_ids: Sequence[int] | None = None,
+    stream_starts: Sequence[int] | None = None,
     block: int | None = None,
     out: Tensors,
     nonfinite: Tensor | None = None,
@@ -149,9 +150,10 @@ def foreach_lion_quantize(
 ) -> Sequence[Tensor]:
     """`lion_quantize` of lists; gives their scales. ``nonfinite`` is int32[n] for n tensors.
 
-    ``param_ids`` select the random streams; they are the places in the list unless given. ``step`` may be a 0-dim int64
-    tensor on the device. With ``starts`` momentum, codes and new scales are flat; given scales may be a list. The
-    result is then a list of the one buffer.
+    ``param_ids`` select the random streams; they are the places in the list unless given. ``stream_starts``, multiples
+    of 4, are the elements of whole tensors at which these begin: the codes of a shard are then the whole's. ``step``
+    may be a 0-dim int64 tensor on the device. With ``starts`` momentum, codes and new scales are flat; given scales may
+    be a list. The result is then a list of the one buffer.
     """
     (g, m, codes), size = tensor_lists({"grad": grad}, {"exp_avg": exp_avg, "out": out}, starts), block or 0
     check_fields(bits, norm, block, max([each.numel() for each in g], default=0), stochastic)
@@ -159,7 +161,9 @@ def foreach_lion_quantize(
     given = [scale] if isinstance(scale, Tensor) and starts is not None else scale
     if given is not None:
         (given,) = tensor_lists({"scale": given}, {}, None)
-    streams = stream_arguments("stochastic", seed, worker, step, param_ids, g) if stochastic else NO_STREAM
+    streams = NO_STREAM
+    if stochastic:
+        streams = stream_arguments("stochastic", seed, worker, step, param_ids, stream_starts, g)
     mix = float_scalar("beta1", beta1, 0.0, 1.0), float_scalar("grad_scale", grad_scale)
     return _quantize_lists(m, g, mix, given, streams, codes, nonfinite, (bits, norm, size), starts, impl)
 
@@ -330,6 +334,7 @@ def _quantize(
     stream: Tensor | None,
     stream_step: Tensor | None,
     param_ids: Sequence[int],
+    stream_starts: Sequence[int],
     out: Sequence[Tensor],
     nonfinite: Tensor | None,
     bits: int,
@@ -344,7 +349,8 @@ def _quantize(
     codes = flat_list("out", out, torch.uint8, code_bytes(m.sizes, bits), m if g is None else g, firsts)
     check_lists_apart([codes], [m, scales] if g is None else [m, g, scales])
     if m.sizes:
-        run, streams = backend(impl, exp_avg[0].device), streams_of(stream, stream_step, param_ids)
+        run = backend(impl, exp_avg[0].device)
+        streams = streams_of(stream, stream_step, param_ids, stream_starts)
         run.lion_quantize(m, g, mix, scales, GAINS[norm], block, bits, streams, codes, nonfinite)
     mark_written(out, nonfinite)
 
@@ -356,8 +362,8 @@ _SCALE = register(
 )
 _QUANTIZE = register(
     "lion_quantize(Tensor[] exp_avg, Tensor[] grad, Tensor? beta1, Tensor? grad_scale, Tensor[] scale, Tensor? stream, "
-    "Tensor? stream_step, int[] param_ids, Tensor(a!)[] out, Tensor(b!)? nonfinite, int bits, str norm, int block, "
-    "int[]? starts, str impl) -> ()",
+    "Tensor? stream_step, int[] param_ids, int[] stream_starts, Tensor(a!)[] out, Tensor(b!)? nonfinite, int bits, "
+    "str norm, int block, int[]? starts, str impl) -> ()",
     _quantize,
 )
 _DEQUANTIZE = register(

@@ -1,8 +1,9 @@
 """Random words (rule 8), and stochastic rounding of what is stored in bf16 or fp16 by them.
 
 The generator is Philox-4x32-10 (Salmon et al., SC 2011), the same words everywhere. Element j of a stream takes word
-j % 4 of the block whose counter is (j // 4, step, param_id, worker), under the 64-bit seed as key. Nothing is stored,
-so there is nothing to checkpoint.
+j % 4 of the block whose counter is (j // 4, step, param_id, worker), under the 64-bit seed as key. A shard that is a
+run of a whole tensor takes the words from its first element on, where that is a multiple of 4. Nothing is stored, so
+there is nothing to checkpoint.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ ROUNDS = 10
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 KEY_INCREMENTS = (0x9E3779B9, 0xBB67AE85)
 MAX_ELEMENTS = 2**34
+# of a block
+WORDS = 4
 _MASK = 0xFFFFFFFF
 # replicas round parameters alike, so their stream is that of a worker that does not exist
 PARAM_WORKER = 2**32 - 1
@@ -37,12 +40,16 @@ _LEAST_NORMAL, _BIAS = 0x38800000, 0x38000000
 
 
 class Stream(NamedTuple):
-    """What a stream of random words is a pure function of; each is taken modulo its width (seed 64 bits, others 32)."""
+    """What a stream of random words is a pure function of; each is taken modulo its width (seed 64 bits, others 32).
+
+    ``start``, a multiple of 4, is the element whose word comes first.
+    """
 
     seed: int
     worker: int
     step: int
     param_id: int
+    start: int = 0
 
     @property
     def key(self) -> tuple[int, int]:
@@ -51,8 +58,8 @@ class Stream(NamedTuple):
 
 def random_words(stream: Stream, n: int, device: torch.device) -> Tensor:
     """int64[n] of random integers in 0 .. 2^32 - 1."""
-    blocks = -(-n // 4)
-    c0 = torch.arange(blocks, dtype=torch.int64, device=device)
+    first = stream.start // WORDS
+    c0 = torch.arange(first, first - (-n // WORDS), dtype=torch.int64, device=device)
     c1, c2, c3 = (torch.full_like(c0, part & _MASK) for part in (stream.step, stream.param_id, stream.worker))
     k0, k1 = stream.key
     for _ in range(ROUNDS):
@@ -97,30 +104,48 @@ class Rounding:
 class Streams(NamedTuple):
     """The random streams of a list of tensors: those of its parameters, which no worker owns, and those of a worker.
 
-    ``worker`` is None where only parameters are rounded.
+    ``worker`` is None where only parameters are rounded. ``starts`` are the elements of whole tensors at which these
+    begin; where it is empty, all begin at 0.
     """
 
     seed: int
     step: int | Tensor
     worker: int | None
     param_ids: Sequence[int]
+    starts: Sequence[int] = ()
 
     def of_param(self, i: int) -> Stream:
         """Return the stream of parameter i; it waits for a device that has the step."""
-        return Stream(self.seed, PARAM_WORKER, int(self.step), self.param_ids[i])
+        return Stream(self.seed, PARAM_WORKER, int(self.step), self.param_ids[i], self.starts[i] if self.starts else 0)
 
     def of_worker(self, i: int) -> Stream | None:
         """Return the worker's stream for tensor i, as in `of_param`."""
-        return None if self.worker is None else Stream(self.seed, self.worker, int(self.step), self.param_ids[i])
+        return None if self.worker is None else self.of_param(i)._replace(worker=self.worker)
+
+    @property
+    def keys(self) -> tuple[int, ...]:
+        """Return each tensor's id and, above it, its first block of words: both of 32 bits, in one int64 of a table."""
+        if not self.starts:
+            return tuple(self.param_ids)
+        return tuple(
+            [
+                _signed(start // WORDS << 32 | param_id & _MASK)
+                for param_id, start in zip(self.param_ids, self.starts, strict=True)
+            ]
+        )
 
 
-# a registered op's arguments: int64 [seed, worker], the step, and the parameters' ids; streams_of is the inverse
-Arguments = tuple[Tensor | None, Tensor | None, Sequence[int]]
-NO_STREAM: Arguments = (None, None, ())
+# a registered op's arguments: int64 [seed, worker], the step, the parameters' ids and where they start, empty where all
+# do at 0; streams_of is the inverse
+Arguments = tuple[Tensor | None, Tensor | None, Sequence[int], Sequence[int]]
+NO_STREAM: Arguments = (None, None, (), ())
 
 
 def rounding_arguments(
-    rounding: Rounding | None, param_ids: Sequence[int] | None, param: Sequence[Tensor]
+    rounding: Rounding | None,
+    param_ids: Sequence[int] | None,
+    stream_starts: Sequence[int] | None,
+    param: Sequence[Tensor],
 ) -> Arguments:
     """Return the streams to round by as a registered op takes them; ``param_ids`` are places in ``param`` unless given.
 
@@ -131,11 +156,17 @@ def rounding_arguments(
     if not isinstance(rounding, Rounding):
         raise TypeError(f"rounding: expected None or Rounding(...), got {type(rounding).__name__}")
     worker = _NEAREST if rounding.rank is None else MOMENTUM_WORKERS + rounding.rank
-    return stream_arguments("rounding", rounding.seed, worker, rounding.step, param_ids, param)
+    return stream_arguments("rounding", rounding.seed, worker, rounding.step, param_ids, stream_starts, param)
 
 
 def stream_arguments(
-    name: str, seed: int, worker: int, step: int | Tensor, param_ids: Sequence[int] | None, like: Sequence[Tensor]
+    name: str,
+    seed: int,
+    worker: int,
+    step: int | Tensor,
+    param_ids: Sequence[int] | None,
+    stream_starts: Sequence[int] | None,
+    like: Sequence[Tensor],
 ) -> Arguments:
     """Return a stream for each tensor of ``like`` as a registered op takes them; ``name`` is the option that asks."""
     ids: Sequence[int] = range(len(like)) if param_ids is None else param_ids
@@ -150,20 +181,43 @@ def stream_arguments(
     if longest > MAX_ELEMENTS:
         raise ValueError(f"{name}: expected at most 2^34 elements in a stream, got {longest}")
     # any integer is taken modulo 2^64, so that a seed from os.urandom is as good as a small one
-    signed = [(number + 2**63) % 2**64 - 2**63 for number in (seed, worker)]
     if not isinstance(step, Tensor):
         check_integer("step", step, least=None)
-        step = (step + 2**63) % 2**64 - 2**63
-    words = torch.tensor(signed, dtype=torch.int64, device="cpu")
-    return words, count_scalar("step", step), [int(param_id) & _MASK for param_id in ids]
+        step = _signed(step)
+    words = torch.tensor([_signed(seed), _signed(worker)], dtype=torch.int64, device="cpu")
+    starts = _checked_starts(stream_starts, like)
+    return words, count_scalar("step", step), [int(param_id) & _MASK for param_id in ids], starts
 
 
-def streams_of(words: Tensor | None, step: Tensor | None, param_ids: Sequence[int]) -> Streams | None:
+def _checked_starts(stream_starts: Sequence[int] | None, like: Sequence[Tensor]) -> Sequence[int]:
+    """Return the starts of streams, none where all are 0. Raises TypeError or ValueError for impossible ones."""
+    if stream_starts is None:
+        return ()
+    if len(stream_starts) != len(like):
+        raise ValueError(f"stream_starts: expected {len(like)} numbers, one per tensor, got {len(stream_starts)}")
+    if not any(stream_starts):
+        return ()
+    for i, (start, tensor) in enumerate(zip(stream_starts, like, strict=True)):
+        check_integer(f"stream_starts[{i}]", start, most=MAX_ELEMENTS - tensor.numel())
+        if start % WORDS:
+            raise ValueError(f"stream_starts[{i}]: expected a multiple of {WORDS}, got {start}")
+    return [int(start) for start in stream_starts]
+
+
+def _signed(number: int) -> int:
+    """Return the integer in the range of int64 that is equal modulo 2^64."""
+    return (number + 2**63) % 2**64 - 2**63
+
+
+def streams_of(
+    words: Tensor | None, step: Tensor | None, param_ids: Sequence[int], starts: Sequence[int]
+) -> Streams | None:
     """Return what `stream_arguments` was given, within a registered op; a step on a device is not waited for."""
     if words is None or step is None:
         return None
     seed, worker = words.tolist()
-    return Streams(seed, int(step) if step.is_cpu else step, None if worker == _NEAREST else worker, param_ids)
+    now = int(step) if step.is_cpu else step
+    return Streams(seed, now, None if worker == _NEAREST else worker, param_ids, starts)
 
 
 def round_stochastic(value: Tensor, dtype: torch.dtype, words: Tensor) -> Tensor:

@@ -89,6 +89,7 @@ class Bucket:
         self.elements = sum(slot.numel for slot in slots)
         self.starts = [slot.start for slot in slots]
         self.param_ids = [slot.param_id for slot in slots]
+        self.stream_starts = [slot.part.stream_start for slot in slots]
         self.owners = [slot.param for slot in slots]
         self.params = [local_of(param) for param in self.owners]
         self.is_sharded = any(map(is_sharded, self.owners))

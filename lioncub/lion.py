@@ -117,7 +117,7 @@ class Lion(MomentumOptimizer):
         group = self.param_groups[index]
         now = Hyperparameters.of(group)
         rounding, masters = rounding_of(self._precision, self._step_count, rank=0), self._masters
-        by_device: dict[torch.device, tuple[list[Tensor], list[Tensor], list[Tensor], list[int]]] = {}
+        by_device: dict[torch.device, tuple[list[Tensor], list[Tensor], list[Tensor], list[Slot]]] = {}
         moved, is_traced = [], torch.compiler.is_compiling()
         for slot, device, exp_avg in self._slots[index]:
             slot.check_unchanged(device)
@@ -128,12 +128,12 @@ class Lion(MomentumOptimizer):
                 continue
             if device not in by_device:
                 by_device[device] = ([], [], [], [])
-            params, grads, momenta, numbers = by_device[device]
+            params, grads, momenta, slots = by_device[device]
             params.append(masters.of(slot.name, slot.param))
             grads.append(grad)
             # a compiler guards what it finds in the state
             momenta.append(storage_order_view(slot.name, self.state[slot.param]["exp_avg"]) if is_traced else exp_avg)
-            numbers.append(slot.param_id)
+            slots.append(slot)
             moved.append(slot.param)
         steps = [
             partial(
@@ -147,10 +147,11 @@ class Lion(MomentumOptimizer):
                 weight_decay=now.weight_decay,
                 grad_scale=-1.0 if now.maximize else 1.0,
                 rounding=rounding,
-                param_ids=numbers,
+                param_ids=[slot.param_id for slot in slots],
+                stream_starts=[slot.part.stream_start for slot in slots],
                 impl=self._impl,
             )
-            for params, grads, momenta, numbers in by_device.values()
+            for params, grads, momenta, slots in by_device.values()
         ]
         return [*steps, partial(masters.write_back, moved)]
 

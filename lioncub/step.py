@@ -342,7 +342,9 @@ class StepEngine:
         else:
             assert isinstance(compression, TernaryVote)
             how |= {"bits": 2, "norm": "linf", "scale": self._least[i]}
-        foreach_lion_quantize(bucket.exp_avg, grads, param_ids=bucket.param_ids, **how)
+        foreach_lion_quantize(
+            bucket.exp_avg, grads, param_ids=bucket.param_ids, stream_starts=bucket.stream_starts, **how
+        )
         return EncodedBucket(grads, present)
 
     def _apply(
@@ -368,6 +370,7 @@ class StepEngine:
             "active": active,
             "rounding": rounding_of(self._precision, context.step, self.members.rank),
             "param_ids": bucket.param_ids,
+            "stream_starts": bucket.stream_starts,
             "starts": bucket.starts,
             "impl": self._impl,
         }

@@ -188,15 +188,17 @@ def _is_rounded(dtype: Any) -> Any:
 
 
 @device_function
-def random_words(stream: tuple[int, int, int, int], param_id: int, start: int, words: Any) -> None:
+def random_words(stream: tuple[int, int, int, int], tensor: int, start: int, words: Any) -> None:
     """words[64] = the random words of elements start to start + 63, start a multiple of 4.
 
-    ``stream`` is both words of the key, then worker and step; like ``param_id`` each is taken modulo 2^32.
+    ``stream`` is both words of the seed, then worker and step, each taken modulo 2^32; ``tensor`` is one of
+    `Streams.keys`.
     """
     first_key, second_key = np.uint32(stream[0]), np.uint32(stream[1])
-    worker, step, tensor = np.uint32(stream[2]), np.uint32(stream[3]), np.uint32(param_id)
+    worker, step, param_id = np.uint32(stream[2]), np.uint32(stream[3]), np.uint32(tensor)
+    block = np.uint32((start >> 2) + (tensor >> 32))
     for i in range(16):
-        c0, c1, c2, c3 = np.uint32((start >> 2) + i), step, tensor, worker
+        c0, c1, c2, c3 = np.uint32(block + np.uint32(i)), step, param_id, worker
         k0, k1 = first_key, second_key
         for _ in range(ROUNDS):
             product0, product1 = _MULTIPLIER_0 * np.uint64(c0), _MULTIPLIER_1 * np.uint64(c2)

@@ -147,16 +147,16 @@ def tables(
 ) -> Sequence[_Table]:
     """Return a table, the storage dtypes of ``floats`` in it and its size, for each combination of dtypes.
 
-    Rows of the int64 table: size, number of the tensor, id of its random stream, address in each list of ``floats`` (0
+    Rows of the int64 table: size, number of the tensor, key of its random stream, address in each list of ``floats`` (0
     in one that is None, whose dtype is None) and in each of ``others``. The size of a tensor that is not active is 0.
     """
     assert floats[0] is not None
     sizes = floats[0].sizes
     if active is not None:
         sizes = tuple([size if flag else 0 for size, flag in zip(sizes, active.tolist(), strict=True)])
-    ids = None if streams is None else tuple(streams.param_ids)
+    keys = None if streams is None else streams.keys
     columns = tuple([None if each is None else (each.addresses, each.dtypes) for each in floats])
-    return _tables(sizes, ids, columns, tuple([each.addresses for each in others]))
+    return _tables(sizes, keys, columns, tuple([each.addresses for each in others]))
 
 
 _Table = tuple[np.ndarray[Any, np.dtype[np.int64]], list[Any], int]
@@ -166,7 +166,7 @@ _Column = tuple[tuple[int, ...], tuple[torch.dtype, ...]]
 @functools.lru_cache(maxsize=KEPT)
 def _tables(
     sizes: tuple[int, ...],
-    ids: tuple[int, ...] | None,
+    keys: tuple[int, ...] | None,
     floats: tuple[_Column | None, ...],
     others: tuple[tuple[int, ...], ...],
 ) -> Sequence[_Table]:
@@ -174,7 +174,7 @@ def _tables(
     none = [0] * count
     addresses = [none if column is None else column[0] for column in floats]
     # a row per tensor, in one piece: the type that kernels are compiled for
-    table = np.array([sizes, range(count), none if ids is None else ids, *addresses, *others], np.int64).T.copy()
+    table = np.array([sizes, range(count), none if keys is None else keys, *addresses, *others], np.int64).T.copy()
     kinds = list(zip(*[[None] * count if column is None else column[1] for column in floats], strict=True))
     found = []
     for combination in dict.fromkeys(kinds):
@@ -185,7 +185,7 @@ def _tables(
 
 
 def stream_words(streams: Streams | None, worker: int | None) -> tuple[int, int, int, int] | None:
-    """Return what `random_words` takes but the id: both words of the key, worker and step; None for no worker."""
+    """Return the ``stream`` of `random_words`: both words of the seed, worker and step; None for no worker."""
     if streams is None or worker is None:
         return None
     mask = 0xFFFFFFFF

@@ -71,10 +71,10 @@ def _words(rounding: Streams) -> tuple[_StreamWords, _StreamWords]:
 
 
 @device_function
-def _draw(stream: _StreamWords, param_id: int, start: int, words: Any, dtype: Any) -> None:
+def _draw(stream: _StreamWords, key: int, start: int, words: Any, dtype: Any) -> None:
     """words[64] = the random words to round elements of ``dtype`` by, where any are needed."""
     if stream is not None and is_rounded(dtype):
-        random_words(stream, param_id, start, words)
+        random_words(stream, key, start, words)
 
 
 @device_function
@@ -105,11 +105,11 @@ def _move_word(
     kept: np.float32,
     x_dtype: Any,
     stream: _StreamWords,
-    param_id: int,
+    key: int,
     words: Any,
 ) -> None:
     """x = x*kept - moves for ``count`` elements from ``start`` on."""
-    _draw(stream, param_id, start, words, x_dtype)
+    _draw(stream, key, start, words, x_dtype)
     x = array_at(x_ptr, start, count, x_dtype)
     for j in range(count):
         x[j] = _stored(decayed(widen(x[j]), moves[j], kept), x_dtype, stream, words[j])
@@ -138,7 +138,7 @@ def _apply_kernel(
     codes, moves, words = scratch(64, CODES), scratch(64, FLOATS), scratch(64, RANDOM_WORDS)
     before = 0
     for row in range(table.shape[0]):
-        size, param_id = table[row, 0], table[row, 2]
+        size, key = table[row, 0], table[row, 2]
         x_ptr, g_ptr, m_ptr, packed_ptr = table[row, 3], table[row, 4], table[row, 5], table[row, 6]
         begin, end = share(size, before, first, last)
         before += size
@@ -148,7 +148,7 @@ def _apply_kernel(
             for word in range((end - begin + 63) >> 6):
                 start = nth_word(word, begin, end)
                 unpack_word(array_at(packed_ptr, start >> 6, 1, WORDS)[0], up, down, moves)
-                _move_word(x_ptr, start, min(64, end - start), moves, kept, x_dtype, param_stream, param_id, words)
+                _move_word(x_ptr, start, min(64, end - start), moves, kept, x_dtype, param_stream, key, words)
         else:
             for word in range((end - begin + 63) >> 6):
                 start = nth_word(word, begin, end)
@@ -157,13 +157,13 @@ def _apply_kernel(
                 else:
                     unpack_codes(array_at(packed_ptr, (start >> 6) * bits, bits, WORDS), bits, codes)
                     _moves_of(codes, factor, less, unit, moves)
-                _move_word(x_ptr, start, min(64, end - start), moves, kept, x_dtype, param_stream, param_id, words)
+                _move_word(x_ptr, start, min(64, end - start), moves, kept, x_dtype, param_stream, key, words)
         # a pass of its own: one core follows few streams of memory better than many
         if m_dtype is not None:
             for word in range((end - begin + 63) >> 6):
                 start = nth_word(word, begin, end)
                 count = min(64, end - start)
-                _draw(momentum_stream, param_id, start, words, m_dtype)
+                _draw(momentum_stream, key, start, words, m_dtype)
                 g, m = array_at(g_ptr, start, count, g_dtype), array_at(m_ptr, start, count, m_dtype)
                 for j in range(count):
                     m[j] = _stored(ema(b2, b2c, widen(m[j]), widen(g[j])), m_dtype, momentum_stream, words[j])
@@ -189,7 +189,7 @@ def _step_kernel(
     words, moved = scratch(64, RANDOM_WORDS), scratch(64, FLOATS)
     before = 0
     for row in range(table.shape[0]):
-        size, param_id, x_ptr, g_ptr, m_ptr = table[row, 0], table[row, 2], table[row, 3], table[row, 4], table[row, 5]
+        size, key, x_ptr, g_ptr, m_ptr = table[row, 0], table[row, 2], table[row, 3], table[row, 4], table[row, 5]
         begin, end = share(size, before, first, last)
         before += size
         for word in range((end - begin + 63) >> 6):
@@ -205,12 +205,12 @@ def _step_kernel(
                     x[j] = narrow(decayed(widen(x[j]), step, kept), x_dtype)
                     m[j] = narrow(ema(b2, b2c, state, incoming), m_dtype)
             else:
-                _draw(param_stream, param_id, start, words, x_dtype)
+                _draw(param_stream, key, start, words, x_dtype)
                 for j in range(count):
                     state, incoming = widen(m[j]), widen(g[j])
                     step = signed_step(ema(b1, b1c, state, incoming), rate)
                     x[j] = narrow_stochastic(decayed(widen(x[j]), step, kept), x_dtype, words[j])
                     moved[j] = ema(b2, b2c, state, incoming)
-                _draw(momentum_stream, param_id, start, words, m_dtype)
+                _draw(momentum_stream, key, start, words, m_dtype)
                 for j in range(count):
                     m[j] = _stored(moved[j], m_dtype, momentum_stream, words[j])

@@ -82,7 +82,7 @@ def _quantize_kernel(
     gain = np.float32(gain_level)
     before = 0
     for row in range(table.shape[0]):
-        size, number, param_id = table[row, 0], table[row, 1], table[row, 2]
+        size, number, key = table[row, 0], table[row, 1], table[row, 2]
         x_ptr, g_ptr, scale_ptr, out_ptr = table[row, 3], table[row, 4], table[row, 5], table[row, 6]
         begin, end = share(size, before, first, last)
         before += size
@@ -92,7 +92,7 @@ def _quantize_kernel(
             count = min(64, end - start)
             prefetch_values(x_ptr, g_ptr, start + 64, x_dtype, g_dtype)
             if stream is not None:
-                random_words(stream, param_id, start, words)
+                random_words(stream, key, start, words)
             if count == 64 and shift >= 6 and g_dtype is None and not is_rounded(x_dtype):
                 # float32 values are quantized where they are
                 factor = _factor(array_at(scale_ptr, start >> shift, 1, FLOATS)[0], gain)

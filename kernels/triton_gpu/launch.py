@@ -1,7 +1,7 @@
 """How the kernels are launched: tiles, grids, the device, arithmetic without fusion; and one launch for many tensors.
 
 A table on the device says which tensor a program works on, and where it is. It has one row per tensor: its addresses in
-each of the lists, its number of elements, its first program, its form and the id of its random stream. A program works
+each of the lists, its number of elements, its first program, its form and the key of its random stream. A program works
 on one tile; ``owners`` has the row of each. Rows are made anew where an address has changed.
 """
 
@@ -32,7 +32,7 @@ FLAGS = ["nonfinite_ptr", "active_ptr"]
 STREAM_ARGUMENTS = ["seed_low", "seed_high", "stream_step", "worker"]
 # the interpreter takes as long for a tile of any size
 BLOCK_SIZE = 16384 if INTERPRETED else 8 * ROW_THREADS
-# columns behind the addresses: number of elements, first program, form, id of the stream
+# columns behind the addresses: number of elements, first program, form, key of the stream
 _FURTHER = 4
 _FURTHER_COLUMNS = tl.constexpr(_FURTHER)
 _KINDS: dict[torch.dtype, int] = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.uint8: 3}
@@ -119,7 +119,7 @@ def table_of(*lists: TensorList | None, streams: Streams | None = None) -> Table
     """Return the table of tensors at the same place in each list, the first in place of None; None where all are empty.
 
     Numbers of elements are those of the first list. uint8 lists are of packed codes, whose addresses need not be wide.
-    ``streams`` have the ids of the tensors' random streams, where a kernel takes any.
+    ``streams`` have the keys of the tensors' random streams, where a kernel takes any.
     """
     first = lists[0]
     assert first is not None
@@ -128,7 +128,7 @@ def table_of(*lists: TensorList | None, streams: Streams | None = None) -> Table
     device, stream = first.given[0].device, 0
     columns = [first if column is None else column for column in lists]
     addresses, dtypes = tuple([column.addresses for column in columns]), tuple([column.dtypes for column in columns])
-    ids = (0,) * len(first) if streams is None else tuple(streams.param_ids)
+    keys = (0,) * len(first) if streams is None else streams.keys
     make_rows: Callable[..., Tensor] = _rows
     make_owners: Callable[..., Tensor] = _owners
     with launching_on(device):
@@ -138,7 +138,7 @@ def table_of(*lists: TensorList | None, streams: Streams | None = None) -> Table
             if torch.cuda.is_current_stream_capturing():
                 # the memory of a captured copy is filled only when the graph runs, so nobody else may use it
                 make_rows, make_owners = _rows.__wrapped__, _owners.__wrapped__
-        rows = make_rows(first.sizes, addresses, dtypes, ids, device, stream)
+        rows = make_rows(first.sizes, addresses, dtypes, keys, device, stream)
         return Table(rows, make_owners(first.sizes, device, stream), _kinds(dtypes)[0])
 
 
@@ -165,7 +165,7 @@ def _rows(
     numels: tuple[int, ...],
     addresses: tuple[tuple[int, ...], ...],
     dtypes: Dtypes,
-    ids: tuple[int, ...],
+    keys: tuple[int, ...],
     device: torch.device,
     stream: int,
 ) -> Tensor:
@@ -175,7 +175,7 @@ def _rows(
     for i, numel in enumerate(numels):
         own = [column[i] for column in addresses]
         is_wide = not any(map(operator.mod, own, widths))
-        rows.append([*own, numel, first, 2 * numbers[i] + is_wide, ids[i]])
+        rows.append([*own, numel, first, 2 * numbers[i] + is_wide, keys[i]])
         first += triton.cdiv(numel, BLOCK_SIZE)
     return _on_device(torch.tensor(rows, dtype=torch.int64, device="cpu"), device)
 
@@ -221,7 +221,7 @@ def kind_at(kinds, k):
 
 @triton.jit
 def stream_of(row_ptr, seed_low, seed_high, step, LISTS: tl.constexpr):
-    """Return the tensor's random stream: (seed_low, seed_high, step, param_id); the id is loaded where it is used."""
+    """Return the tensor's random stream: (seed_low, seed_high, step, key); the key is loaded where it is used."""
     return seed_low, seed_high, step, tl.load(row_ptr + LISTS + 3)
 
 

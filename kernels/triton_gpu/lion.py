@@ -88,7 +88,7 @@ def _apply_tile(
 ):
     """Decay, and move by the codes' values; with ADVANCE the momentum moves on.
 
-    ``streams`` are (seed_low, seed_high, step, param_id) and the worker of momentum; ``n_elements`` is None where all
+    ``streams`` are (seed_low, seed_high, step, key) and the worker of momentum; ``n_elements`` is None where all
     of the tile exists.
     """
     step, offset, rate, decay, beta2, beta2_new = numbers

@@ -116,7 +116,7 @@ def _quantize_tile(
 ):
     """Store the codes of ``rows``, all of which exist where ``n_elements`` is None.
 
-    ``stream`` is ((seed_low, seed_high, step, param_id), worker).
+    ``stream`` is ((seed_low, seed_high, step, key), worker).
     """
     row_ptr, nonfinite_ptr = pointers
     beta1, beta1_new, gain_level = numbers

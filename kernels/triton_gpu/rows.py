@@ -164,15 +164,15 @@ def flag_rows(nonfinite_ptr, value):
 def random_rows(rows, stream, worker):
     """uint32[rows, 8] words of a stream (rule 8): a row takes two Philox blocks of four words.
 
-    ``stream`` is (seed_low, seed_high, step, param_id).
+    ``stream`` is (seed_low, seed_high, step, key), the key one of `Streams.keys`.
     """
-    seed_low, seed_high, step, param_id = stream
-    blocks = (rows[:, None] * 2 + tl.arange(0, 2)[None, :]).to(tl.uint32)
+    seed_low, seed_high, step, key = stream
+    blocks = (rows[:, None] * 2 + tl.arange(0, 2)[None, :] + (key >> 32)).to(tl.uint32)
     zero = tl.zeros_like(blocks)
     w0, w1, w2, w3 = tl.random.philox_impl(
         blocks,
         zero + value_of(step).to(tl.uint32),
-        zero + param_id.to(tl.uint32),
+        zero + key.to(tl.uint32),
         zero + tl.cast(worker, tl.uint32),
         zero + seed_low.to(tl.uint32),
         zero + seed_high.to(tl.uint32),

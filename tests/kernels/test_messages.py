@@ -24,6 +24,7 @@ NO_DATA = "expected (a tensor|tensors) with data, got one on the meta device"
 LISTS: dict[str, Any] = {"param": [torch.ones(3)], "grad": [torch.ones(3)], "exp_avg": [torch.zeros(3)]}
 MOVE: dict[str, Any] = {"grad": FOUR, "exp_avg": FOUR.clone(), "beta2": 0.99}
 FORM = {"bits": 2, "step": 1, "offset": 1}
+STREAM = {"rounding": Rounding()}
 # fine arguments
 CALLS: dict[Callable[..., Any], dict[str, Any]] = {
     k.packed_bytes: {"n": 9},
@@ -91,6 +92,11 @@ WRONG: list[tuple[Callable[..., Any], dict[str, Any], type[Exception], str]] = [
     (k.foreach_lion_step_, {"grad": []}, V, "grad: expected 1 tensors, one for each of param, got 0"),
     (k.foreach_lion_step_, {"rounding": "stochastic"}, T, r"rounding: expected None or Rounding\(...\), got str"),
     (k.foreach_lion_step_, {"rounding": Rounding(), "param_ids": [1, 2]}, V, "param_ids: expected 1 numbers, .* got 2"),
+    (k.foreach_lion_step_, {**STREAM, "stream_starts": [4, 4]}, V, "stream_starts: expected 1 numbers, .* got 2"),
+    (k.foreach_lion_step_, {**STREAM, "stream_starts": [6]}, V, r"stream_starts\[0\]: expected a multiple of 4, got 6"),
+    (k.foreach_lion_step_, {**STREAM, "stream_starts": [4.0]}, T, r"stream_starts\[0\]: .* integer, got float"),
+    (k.foreach_lion_step_, {**STREAM, "stream_starts": [-4]}, V, r"stream_starts\[0\]: .* in 0 .. 17179869181, got -4"),
+    (k.foreach_lion_step_, {**STREAM, "stream_starts": [2**34]}, V, r"stream_starts\[0\]: .* got 17179869184"),
     (k.foreach_lion_step_, {"active": torch.ones(1, dtype=torch.int64)}, T, "active: expected a int32 .*torch.int64"),
     (k.foreach_lion_step_, {"active": torch.ones(2, dtype=torch.int32)}, V, r"active: .* \(1,\), got shape \(2,\)"),
     (k.quantize, {"bits": 3}, V, r"bits: expected one of \(2, 4, 8\), got 3"),

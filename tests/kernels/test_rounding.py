@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
-from samples import DTYPES, SIZES, assert_same_bits, listed, sample
+from samples import DTYPES, SIZES, assert_same_bits, fields_of, listed, sample
 from torch import Tensor
 
 from lioncub import kernels
 from lioncub.kernels import Rounding, packed_bytes
-from lioncub.kernels.rounding import MOMENTUM_WORKERS, PARAM_WORKER, Streams, random_words, round_stochastic
+from lioncub.kernels.rounding import (
+    MAX_ELEMENTS,
+    MOMENTUM_WORKERS,
+    PARAM_WORKER,
+    Streams,
+    random_words,
+    round_stochastic,
+)
 
 ALL_IMPLS = ("reference", "cpu", "triton")
 # the interpreter takes as long for one element as for a tile
@@ -176,6 +184,82 @@ def test_what_needs_no_rounding_stays_and_what_has_none_goes_to_nearest(dtype: t
             assert_same_bits(got, values.to(dtype), f"word {word}")
     inside = torch.tensor([largest * 0.9999, -largest * 0.9999])
     assert round_stochastic(inside, dtype, torch.full((2,), 2**32 - 1)).tolist() == [largest, -largest]
+
+
+def cut(tensors: Sequence[Tensor], multiple: int) -> tuple[list[Tensor], list[int], list[int]]:
+    """Pieces of flat tensors, cut near a third and at the end of what ``multiple`` allows; of which, and where from."""
+    pieces, whole, firsts = [], [], []
+    for i, tensor in enumerate(tensors):
+        n = len(tensor)
+        bounds = [0, n // 3 // multiple * multiple, n // multiple * multiple, n]
+        for first, last in pairwise(bounds):
+            pieces.append(tensor[first:last].clone())
+            whole.append(i)
+            firsts.append(first)
+    return pieces, whole, firsts
+
+
+@each_impl
+@pytest.mark.parametrize("dtype", LOW)
+def test_pieces_are_rounded_as_the_whole(impl: str, dtype: torch.dtype) -> None:
+    x, g, m = lists_of(dtype, dtype, SIZES)
+    ids = [2**32 - 1 - i for i in range(len(SIZES))]
+    expected = moved("step", (x, g, m), rounding=ROUNDING, param_ids=ids, impl="reference")
+    pieces, whole, firsts = cut(x, 4)
+    got = moved(
+        "step",
+        (pieces, cut(g, 4)[0], cut(m, 4)[0]),
+        rounding=ROUNDING,
+        param_ids=[ids[i] for i in whole],
+        stream_starts=firsts,
+        impl=impl,
+    )
+    for k, piece in enumerate(cut(expected[: len(x)], 4)[0] + cut(expected[len(x) :], 4)[0]):
+        assert_same_bits(got[k], piece, f"piece {k % len(whole)} of {SIZES[whole[k % len(whole)]]} elements")
+
+
+@each_impl
+def test_pieces_are_moved_by_votes_as_the_whole(impl: str) -> None:
+    x, g, m = lists_of(torch.bfloat16, torch.bfloat16, (1009,))
+    (votes,), options = codes_of(x), {"rounding": ROUNDING, "param_ids": [7], **RATES}
+    # codes of a piece begin with a word
+    rest = [[each[0][64:].clone()] for each in (x, g, m)]
+    kernels.foreach_lion_apply_(x, [votes], grad=g, exp_avg=m, impl="reference", **options)
+    kernels.foreach_lion_apply_(
+        rest[0], [votes[8:].clone()], grad=rest[1], exp_avg=rest[2], stream_starts=[64], impl=impl, **options
+    )
+    assert_same_bits(rest[0][0], x[0][64:], "parameter")
+    assert_same_bits(rest[2][0], m[0][64:], "momentum")
+
+
+@each_impl
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_pieces_have_the_codes_of_the_whole(impl: str, bits: int) -> None:
+    _, g, m = lists_of(torch.float32, torch.float32, SIZES)
+    ids, how = list(range(5, 5 + len(g))), {"beta1": 0.9, "bits": bits, "stochastic": True, "seed": 3, "step": 7}
+    scale = torch.tensor([0.5])
+
+    def codes(momenta: list[Tensor], grads: list[Tensor], impl: str, **options: Any) -> list[Tensor]:
+        out = [torch.empty(packed_bytes(len(each), bits), dtype=torch.uint8) for each in grads]
+        given = [scale] * len(grads)
+        kernels.foreach_lion_quantize(momenta, grads, scale=given, out=out, impl=impl, **how, **options)
+        return [fields_of(each, bits)[: len(grad)] for each, grad in zip(out, grads, strict=True)]
+
+    pieces, whole, firsts = cut(g, 4)
+    expected = cut(codes(m, g, "reference", param_ids=ids), 4)[0]
+    got = codes(cut(m, 4)[0], pieces, impl, param_ids=[ids[i] for i in whole], stream_starts=firsts)
+    for k, piece in enumerate(expected):
+        assert_same_bits(got[k], piece, f"piece {k} of {SIZES[whole[k]]} elements")
+
+
+@each_impl
+def test_the_last_elements_of_a_stream(impl: str) -> None:
+    """Their counter is 32 ones, by which a table's number is negative."""
+    lists = lists_of(torch.bfloat16, torch.bfloat16, (4,))
+    options = {"rounding": ROUNDING, "param_ids": [2**32 - 1], "stream_starts": [MAX_ELEMENTS - 4]}
+    expected = moved("step", lists, impl="reference", **options)
+    for got, wanted in zip(moved("step", lists, impl=impl, **options), expected, strict=True):
+        assert_same_bits(got, wanted)
 
 
 def test_streams_keep_apart() -> None:

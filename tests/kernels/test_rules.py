@@ -123,9 +123,9 @@ def _op_arguments(impl: str) -> dict[str, tuple[Any, ...]]:
     flag, scale = torch.zeros(1, dtype=torch.int32), torch.ones(1)
     counts = torch.zeros(2, dtype=torch.int64)
     one, parity, active = _scalar(1.0), torch.tensor(3), torch.ones(1, dtype=torch.int32)
-    low, nearest, starts = x.bfloat16(), (None, None, []), [0, 128]
-    stochastic = (torch.tensor([7, 2**31 + 1]), torch.tensor(5), [9])
-    twice = (*stochastic[:2], [9, 8])
+    low, nearest, starts = x.bfloat16(), (None, None, [], []), [0, 128]
+    stochastic = (torch.tensor([7, 2**31 + 1]), torch.tensor(5), [9], [4])
+    twice = (*stochastic[:2], [9, 8], [])
     flat, codes, flags = torch.zeros(256), torch.zeros(64, dtype=torch.uint8), torch.ones(2, dtype=torch.int32)
     # dense in another order than that of the axes
     turned = [torch.zeros(14, 5).t(), torch.zeros(70)]

@@ -82,7 +82,13 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "momentum, in turns": {"momentum_sync": MomentumSync(every=3, schedule="staggered", dtype="bf16")},
     "momentum, bf16": {"momentum_sync": MomentumSync(every=2, select=["*weight"]), "momentum_dtype": torch.bfloat16},
     "masters": {"master_weights": True},
+    "stochastic rounding": {"param_rounding": "stochastic", "momentum_dtype": torch.bfloat16},
+    "stochastic codes": {"compression": Quantized(bits=4, norm="linf", stochastic=True)},
 }
+LOW = ("masters", "stochastic rounding")
+# blocks of scales, and of random words, begin with a shard
+_FOURS: dict[str, Any] = {"hidden": (8, 104), "width": 16, "outputs": 8}
+SHAPES = {"blocks": {"hidden": (8, 100)}, "stochastic rounding": _FOURS, "stochastic codes": _FOURS}
 
 
 def run_both(
@@ -91,10 +97,10 @@ def run_both(
     *,
     steps: int,
     dtype: torch.dtype = torch.float32,
-    hidden: tuple[int, ...] = (7, 100, 8),
+    shapes: dict[str, Any] | None = None,
     **options: Any,
 ) -> None:
-    net, twin = sharded(shard, mesh, hidden=hidden)
+    net, twin = sharded(shard, mesh, **shapes or {})
     net, twin = net.to(dtype), twin.to(dtype)
     # torch clips parameters of one mesh
     clips = len({getattr(param, "device_mesh", None) for param in net.parameters()}) == 1
@@ -123,10 +129,8 @@ def run_both(
 @pytest.mark.parametrize("options", OPTIONS)
 @on_ranks(4)
 def test_sharded_steps_have_the_bits_of_whole_ones(rank: int, world_size: int, options: str) -> None:
-    dtype = torch.bfloat16 if options == "masters" else torch.float32
-    # blocks of scales begin with a shard
-    hidden = (8, 100) if options == "blocks" else (7, 100, 8)
-    run_both(fsdp, grid(2, 2), steps=9, dtype=dtype, hidden=hidden, **OPTIONS[options])
+    dtype = torch.bfloat16 if options in LOW else torch.float32
+    run_both(fsdp, grid(2, 2), steps=9, dtype=dtype, shapes=SHAPES.get(options), **OPTIONS[options])
 
 
 @pytest.mark.parametrize("mesh", MESHES)
@@ -137,7 +141,7 @@ def test_on_any_mesh(rank: int, world_size: int, mesh: str) -> None:
 
 @on_ranks(4)
 def test_tensor_parallel_steps_have_the_bits_of_whole_ones(rank: int, world_size: int) -> None:
-    run_both(tensor_parallel, grid(2, 2), steps=9, hidden=(8, 100, 16))
+    run_both(tensor_parallel, grid(2, 2), steps=9, shapes={"hidden": (8, 100, 16)})
 
 
 @on_ranks(4)
@@ -149,7 +153,7 @@ def test_shards_of_shards_have_the_bits_of_whole_ones(rank: int, world_size: int
         return fsdp(tensor_parallel(net, mesh["tp"]), shard)
 
     # of rows that two ranks of one column split, one has 3 and the other 2: odd offsets
-    run_both(both, mesh, steps=6, hidden=(20, 100))
+    run_both(both, mesh, steps=6, shapes={"hidden": (20, 100)})
 
 
 def train(net: nn.Module, opt: Any, row: int, steps: range, micro: int = 1, twin: nn.Module | None = None) -> None:

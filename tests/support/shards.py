@@ -17,11 +17,11 @@ WIDTH = 12
 class Block(nn.Module):
     """A norm and two linear layers."""
 
-    def __init__(self, hidden: int, bias: bool = True) -> None:
+    def __init__(self, hidden: int, bias: bool = True, width: int = WIDTH) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(WIDTH)
-        self.up = nn.Linear(WIDTH, hidden, bias=bias)
-        self.down = nn.Linear(hidden, WIDTH, bias=bias)
+        self.norm = nn.LayerNorm(width)
+        self.up = nn.Linear(width, hidden, bias=bias)
+        self.down = nn.Linear(hidden, width, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(torch.relu(self.up(self.norm(x))))
@@ -30,11 +30,11 @@ class Block(nn.Module):
 class Net(nn.Module):
     """Blocks of sizes that no mesh divides, and one matrix that is large enough for signs."""
 
-    def __init__(self, hidden: tuple[int, ...] = (7, 100, 8)) -> None:
+    def __init__(self, hidden: tuple[int, ...] = (7, 100, 8), width: int = WIDTH, outputs: int = 3) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.blocks = nn.ModuleList(Block(size) for size in hidden)
-        self.head = nn.Linear(WIDTH, 3)
+        self.blocks = nn.ModuleList(Block(size, width=width) for size in hidden)
+        self.head = nn.Linear(width, outputs)
 
     def forward(self, x: Tensor) -> Tensor:
         for block in self.blocks:
