@@ -25,6 +25,7 @@ from lioncub.kernels.lists import (
     firsts_of,
     flat_list,
     float_list,
+    master_lists,
     tensor_lists,
 )
 from lioncub.kernels.rounding import NO_STREAM, Rounding, rounding_arguments, streams_of
@@ -45,6 +46,7 @@ def lion_apply_(
     exp_avg: Tensor | None = None,
     beta2: Scalar | None = None,
     grad_scale: Scalar = 1.0,
+    master: Tensor | None = None,
     rounding: Rounding | None = None,
     param_id: int = 0,
     impl: str = "auto",
@@ -68,6 +70,8 @@ def lion_apply_(
         exp_avg: momentum, fp32, bf16 or fp16: it becomes ``beta2*exp_avg + (1-beta2)*grad_scale*grad``.
         beta2: number in [0, 1] or 0-dim tensor.
         grad_scale: number or 0-dim tensor.
+        master: fp32 tensor of which a bf16 or fp16 param is the rounded copy; it moves in param's place, from param
+            where it does not round to that: what is written into a parameter counts.
         rounding: round bf16 and fp16 results stochastically; to nearest unless given.
         param_id: number of the parameter, which selects its stream of random words.
         impl: "auto", "triton", "cpu" or "reference".
@@ -85,6 +89,7 @@ def lion_apply_(
         exp_avg=None if exp_avg is None else [exp_avg],
         beta2=beta2,
         grad_scale=grad_scale,
+        master=None if master is None else [master],
         rounding=rounding,
         param_ids=[param_id],
         impl=impl,
@@ -100,6 +105,7 @@ def lion_step_(
     beta1: Scalar,
     beta2: Scalar,
     weight_decay: Scalar,
+    master: Tensor | None = None,
     rounding: Rounding | None = None,
     param_id: int = 0,
     impl: str = "auto",
@@ -107,7 +113,7 @@ def lion_step_(
     """Take the whole Lion step of one worker in one pass (Chen et al. 2023, arXiv 2302.06675, algorithm 2).
 
     Mutates param and exp_avg, reads grad; each is fp32, bf16 or fp16, all have one shape and one storage order.
-    sign(0) = 0: such an element only decays. ``rounding`` and ``param_id`` as in `lion_apply_`.
+    sign(0) = 0: such an element only decays. ``master``, ``rounding`` and ``param_id`` as in `lion_apply_`.
     """
     foreach_lion_step_(
         [param],
@@ -117,6 +123,7 @@ def lion_step_(
         beta1=beta1,
         beta2=beta2,
         weight_decay=weight_decay,
+        master=None if master is None else [master],
         rounding=rounding,
         param_ids=[param_id],
         impl=impl,
@@ -153,6 +160,7 @@ def foreach_lion_apply_(
     beta2: Scalar | None = None,
     grad_scale: Scalar = 1.0,
     active: Tensor | None = None,
+    master: Sequence[Tensor] | None = None,
     rounding: Rounding | None = None,
     param_ids: Sequence[int] | None = None,
     stream_starts: Sequence[int] | None = None,
@@ -164,6 +172,7 @@ def foreach_lion_apply_(
     Where int32[n] ``active`` is zero, a parameter and its momentum stay as they are. ``param_ids`` select the streams
     to round by; they are the places in the list unless given. ``stream_starts``, multiples of 4, are the elements of
     whole parameters at which these begin: a shard is then rounded as the whole is. They are 0 unless given.
+    ``master`` has a tensor for each bf16 and fp16 parameter; fp32 ones, for which it has none, move themselves.
     """
     check_all_or_none(grad=grad, exp_avg=exp_avg, beta2=beta2)
     lists: dict[str, object] = {"param": param}
@@ -176,10 +185,11 @@ def foreach_lion_apply_(
         x, g, codes, m = tensor_lists({**lists, "grad": grad}, {**flats, "exp_avg": exp_avg}, starts)
         b2 = float_scalar("beta2", beta2, 0.0, 1.0)
     _check_format(bits, step, offset, divisor)
+    masters = _masters_of(master, x, rounding)
     check_flat("active", active, torch.int32, len(x), "param", x[0] if x else None)
     rates, scale = rate_scalars(lr, weight_decay), float_scalar("grad_scale", grad_scale)
     how = NO_STREAM if rounding is None else rounding_arguments(rounding, param_ids, stream_starts, x)
-    _APPLY(x, codes, bits, step, offset, divisor, *rates, g, m, b2, scale, active, *how, starts, impl)
+    _APPLY(x, codes, bits, step, offset, divisor, *rates, g, m, b2, scale, active, masters, *how, starts, impl)
 
 
 def foreach_lion_step_(
@@ -193,19 +203,35 @@ def foreach_lion_step_(
     weight_decay: Scalar,
     grad_scale: Scalar = 1.0,
     active: Tensor | None = None,
+    master: Sequence[Tensor] | None = None,
     rounding: Rounding | None = None,
     param_ids: Sequence[int] | None = None,
     stream_starts: Sequence[int] | None = None,
     starts: Sequence[int] | None = None,
     impl: str = "auto",
 ) -> None:
-    """`lion_step_` of lists; ``active``, ids and starts as in `foreach_lion_apply_`."""
+    """`lion_step_` of lists; ``active``, ``master``, ids and starts as in `foreach_lion_apply_`."""
     x, g, m = tensor_lists({"param": param, "grad": grad}, {"exp_avg": exp_avg}, starts)
+    masters = _masters_of(master, x, rounding)
     check_flat("active", active, torch.int32, len(x), "param", x[0] if x else None)
     rates, scale = rate_scalars(lr, weight_decay), float_scalar("grad_scale", grad_scale)
     betas = float_scalar("beta1", beta1, 0.0, 1.0), float_scalar("beta2", beta2, 0.0, 1.0)
     how = NO_STREAM if rounding is None else rounding_arguments(rounding, param_ids, stream_starts, x)
-    _STEP(x, g, m, *rates, *betas, scale, active, *how, starts, impl)
+    _STEP(x, g, m, *rates, *betas, scale, active, masters, *how, starts, impl)
+
+
+def _masters_of(
+    master: Sequence[Tensor] | None, param: Sequence[Tensor], rounding: Rounding | None
+) -> Sequence[Tensor]:
+    """Return the masters as an op takes them. Raises ValueError where all are missing, or with ``rounding``."""
+    if master is None:
+        return ()
+    if rounding is not None:
+        raise ValueError(f"rounding: expected None with master, whose parameters go to nearest, got {rounding}")
+    (masters,) = tensor_lists({"master": master}, {}, None)
+    if not masters and any(x.dtype != torch.float32 for x in param):
+        raise ValueError("master: expected a tensor for each bf16 or fp16 param, got none")
+    return masters
 
 
 def _check_format(bits: int, step: int, offset: int, divisor: int) -> None:
@@ -231,6 +257,7 @@ def _apply(
     beta2: Tensor | None,
     grad_scale: Tensor,
     active: Tensor | None,
+    master: Sequence[Tensor],
     rounding: Tensor | None,
     rounding_step: Tensor | None,
     param_ids: Sequence[int],
@@ -245,12 +272,14 @@ def _apply(
         mix = mix_of(beta2, grad_scale)
     firsts = firsts_of(places, x.sizes, bits)
     codes = flat_list("packed", packed, torch.uint8, code_bytes(x.sizes, multiple=bits), x, firsts)
-    check_lists_apart([x] if m is None else [x, m], [codes] if g is None else [codes, g])
+    own, masters = master_lists(master, x)
+    check_lists_apart([x, *own] if m is None else [x, m, *own], [codes] if g is None else [codes, g])
     if param:
         rates = rates_of(lr, weight_decay, divisor)
         streams = None if rounding is None else streams_of(rounding, rounding_step, param_ids, stream_starts)
-        backend(impl, param[0].device).lion_apply_(x, codes, bits, step, offset, *rates, g, m, mix, active, streams)
-    mark_written(param, exp_avg)
+        run = backend(impl, param[0].device).lion_apply_
+        run(x, codes, bits, step, offset, *rates, g, m, mix, active, streams, masters)
+    mark_written(param, exp_avg, master)
 
 
 def _step(
@@ -263,6 +292,7 @@ def _step(
     beta2: Tensor,
     grad_scale: Tensor,
     active: Tensor | None,
+    master: Sequence[Tensor],
     rounding: Tensor | None,
     rounding_step: Tensor | None,
     param_ids: Sequence[int],
@@ -273,23 +303,25 @@ def _step(
     x = float_list("param", param)
     firsts = None if starts is None else firsts_of(tuple(starts), x.sizes)
     g, m = float_list("grad", grad, x), float_list("exp_avg", exp_avg, x, firsts)
-    check_lists_apart([x, m], [g])
+    own, masters = master_lists(master, x)
+    check_lists_apart([x, m, *own], [g])
     if param:
         rates, betas = rates_of(lr, weight_decay), (mix_of(beta1, grad_scale), mix_of(beta2, grad_scale))
         streams = None if rounding is None else streams_of(rounding, rounding_step, param_ids, stream_starts)
-        backend(impl, param[0].device).lion_step_(x, g, m, *rates, *betas, active, streams)
-    mark_written(param, exp_avg)
+        backend(impl, param[0].device).lion_step_(x, g, m, *rates, *betas, active, streams, masters)
+    mark_written(param, exp_avg, master)
 
 
 _APPLY = register(
     "lion_apply_(Tensor(a!)[] param, Tensor[] packed, int bits, int step, int offset, int divisor, Tensor lr, "
     "Tensor weight_decay, Tensor[] grad, Tensor(b!)[] exp_avg, Tensor? beta2, Tensor grad_scale, Tensor? active, "
-    "Tensor? rounding, Tensor? rounding_step, int[] param_ids, int[] stream_starts, int[]? starts, str impl) -> ()",
+    "Tensor(c!)[] master, Tensor? rounding, Tensor? rounding_step, int[] param_ids, int[] stream_starts, "
+    "int[]? starts, str impl) -> ()",
     _apply,
 )
 _STEP = register(
     "lion_step_(Tensor(a!)[] param, Tensor[] grad, Tensor(b!)[] exp_avg, Tensor lr, Tensor weight_decay, "
-    "Tensor beta1, Tensor beta2, Tensor grad_scale, Tensor? active, Tensor? rounding, Tensor? rounding_step, "
-    "int[] param_ids, int[] stream_starts, int[]? starts, str impl) -> ()",
+    "Tensor beta1, Tensor beta2, Tensor grad_scale, Tensor? active, Tensor(c!)[] master, Tensor? rounding, "
+    "Tensor? rounding_step, int[] param_ids, int[] stream_starts, int[]? starts, str impl) -> ()",
     _step,
 )

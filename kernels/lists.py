@@ -142,6 +142,27 @@ def float_list(
     return found
 
 
+def master_lists(given: Sequence[Tensor], params: TensorList) -> tuple[list[TensorList], TensorList | None]:
+    """Return the masters that there are, to be checked for overlap, and what a backend takes; nothing for none.
+
+    A backend takes one for each parameter; those of fp32 parameters are these themselves. Raise TypeError or ValueError
+    unless ``given`` has an fp32 tensor for each bf16 and fp16 parameter, of its shape and storage order.
+    """
+    if not given:
+        return [], None
+    low = [i for i, dtype in enumerate(params.dtypes) if dtype != torch.float32]
+    own = float_list("master", given, TensorList("bf16 or fp16 param", [params.given[i] for i in low]))
+    for i, dtype in enumerate(own.dtypes):
+        if dtype != torch.float32:
+            raise TypeError(f"{own.place(i)}: expected a float32 tensor, got {dtype}")
+    tensors, addresses = list(params.given), list(params.addresses)
+    for i, tensor, address in zip(low, given, own.addresses, strict=True):
+        tensors[i], addresses[i] = tensor, address
+    everyone = TensorList("master", tensors)
+    everyone.addresses = tuple(addresses)
+    return [own], everyone
+
+
 def update_lists(
     exp_avg: Sequence[Tensor],
     grad: Sequence[Tensor],

@@ -13,7 +13,7 @@ from einops import rearrange, reduce
 from torch import Tensor
 
 from lioncub.kernels.layout import largest_level
-from lioncub.kernels.rounding import Stream, Streams, random_words, round_stochastic
+from lioncub.kernels.rounding import Stream, Streams, current_values, random_words, round_stochastic
 from lioncub.kernels.scalars import Mix, round_to_float32
 
 
@@ -104,16 +104,18 @@ def lion_apply_(
     beta2: Mix | None,
     active: Tensor | None = None,
     rounding: Streams | None = None,
+    master: Sequence[Tensor] | None = None,
 ) -> None:
     """param = param*decay - (step*code - offset)*rate; where given, exp_avg = beta2*exp_avg + (1-beta2)*grad.
 
-    A tensor and its momentum stay as they are where int32[n] ``active`` is zero.
+    A tensor and its momentum stay as they are where int32[n] ``active`` is zero. With masters, whose entries for fp32
+    parameters are not used, the others move as `current_values`, and are their masters rounded to nearest.
     """
     for i, (x, codes) in enumerate(zip(param, packed, strict=True)):
         if active is not None and not active[i]:
             continue
         direction = _unpack_fields(codes, x.numel(), bits).to(torch.int32) * step - offset
-        _store(x, x.float() * decay - direction.float() * rate, None if rounding is None else rounding.of_param(i))
+        _move(x, direction.float() * rate, decay, rounding, master, i)
         if grad is not None and exp_avg is not None and beta2 is not None:
             moved = _ema(beta2, exp_avg[i], grad[i])
             _store(exp_avg[i], moved, None if rounding is None else rounding.of_worker(i))
@@ -129,15 +131,16 @@ def lion_step_(
     beta2: Mix,
     active: Tensor | None = None,
     rounding: Streams | None = None,
+    master: Sequence[Tensor] | None = None,
 ) -> None:
-    """Take the whole Lion step of one worker; the sign of zero and of NaN is 0. ``active`` as in lion_apply_."""
+    """Take the whole Lion step of one worker; the sign of zero and of NaN is 0. The last three as in lion_apply_."""
     for i, (x, g, m) in enumerate(zip(param, grad, exp_avg, strict=True)):
         if active is not None and not active[i]:
             continue
         update = _ema(beta1, m, g)
         rate = torch.full_like(update, lr)
         step = torch.where(update > 0, rate, 0.0) - torch.where(update < 0, rate, 0.0)
-        _store(x, x.float() * decay - step, None if rounding is None else rounding.of_param(i))
+        _move(x, step, decay, rounding, master, i)
         _store(m, _ema(beta2, m, g), None if rounding is None else rounding.of_worker(i))
 
 
@@ -220,6 +223,17 @@ def dequantize(packed: Tensor, scale: Tensor, gain: float, block: int, bits: int
 def _ema(mix: Mix, state: Tensor, incoming: Tensor) -> Tensor:
     """fl(fl(kept*state) + fl(new*incoming)) in fp32 (rule 1): two products, one sum, never fused."""
     return mix.kept * state.float() + mix.new * incoming.float()
+
+
+def _move(
+    x: Tensor, step: Tensor, decay: float, rounding: Streams | None, master: Sequence[Tensor] | None, i: int
+) -> None:
+    """x = x*decay - step of the i-th parameter; one with a master takes the result from that."""
+    if master is None or x.dtype == torch.float32:
+        _store(x, x.float() * decay - step, None if rounding is None else rounding.of_param(i))
+    else:
+        master[i].copy_(current_values(x, master[i]) * decay - step)
+        x.copy_(master[i])
 
 
 def _store(out: Tensor, value: Tensor, stream: Stream | None) -> None:

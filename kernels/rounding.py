@@ -220,6 +220,16 @@ def streams_of(
     return Streams(seed, now, None if worker == _NEAREST else worker, param_ids, starts)
 
 
+def current_values(param: Tensor, master: Tensor) -> Tensor:
+    """Return the fp32 values of a bf16 or fp16 parameter: its master or, where that does not round to it, its own.
+
+    Both zeros are equal, so that a zero of the other sign does not cost what the master has below the least magnitude;
+    a NaN in either is not.
+    """
+    value = param.float()
+    return torch.where(master.to(param.dtype).float() == value, master, value)
+
+
 def round_stochastic(value: Tensor, dtype: torch.dtype, words: Tensor) -> Tensor:
     """fp32 ``value`` as ``dtype``, up or down at random so that the mean is the value; fp32 stays as it is.
 

@@ -60,8 +60,6 @@ class MomentumOptimizer(torch.optim.Optimizer):
         defaults = {"lr": lr, "betas": betas, "weight_decay": weight_decay, "maximize": maximize, "step": 0}
         Hyperparameters.of(defaults)
         self._impl, self._precision = impl, precision
-        # of parameters that are known to be their masters, rounded
-        self._versions: dict[Tensor, int] = {}
         # the step to come, as last known
         self._next_step = 0
         self._holding: Holding | None = None
@@ -117,8 +115,6 @@ class MomentumOptimizer(torch.optim.Optimizer):
             group.update(options)
         self._loaded_momentum(momentum_state)
         self._next_step = self._step_count
-        # a parameter that is loaded, before or after, counts for more than a master
-        self._versions.clear()
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
@@ -139,11 +135,7 @@ class MomentumOptimizer(torch.optim.Optimizer):
 
     @property
     def _masters(self) -> Masters:
-        return Masters(self.state, self._versions, self._precision.master_weights)
-
-    def _refresh_masters(self) -> None:
-        if self._precision.master_weights:
-            self._masters.refresh(self._named_parameters())
+        return Masters(self.state, self._precision.master_weights)
 
     @property
     def _step_count(self) -> int:

@@ -91,6 +91,7 @@ class Bucket:
         self.param_ids = [slot.param_id for slot in slots]
         self.stream_starts = [slot.part.stream_start for slot in slots]
         self.owners = [slot.param for slot in slots]
+        self.named = [(slot.name, slot.param) for slot in slots]
         self.params = [local_of(param) for param in self.owners]
         self.is_sharded = any(map(is_sharded, self.owners))
         self.parity, self.is_late = slots[0].part.parity, _is_late(compression, slots)

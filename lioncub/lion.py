@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -97,7 +97,6 @@ class Lion(MomentumOptimizer):
                 loss = closure()
         if not torch.compiler.is_compiling():
             self._check_held()
-        self._refresh_masters()
         # everything that can be refused comes before the first write
         for call in [call for i in range(len(self.param_groups)) for call in self._plan_group(i)]:
             call()
@@ -105,7 +104,7 @@ class Lion(MomentumOptimizer):
         return loss
 
     def __getstate__(self) -> dict[str, Any]:
-        own = {"_impl": self._impl, "_precision": self._precision, "_versions": {}, "_next_step": self._next_step}
+        own = {"_impl": self._impl, "_precision": self._precision, "_next_step": self._next_step}
         return {**super().__getstate__(), **own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -118,7 +117,7 @@ class Lion(MomentumOptimizer):
         now = Hyperparameters.of(group)
         rounding, masters = rounding_of(self._precision, self._step_count, rank=0), self._masters
         by_device: dict[torch.device, tuple[list[Tensor], list[Tensor], list[Tensor], list[Slot]]] = {}
-        moved, is_traced = [], torch.compiler.is_compiling()
+        is_traced = torch.compiler.is_compiling()
         for slot, device, exp_avg in self._slots[index]:
             slot.check_unchanged(device)
             if slot.part.may_be_partial:
@@ -129,13 +128,12 @@ class Lion(MomentumOptimizer):
             if device not in by_device:
                 by_device[device] = ([], [], [], [])
             params, grads, momenta, slots = by_device[device]
-            params.append(masters.of(slot.name, slot.param))
+            params.append(storage_order_view(slot.name, local_of(slot.param)))
             grads.append(grad)
             # a compiler guards what it finds in the state
             momenta.append(storage_order_view(slot.name, self.state[slot.param]["exp_avg"]) if is_traced else exp_avg)
             slots.append(slot)
-            moved.append(slot.param)
-        steps = [
+        return [
             partial(
                 foreach_lion_step_,
                 params,
@@ -146,6 +144,7 @@ class Lion(MomentumOptimizer):
                 beta2=now.beta2,
                 weight_decay=now.weight_decay,
                 grad_scale=-1.0 if now.maximize else 1.0,
+                master=_in_storage_order(masters.of([(slot.name, slot.param) for slot in slots])) or None,
                 rounding=rounding,
                 param_ids=[slot.param_id for slot in slots],
                 stream_starts=[slot.part.stream_start for slot in slots],
@@ -153,7 +152,10 @@ class Lion(MomentumOptimizer):
             )
             for params, grads, momenta, slots in by_device.values()
         ]
-        return [*steps, partial(masters.write_back, moved)]
+
+
+def _in_storage_order(masters: Sequence[Tensor]) -> list[Tensor]:
+    return [storage_order_view("master", master) for master in masters]
 
 
 def _kind_of(tensor: Any) -> object:

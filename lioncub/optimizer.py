@@ -391,8 +391,7 @@ class LionCub(TransactionalOptimizer, Joinable):
 
     def _movable(self) -> list[Tensor]:
         """Return the tensors of state that own memory of the device: momentum of each bucket, masters."""
-        masters = [local_of(tensor) for _, tensor in self._masters.named(self._named_parameters())]
-        tensors = [*(bucket.exp_avg for bucket in self._buckets.all), *masters]
+        tensors = [*(bucket.exp_avg for bucket in self._buckets.all), *self._masters.of(self._named_parameters())]
         return [tensor for tensor in tensors if not _is_on_host(tensor)]
 
     def state_dict(self) -> dict[str, Any]:
@@ -429,7 +428,6 @@ class LionCub(TransactionalOptimizer, Joinable):
             if self._workers > 1:
                 handshake(fingerprint, group=self._group, device=self._device)
         if self._late is not None:
-            self._refresh_masters()
             # an error that was not raised yet refers to the parameters of then
             self.raise_errors()
         self._agree()
@@ -460,7 +458,6 @@ class LionCub(TransactionalOptimizer, Joinable):
 
     def _compare(self) -> None:
         """Compare what ranks must have in common; see `check_replicas`."""
-        self._refresh_masters()
         named = self._named_parameters()
         with self._members.agreeing(self._device):
             if self._workers > 1:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,8 +11,8 @@ from torch import Tensor
 
 from lioncub.config import Precision
 from lioncub.kernels import Rounding
-from lioncub.kernels.checks import storage_order_view
-from lioncub.params import is_sharded, like_param, local_of
+from lioncub.kernels.rounding import current_values
+from lioncub.params import like_param, local_of
 
 Named = Sequence[tuple[str, Tensor]]
 
@@ -37,57 +37,38 @@ def master_of(param: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Masters:
-    """The masters in ``state[p]["master"]``; a parameter without one moves itself.
+    """The masters in ``state[p]["master"]`` of bf16 and fp16 parameters; an fp32 one has none.
 
-    ``versions`` are those of the parameters when they were last known to be their masters, rounded to nearest. Where
-    ``in_use`` is false, no parameter has one, and none is looked for.
+    Where ``in_use`` is false, no parameter has one, and none is looked for.
     """
 
     state: Mapping[Tensor, dict[str, Any]]
-    versions: MutableMapping[Tensor, int]
     in_use: bool = True
 
-    def of(self, name: str, param: Tensor) -> Tensor:
-        """Return the 1-d view, in storage order, of `moved`."""
-        return storage_order_view(name, self.moved(name, param))
-
-    def moved(self, name: str, param: Tensor) -> Tensor:
-        """Return the local tensor that is updated: that of the parameter's master, or its own."""
-        if not self.in_use:
-            return local_of(param)
-        master: Tensor | None = self.state[param].get("master")
-        if master is None:
-            return local_of(param)
-        if master.dtype != torch.float32 or master.shape != param.shape or master.stride() != param.stride():
-            raise RuntimeError(f"state of parameter {name}: expected the master made at construction, got another one")
-        return local_of(master)
-
-    def refresh(self, named: Named) -> None:
-        """Copy a parameter into its master where it was changed from outside since `write_back`."""
-        for _, param in named:
-            master = self.state[param].get("master")
-            # operations on lists of DTensors, as of clipping or averaging, do not count versions
-            is_known = self.versions.get(param) == param._version and not is_sharded(param)
-            if master is None or is_known:
-                continue
-            mine, theirs = local_of(master), local_of(param.detach())
-            if not torch.equal(mine.to(theirs.dtype), theirs):
-                mine.copy_(theirs)
-            self.versions[param] = param._version
-
-    def write_back(self, params: Sequence[Tensor]) -> None:
-        """Round the masters of these parameters, to nearest, into them."""
-        if not self.in_use:
-            return
-        low = [param for param in params if "master" in self.state[param]]
-        if low:
-            masters = [local_of(self.state[param]["master"]) for param in low]
-            torch._foreach_copy_([local_of(param) for param in low], masters)
-        if not torch.compiler.is_compiling():
-            self.versions.update({param: param._version for param in low})
+    def of(self, named: Named) -> list[Tensor]:
+        """Return the local tensors of all masters, as kernels take them. Raises RuntimeError where one is not ours."""
+        return [local_of(master) for *_, master in self._found(named)]
 
     def named(self, named: Named) -> list[tuple[str, Tensor]]:
-        """Return the local tensors of all masters with their names."""
+        """Return the local values from which parameters will move, with their names: masters that are up to date."""
         return [
-            (f"{name} (master)", local_of(self.state[p]["master"])) for name, p in named if "master" in self.state[p]
+            (f"{name} (master)", current_values(local_of(param.detach()), local_of(master)))
+            for name, param, master in self._found(named)
         ]
+
+    def _found(self, named: Named) -> list[tuple[str, Tensor, Tensor]]:
+        found: list[tuple[str, Tensor, Tensor]] = []
+        for name, param in named if self.in_use else ():
+            if param.dtype == torch.float32:
+                continue
+            master: Tensor | None = self.state[param].get("master")
+            if master is None or (master.dtype, master.shape, master.stride()) != (
+                torch.float32,
+                param.shape,
+                param.stride(),
+            ):
+                raise RuntimeError(
+                    f"state of parameter {name}: expected the master made at construction, got another one"
+                )
+            found.append((name, param, master))
+        return found

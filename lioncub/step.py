@@ -265,7 +265,6 @@ class StepEngine:
                 counts.append(voted.counts)
             for payload, exchange in sent.payloads:
                 payload.write(bucket, self.schedule, exchange.result(), active, takes_step, context.step)
-            self._masters.write_back(bucket.owners)
         if self._capturable and counts:
             self._totals.copy_(torch.stack(counts).sum(0))
             counts = [self._totals]
@@ -357,9 +356,6 @@ class StepEngine:
     ) -> None:
         """Move a bucket by its voted codes or, where there are none, by plain Lion."""
         now, form, workers = context.rates[bucket.group_index], bucket.compression.form, self.members.workers
-        params = bucket.params
-        if self._masters.in_use:
-            params = [self._masters.moved(slot.name, slot.param) for slot in bucket.slots]
         how: dict[str, Any] = {
             "grad": encoded.grads,
             "exp_avg": bucket.exp_avg,
@@ -368,6 +364,7 @@ class StepEngine:
             "beta2": now.beta2,
             "grad_scale": context.factors[bucket.group_index],
             "active": active,
+            "master": self._masters.of(bucket.named) or None,
             "rounding": rounding_of(self._precision, context.step, self.members.rank),
             "param_ids": bucket.param_ids,
             "stream_starts": bucket.stream_starts,
@@ -375,11 +372,11 @@ class StepEngine:
             "impl": self._impl,
         }
         if voted is None:
-            foreach_lion_step_(params, beta1=now.beta1, **how)
+            foreach_lion_step_(bucket.params, beta1=now.beta1, **how)
             return
         step, offset, divisor = form.result_value(workers)
         bits = form.result_bits(workers)
-        foreach_lion_apply_(params, voted, bits=bits, step=step, offset=offset, divisor=divisor, **how)
+        foreach_lion_apply_(bucket.params, voted, bits=bits, step=step, offset=offset, divisor=divisor, **how)
 
 
 def _range(name: str) -> AbstractContextManager[object]:

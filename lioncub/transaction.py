@@ -273,7 +273,6 @@ class TransactionalOptimizer(MomentumOptimizer):
                     "step: expected commit() or discard() of the step that was proposed, got another step"
                 )
             self._check_state()
-            self._refresh_masters()
             if overflow is not None and not isinstance(overflow, Tensor):
                 # a sum over no devices
                 raise RuntimeError(_NO_GRADIENT_TO_SCALE)

@@ -69,6 +69,11 @@ def _stochastic(prepare: Callable[..., Call]) -> Case:
     return Case(prepare, "stochastic", _STOCHASTIC, ("bf16", "fp16"))
 
 
+def _masters(prepare: Callable[..., Call]) -> Case:
+    """fp32 has none."""
+    return Case(prepare, "masters", {"masters": True}, ("bf16", "fp16"))
+
+
 CASES = (
     Case(ops.pack_signs),
     Case(ops.unpack_signs),
@@ -88,12 +93,14 @@ CASES = (
     Case(ops.lion_apply_),
     Case(ops.lion_apply_, "momentum", {"momentum": True}),
     _stochastic(ops.lion_apply_),
+    _masters(ops.lion_apply_),
     Case(ops.lion_apply_, "2_bits", _TERNARY),
     Case(ops.lion_apply_, "2_bits_momentum", {**_TERNARY, "momentum": True}),
     Case(ops.foreach_lion_apply_),
     Case(ops.foreach_lion_apply_, "2_bits", _TERNARY),
     Case(ops.lion_step_),
     _stochastic(ops.lion_step_),
+    _masters(ops.lion_step_),
     Case(ops.foreach_lion_step_),
     Case(ops.quantize, "2_bits"),
     Case(ops.quantize, "8_bits", {"bits": 8}),

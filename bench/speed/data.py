@@ -66,6 +66,10 @@ class Data:
         return self._normal(2).to(self.momentum_dtype)
 
     @cached_property
+    def master(self) -> Tensor:
+        return self.param.float()
+
+    @cached_property
     def nonfinite(self) -> Tensor:
         return torch.zeros(1, dtype=torch.int32, device=self.device)
 

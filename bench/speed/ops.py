@@ -88,8 +88,11 @@ def ternary_of_fields(data: Data, *, field_bits: int = 4, **options: Any) -> Cal
     return Call(partial(kernels.ternary_of_fields, fields, **options), (fields,), (out,))
 
 
-def lion_apply_(data: Data, *, momentum: bool = False, **options: Any) -> Call:
+def lion_apply_(data: Data, *, momentum: bool = False, masters: bool = False, **options: Any) -> Call:
     x, codes, g, m = data.param, data.codes(options.get("bits", 1)), data.grad, data.exp_avg
+    if masters:
+        run = partial(kernels.lion_apply_, x, codes, master=data.master, **_RATES, **options)
+        return Call(run, (x, codes, data.master), (x, data.master))
     if not momentum:
         return Call(partial(kernels.lion_apply_, x, codes, **_RATES, **options), (x, codes), (x,))
     options |= {"grad": g, "exp_avg": m, "beta2": BETA2}
@@ -103,8 +106,12 @@ def foreach_lion_apply_(data: Data, **options: Any) -> Call:
     return Call(run, (x, codes, g, m), (x, m))
 
 
-def lion_step_(data: Data, **options: Any) -> Call:
+def lion_step_(data: Data, *, masters: bool = False, **options: Any) -> Call:
     tensors = data.param, data.grad, data.exp_avg
+    if masters:
+        x, g, m = tensors
+        run = partial(kernels.lion_step_, x, g, m, master=data.master, **_RATES, **_BETAS, **options)
+        return Call(run, (*tensors, data.master), (x, m, data.master))
     return Call(partial(kernels.lion_step_, *tensors, **_RATES, **_BETAS, **options), tensors, tensors[::2])
 
 

@@ -61,6 +61,13 @@ def is_rounded(dtype: Any) -> Any:
 
 
 @device_function
+def current_value(master: np.float32, element: Any, dtype: Any) -> np.float32:
+    """Return an element's fp32 value: its master or, where that does not round to it, its own (both zeros are one)."""
+    value = widen(element)
+    return master if widen(narrow(master, dtype)) == value else value
+
+
+@device_function
 def is_finite(value: np.float32) -> bool:
     return bool(np.int32(np.float32(value).view(np.int32) & np.int32(0x7FFFFFFF)) < np.int32(0x7F800000))
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lioncub.kernels.lists import TensorList
 from lioncub.kernels.numba_cpu.arithmetic import (
+    current_value,
     decayed,
     ema,
     is_rounded,
@@ -41,11 +42,12 @@ def lion_apply_(
     beta2: Mix | None,
     active: Tensor | None = None,
     rounding: Streams | None = None,
+    master: TensorList | None = None,
 ) -> None:
     """param = param*decay - (step*code - offset)*rate; where given, exp_avg = beta2*exp_avg + (1-beta2)*grad."""
     how = (bits, step, offset, rate, decay, tuple(beta2 or NO_MIX))
     words = (None, None) if rounding is None else _words(rounding)
-    launch(_apply_kernel, (param, grad, exp_avg), (packed,), *how, *words, streams=rounding, active=active)
+    launch(_apply_kernel, (param, grad, exp_avg, master), (packed,), *how, *words, streams=rounding, active=active)
 
 
 def lion_step_(
@@ -58,11 +60,12 @@ def lion_step_(
     beta2: Mix,
     active: Tensor | None = None,
     rounding: Streams | None = None,
+    master: TensorList | None = None,
 ) -> None:
     """Take the whole Lion step of one worker; the sign of zero and of NaN is 0."""
     how = (lr, decay, tuple(beta1), tuple(beta2))
     words = (None, None) if rounding is None else _words(rounding)
-    launch(_step_kernel, (param, grad, exp_avg), (), *how, *words, streams=rounding, active=active)
+    launch(_step_kernel, (param, grad, exp_avg, master), (), *how, *words, streams=rounding, active=active)
 
 
 def _words(rounding: Streams) -> tuple[_StreamWords, _StreamWords]:
@@ -107,10 +110,19 @@ def _move_word(
     stream: _StreamWords,
     key: int,
     words: Any,
+    master_ptr: int,
+    master_dtype: Any,
 ) -> None:
-    """x = x*kept - moves for ``count`` elements from ``start`` on."""
-    _draw(stream, key, start, words, x_dtype)
+    """x = x*kept - moves for ``count`` elements from ``start`` on; those that are rounded by their masters."""
     x = array_at(x_ptr, start, count, x_dtype)
+    if master_dtype is not None and is_rounded(x_dtype):
+        master = array_at(master_ptr, start, count, master_dtype)
+        for j in range(count):
+            value = decayed(current_value(master[j], x[j], x_dtype), moves[j], kept)
+            master[j] = value
+            x[j] = narrow(value, x_dtype)
+        return
+    _draw(stream, key, start, words, x_dtype)
     for j in range(count):
         x[j] = _stored(decayed(widen(x[j]), moves[j], kept), x_dtype, stream, words[j])
 
@@ -123,6 +135,7 @@ def _apply_kernel(
     x_dtype: Any,
     g_dtype: Any,
     m_dtype: Any,
+    master_dtype: Any,
     bits: int,
     step: int,
     offset: int,
@@ -139,7 +152,8 @@ def _apply_kernel(
     before = 0
     for row in range(table.shape[0]):
         size, key = table[row, 0], table[row, 2]
-        x_ptr, g_ptr, m_ptr, packed_ptr = table[row, 3], table[row, 4], table[row, 5], table[row, 6]
+        x_ptr, g_ptr, m_ptr, master_ptr = table[row, 3], table[row, 4], table[row, 5], table[row, 6]
+        packed_ptr = table[row, 7]
         begin, end = share(size, before, first, last)
         before += size
         if bits == 1:
@@ -148,7 +162,19 @@ def _apply_kernel(
             for word in range((end - begin + 63) >> 6):
                 start = nth_word(word, begin, end)
                 unpack_word(array_at(packed_ptr, start >> 6, 1, WORDS)[0], up, down, moves)
-                _move_word(x_ptr, start, min(64, end - start), moves, kept, x_dtype, param_stream, key, words)
+                _move_word(
+                    x_ptr,
+                    start,
+                    min(64, end - start),
+                    moves,
+                    kept,
+                    x_dtype,
+                    param_stream,
+                    key,
+                    words,
+                    master_ptr,
+                    master_dtype,
+                )
         else:
             for word in range((end - begin + 63) >> 6):
                 start = nth_word(word, begin, end)
@@ -157,7 +183,19 @@ def _apply_kernel(
                 else:
                     unpack_codes(array_at(packed_ptr, (start >> 6) * bits, bits, WORDS), bits, codes)
                     _moves_of(codes, factor, less, unit, moves)
-                _move_word(x_ptr, start, min(64, end - start), moves, kept, x_dtype, param_stream, key, words)
+                _move_word(
+                    x_ptr,
+                    start,
+                    min(64, end - start),
+                    moves,
+                    kept,
+                    x_dtype,
+                    param_stream,
+                    key,
+                    words,
+                    master_ptr,
+                    master_dtype,
+                )
         # a pass of its own: one core follows few streams of memory better than many
         if m_dtype is not None:
             for word in range((end - begin + 63) >> 6):
@@ -177,6 +215,7 @@ def _step_kernel(
     x_dtype: Any,
     g_dtype: Any,
     m_dtype: Any,
+    master_dtype: Any,
     lr: float,
     decay: float,
     beta1: tuple[float, float],
@@ -198,7 +237,16 @@ def _step_kernel(
             x = array_at(x_ptr, start, count, x_dtype)
             g = array_at(g_ptr, start, count, g_dtype)
             m = array_at(m_ptr, start, count, m_dtype)
-            if param_stream is None:
+            if master_dtype is not None and is_rounded(x_dtype):
+                master = array_at(table[row, 6], start, count, master_dtype)
+                for j in range(count):
+                    state, incoming = widen(m[j]), widen(g[j])
+                    step = signed_step(ema(b1, b1c, state, incoming), rate)
+                    value = decayed(current_value(master[j], x[j], x_dtype), step, kept)
+                    master[j] = value
+                    x[j] = narrow(value, x_dtype)
+                    m[j] = narrow(ema(b2, b2c, state, incoming), m_dtype)
+            elif param_stream is None:
                 for j in range(count):
                     state, incoming = widen(m[j]), widen(g[j])
                     step = signed_step(ema(b1, b1c, state, incoming), rate)

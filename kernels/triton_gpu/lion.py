@@ -26,8 +26,10 @@ from lioncub.kernels.triton_gpu.launch import (
 from lioncub.kernels.triton_gpu.rows import (
     element_offsets,
     load_codes,
+    load_current,
     load_elements,
     rows_from,
+    store_master,
     store_rounded,
     value_of,
 )
@@ -58,20 +60,25 @@ def _apply_codes_kernel(
     BITS: tl.constexpr,
     ADVANCE: tl.constexpr,
     ROUNDING: tl.constexpr,
+    HAS_MASTERS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
 ):
-    tensor, row_ptr, start, n_elements = tile_of(rows_ptr, owners_ptr, 4, BLOCK_SIZE)
+    tensor, row_ptr, start, n_elements = tile_of(rows_ptr, owners_ptr, 5, BLOCK_SIZE)
     if is_inactive(active_ptr + tensor, HAS_FLAGS):
         return
-    kind, is_wide = form_of(row_ptr, start, n_elements, 4, BLOCK_SIZE)
+    kind, is_wide = form_of(row_ptr, start, n_elements, 5, BLOCK_SIZE)
     numbers = (step, offset, rate, decay, beta2, beta2_new)
-    streams, rows = (stream_of(row_ptr, seed_low, seed_high, stream_step, 4), worker), rows_from(start, BLOCK_SIZE)
+    streams, rows = (stream_of(row_ptr, seed_low, seed_high, stream_step, 5), worker), rows_from(start, BLOCK_SIZE)
     for k in tl.static_range(len(KINDS)):
         if kind == k:
             if is_wide:
-                _apply_tile(row_ptr, numbers, streams, rows, None, kind_at(KINDS, k), BITS, ADVANCE, ROUNDING)
+                _apply_tile(
+                    row_ptr, numbers, streams, rows, None, kind_at(KINDS, k), BITS, ADVANCE, ROUNDING, HAS_MASTERS
+                )
             else:
-                _apply_tile(row_ptr, numbers, streams, rows, n_elements, kind_at(KINDS, k), BITS, ADVANCE, ROUNDING)
+                _apply_tile(
+                    row_ptr, numbers, streams, rows, n_elements, kind_at(KINDS, k), BITS, ADVANCE, ROUNDING, HAS_MASTERS
+                )
 
 
 @triton.jit
@@ -85,19 +92,20 @@ def _apply_tile(
     BITS: tl.constexpr,
     ADVANCE: tl.constexpr,
     ROUNDING: tl.constexpr,
+    HAS_MASTERS: tl.constexpr,
 ):
-    """Decay, and move by the codes' values; with ADVANCE the momentum moves on.
+    """Decay, and move by the codes' values; with ADVANCE the momentum moves on, with HAS_MASTERS they move.
 
     ``streams`` are (seed_low, seed_high, step, key) and the worker of momentum; ``n_elements`` is None where all
     of the tile exists.
     """
     step, offset, rate, decay, beta2, beta2_new = numbers
     stream, worker = streams
-    param_ptr = pointer_at(row_ptr, 0, KIND, n_elements)
+    param_ptr, master_ptr = pointer_at(row_ptr, 0, KIND, n_elements), pointer_at(row_ptr, 4, KIND, n_elements)
     codes = load_codes(pointer_at(row_ptr, 1, KIND, n_elements), rows, n_elements, BITS)
     move = (codes * step - offset).to(tl.float32) * value_of(rate)
     offsets = element_offsets(rows)
-    x = load_elements(param_ptr, offsets, n_elements)
+    x = load_current(param_ptr, master_ptr, offsets, n_elements, HAS_MASTERS)
     if ADVANCE:
         exp_avg_ptr = pointer_at(row_ptr, 3, KIND, n_elements)
         m = load_elements(exp_avg_ptr, offsets, n_elements)
@@ -105,6 +113,7 @@ def _apply_tile(
         moved = mix(value_of(beta2), value_of(beta2_new), m, g)
         store_rounded(exp_avg_ptr, offsets, n_elements, moved, rows, stream, worker, ROUNDING == _MOMENTUM_TOO)
     moved = x * value_of(decay) - move
+    store_master(param_ptr, master_ptr, offsets, n_elements, moved, HAS_MASTERS)
     store_rounded(param_ptr, offsets, n_elements, moved, rows, stream, _PARAM_STREAM, ROUNDING != _NEAREST)
 
 
@@ -126,20 +135,23 @@ def _step_lion_kernel(
     KINDS: tl.constexpr,
     HAS_FLAGS: tl.constexpr,
     ROUNDING: tl.constexpr,
+    HAS_MASTERS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
 ):
-    tensor, row_ptr, start, n_elements = tile_of(rows_ptr, owners_ptr, 3, BLOCK_SIZE)
+    tensor, row_ptr, start, n_elements = tile_of(rows_ptr, owners_ptr, 4, BLOCK_SIZE)
     if is_inactive(active_ptr + tensor, HAS_FLAGS):
         return
-    kind, is_wide = form_of(row_ptr, start, n_elements, 3, BLOCK_SIZE)
+    kind, is_wide = form_of(row_ptr, start, n_elements, 4, BLOCK_SIZE)
     numbers = (lr, decay, beta1, beta1_new, beta2, beta2_new)
-    streams = (stream_of(row_ptr, seed_low, seed_high, stream_step, 3), worker)
+    streams = (stream_of(row_ptr, seed_low, seed_high, stream_step, 4), worker)
     for k in tl.static_range(len(KINDS)):
         if kind == k:
             if is_wide:
-                _step_tile(row_ptr, numbers, streams, start, None, kind_at(KINDS, k), ROUNDING, BLOCK_SIZE)
+                _step_tile(row_ptr, numbers, streams, start, None, kind_at(KINDS, k), ROUNDING, HAS_MASTERS, BLOCK_SIZE)
             else:
-                _step_tile(row_ptr, numbers, streams, start, n_elements, kind_at(KINDS, k), ROUNDING, BLOCK_SIZE)
+                _step_tile(
+                    row_ptr, numbers, streams, start, n_elements, kind_at(KINDS, k), ROUNDING, HAS_MASTERS, BLOCK_SIZE
+                )
 
 
 @triton.jit
@@ -151,21 +163,24 @@ def _step_tile(
     n_elements,
     KIND: tl.constexpr,
     ROUNDING: tl.constexpr,
+    HAS_MASTERS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
 ):
     """Take the Lion step of the tile that begins at element ``start``; ``streams`` as in `_apply_tile`."""
     lr, decay, beta1, beta1_new, beta2, beta2_new = numbers
     stream, worker = streams
     param_ptr, exp_avg_ptr = pointer_at(row_ptr, 0, KIND, n_elements), pointer_at(row_ptr, 2, KIND, n_elements)
+    master_ptr = pointer_at(row_ptr, 3, KIND, n_elements)
     offsets = start + tl.arange(0, BLOCK_SIZE)
     rows = rows_from(start, BLOCK_SIZE)
-    x = load_elements(param_ptr, offsets, n_elements)
+    x = load_current(param_ptr, master_ptr, offsets, n_elements, HAS_MASTERS)
     g = load_elements(pointer_at(row_ptr, 1, KIND, n_elements), offsets, n_elements)
     m = load_elements(exp_avg_ptr, offsets, n_elements)
     update = mix(value_of(beta1), value_of(beta1_new), m, g)
     rate = value_of(lr)
     step = tl.where(update > 0, rate, tl.where(update < 0, -rate, 0.0))
     moved = x * value_of(decay) - step
+    store_master(param_ptr, master_ptr, offsets, n_elements, moved, HAS_MASTERS)
     store_rounded(param_ptr, offsets, n_elements, moved, rows, stream, _PARAM_STREAM, ROUNDING != _NEAREST)
     moved = mix(value_of(beta2), value_of(beta2_new), m, g)
     store_rounded(exp_avg_ptr, offsets, n_elements, moved, rows, stream, worker, ROUNDING == _MOMENTUM_TOO)
@@ -184,11 +199,13 @@ def lion_apply_(
     beta2: Mix | None,
     active: Tensor | None = None,
     rounding: Streams | None = None,
+    master: TensorList | None = None,
 ) -> None:
     """See `lioncub.kernels.reference.lion_apply_`."""
-    if table := table_of(param, packed, grad, exp_avg, streams=rounding):
+    if table := table_of(param, packed, grad, exp_avg, master, streams=rounding):
         numbers = (step, offset, rate, decay, *(beta2 or NO_MIX), *stream_words(rounding))
-        flags, threads = (bits, beta2 is not None, _rounding_of(rounding)), _threads(param, grad, exp_avg)
+        flags = (bits, beta2 is not None, _rounding_of(rounding), master is not None)
+        threads = _threads(param, grad, exp_avg, master)
         table.launch(_apply_codes_kernel, active, numbers, *flags, threads=threads)
 
 
@@ -202,11 +219,16 @@ def lion_step_(
     beta2: Mix,
     active: Tensor | None = None,
     rounding: Streams | None = None,
+    master: TensorList | None = None,
 ) -> None:
     """See `lioncub.kernels.reference.lion_step_`."""
-    if table := table_of(param, grad, exp_avg, streams=rounding):
-        numbers, threads = (lr, decay, *beta1, *beta2, *stream_words(rounding)), _threads(param, grad, exp_avg)
-        table.launch(_step_lion_kernel, active, numbers, _rounding_of(rounding), threads=threads)
+    if table := table_of(param, grad, exp_avg, master, streams=rounding):
+        numbers, flags = (
+            (lr, decay, *beta1, *beta2, *stream_words(rounding)),
+            (_rounding_of(rounding), master is not None),
+        )
+        threads = _threads(param, grad, exp_avg, master)
+        table.launch(_step_lion_kernel, active, numbers, *flags, threads=threads)
 
 
 def _threads(*lists: TensorList | None) -> int:

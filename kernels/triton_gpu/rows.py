@@ -76,6 +76,23 @@ def load_elements(x_ptr, offsets, n_elements):
 
 
 @triton.jit
+def load_current(x_ptr, master_ptr, offsets, n_elements, HAS_MASTERS: tl.constexpr):
+    """fp32 values of parameters: with masters those that round to the elements, else the elements."""
+    x = load_elements(x_ptr, offsets, n_elements)
+    if HAS_MASTERS and (x_ptr.dtype.element_ty != tl.float32):
+        master = load(master_ptr + offsets, offsets, n_elements)
+        x = tl.where(widen(narrow(master, x_ptr.dtype.element_ty)) == x, master, x)
+    return x
+
+
+@triton.jit
+def store_master(x_ptr, master_ptr, offsets, n_elements, value, HAS_MASTERS: tl.constexpr):
+    """Store the fp32 values of parameters in their masters, where they have any."""
+    if HAS_MASTERS and (x_ptr.dtype.element_ty != tl.float32):
+        store(master_ptr + offsets, value, offsets, n_elements)
+
+
+@triton.jit
 def store_elements(x_ptr, offsets, n_elements, value):
     """Store fp32 elements, rounded to the pointer's dtype."""
     store(x_ptr + offsets, narrow(value, x_ptr.dtype.element_ty), offsets, n_elements)

@@ -39,6 +39,9 @@ BYTES_PER_ELEMENT = {
     "ternary_of_fields": (4 + 2) / 8,
     "lion_apply_": 8.125,
     "lion_apply_:momentum": 20.125,
+    # 12.125 and 22 beside bf16 parameters and gradients
+    "lion_apply_:masters": 16.125,
+    "lion_step_:masters": 28,
     "lion_apply_:2_bits": 8 + 2 / 8,
     "lion_apply_:2_bits_momentum": 20 + 2 / 8,
     "foreach_lion_apply_": 20.125,
@@ -75,7 +78,7 @@ def test_every_op_is_timed_on_every_implementation_dtype_and_size(case: Case) ->
     for impl in ("torch", "cpu", "reference", "triton"):
         found = {(cell.dtype, cell.size) for cell in cells(impl) if cell.case is case}
         assert found == ({(d, s) for d in case.dtypes for s in SIZES} if impl in impls else set())
-    narrow = case.way == "stochastic"
+    narrow = case.way in ("stochastic", "masters")
     assert case.dtypes in [(PACKED,), ("bf16", "fp16") if narrow else tuple(DTYPES)]
 
 

@@ -25,6 +25,7 @@ LISTS: dict[str, Any] = {"param": [torch.ones(3)], "grad": [torch.ones(3)], "exp
 MOVE: dict[str, Any] = {"grad": FOUR, "exp_avg": FOUR.clone(), "beta2": 0.99}
 FORM = {"bits": 2, "step": 1, "offset": 1}
 STREAM = {"rounding": Rounding()}
+HALF = {"param": [torch.ones(3, dtype=torch.float16)]}
 # fine arguments
 CALLS: dict[Callable[..., Any], dict[str, Any]] = {
     k.packed_bytes: {"n": 9},
@@ -97,6 +98,28 @@ WRONG: list[tuple[Callable[..., Any], dict[str, Any], type[Exception], str]] = [
     (k.foreach_lion_step_, {**STREAM, "stream_starts": [4.0]}, T, r"stream_starts\[0\]: .* integer, got float"),
     (k.foreach_lion_step_, {**STREAM, "stream_starts": [-4]}, V, r"stream_starts\[0\]: .* in 0 .. 17179869181, got -4"),
     (k.foreach_lion_step_, {**STREAM, "stream_starts": [2**34]}, V, r"stream_starts\[0\]: .* got 17179869184"),
+    (k.foreach_lion_step_, {**HALF, "master": FOUR}, T, "master: expected a list of tensors, got Tensor"),
+    (
+        k.foreach_lion_step_,
+        {**HALF, "master": [torch.ones(3).half()]},
+        T,
+        "master: expected a float32 tensor, got torch.float16",
+    ),
+    (
+        k.foreach_lion_step_,
+        {**HALF, "master": [torch.ones(5)]},
+        V,
+        r"master: expected shape \(3,\) \(bf16 or fp16 param",
+    ),
+    (
+        k.foreach_lion_step_,
+        {**HALF, "master": []},
+        V,
+        "master: expected a tensor for each bf16 or fp16 param, got none",
+    ),
+    (k.foreach_lion_step_, {"master": [torch.ones(3)]}, V, "master: expected 0 tensors, .* bf16 or fp16 param, got 1"),
+    (k.foreach_lion_step_, {**HALF, "master": LISTS["grad"]}, V, "master: expected memory apart from that of grad"),
+    (k.foreach_lion_step_, {**HALF, "master": [FOUR], **STREAM}, V, "rounding: expected None with master, .* got Roun"),
     (k.foreach_lion_step_, {"active": torch.ones(1, dtype=torch.int64)}, T, "active: expected a int32 .*torch.int64"),
     (k.foreach_lion_step_, {"active": torch.ones(2, dtype=torch.int32)}, V, r"active: .* \(1,\), got shape \(2,\)"),
     (k.quantize, {"bits": 3}, V, r"bits: expected one of \(2, 4, 8\), got 3"),

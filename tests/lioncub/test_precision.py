@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,13 @@ from gloo_workers import everyone, on_ranks, same_on_all
 from nets import Net, all_bits, batch_of, bits_of, groups_of, train
 from optimizers import Lion, LionCub
 from torch import Tensor, nn
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from lioncub import (
     MomentumSync,
     Quantized,
     SignMean,
+    SignVote,
     TernaryVote,
     simulate,
 )
@@ -43,7 +46,9 @@ def descend(net: Net, opt: torch.optim.Optimizer, steps: range) -> None:
 @each_way
 def test_one_worker_is_plain_lion_bit_for_bit(way: str) -> None:
     nets = Net(seed=0), Net(seed=0)
-    opts = [kind(groups_of(net), lr=1e-2, **WAYS[way]) for kind, net in zip((Lion, LionCub), nets, strict=True)]
+    # signs, which add nothing to the state
+    signs = {"compression": SignVote()}
+    opts = [Lion(groups_of(nets[0]), lr=1e-2, **WAYS[way]), LionCub(groups_of(nets[1]), lr=1e-2, **WAYS[way], **signs)]
     for net, opt in zip(nets, opts, strict=True):
         descend(net, opt, range(6))
     assert all_bits(opts[0]) == all_bits(opts[1])
@@ -82,7 +87,7 @@ def test_fp32_parameters_have_no_master_and_are_not_rounded(optimizer: type) -> 
         for _ in range(3):
             p.grad = p.detach().clone()
             opt.step()
-        assert set(opt.state[p]) == {"exp_avg"}
+        assert set(opt.state[p]) - {"scale"} == {"exp_avg"}
         results.append(all_bits(opt))
     assert results == [results[0]] * 3
 
@@ -127,9 +132,65 @@ def test_a_parameter_that_was_changed_takes_its_master_along(optimizer: type) ->
     with torch.no_grad():
         p[2] = 3.0
     opt.step()
-    expected = torch.tensor([1.0, 1.0, 3.0, 1.0, 1.0]) - torch.tensor(1e-4)
+    # the others still have what bf16 cannot hold
+    moved[2] = 3.0
+    expected = moved - torch.tensor(1e-4)
     assert torch.equal(opt.state[p]["master"], expected)
     assert torch.equal(p, expected.bfloat16())
+
+
+def copy_data(params: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    for p, value in zip(params, values, strict=True):
+        p.data.copy_(value)
+
+
+def swap(params: Sequence[Tensor]) -> None:
+    kept = [p.detach().clone() for p in params]
+    copy_data(params, [torch.zeros_like(p) for p in params])
+    copy_data(params, kept)
+
+
+WRITES: dict[str, Callable[[Sequence[Tensor]], object]] = {
+    "data": lambda params: copy_data(params, [2 * p.detach() for p in params]),
+    "vector": lambda params: vector_to_parameters(1.5 * parameters_to_vector(params), params),
+    "list": lambda params: torch._foreach_mul_(params, -2.0),
+    "average, for an evaluation": swap,
+    "average": lambda params: copy_data(params, [torch.full_like(p, 0.3) for p in params]),
+}
+
+
+def check_writes(optimizer: type, rank: int = 0) -> None:
+    """A master moves as an fp32 parameter into which is written what its parameter got, where that differs."""
+    generator = torch.Generator().manual_seed(0)
+    low = [torch.randn(shape, generator=generator).bfloat16().requires_grad_() for shape in ((7, 9), (65,), (130, 3))]
+    full = [p.detach().float().requires_grad_() for p in low]
+    one, other = optimizer(full, lr=1e-3), optimizer(low, lr=1e-3, master_weights=True)
+    generator.manual_seed(1 + rank)
+    for name, write in [("nothing", lambda params: None), *WRITES.items()]:
+        with torch.no_grad():
+            write(low)
+            for p, q in zip(full, low, strict=True):
+                p.copy_(torch.where(p.bfloat16() == q, p, q.float()))
+        if optimizer is LionCub:
+            other.check_replicas()
+        for p, q in zip(full, low, strict=True):
+            q.grad = torch.randn(q.shape, generator=generator).bfloat16()
+            p.grad = q.grad.float()
+        one.step()
+        other.step()
+        for p, q in zip(full, low, strict=True):
+            assert torch.equal(other.state[q]["master"], p), name
+            assert torch.equal(q, p.bfloat16()), name
+
+
+@BOTH
+def test_what_is_written_in_any_way_reaches_the_master(optimizer: type) -> None:
+    check_writes(optimizer)
+
+
+@on_ranks(2)
+def test_what_is_written_on_all_ranks_reaches_their_masters(rank: int, world_size: int) -> None:
+    check_writes(LionCub, rank)
 
 
 @BOTH
