@@ -9,7 +9,7 @@ from typing import TypeVar
 
 import torch
 
-from lioncub.collectives.transport import Group, all_gather, device_of, gather_objects, world_size_of
+from lioncub.collectives.transport import Group, PeerLostError, all_gather, device_of, gather_objects, world_size_of
 
 WIRE_VERSION = 3
 HANDSHAKE_BYTES = 16
@@ -28,7 +28,7 @@ class _Failure:
     """Takes the place of the fingerprint of a rank whose own arguments are wrong."""
 
     def __init__(self, error: Exception) -> None:
-        self.text = f"{type(error).__name__}: {error}"
+        self.text, self.is_loss = f"{type(error).__name__}: {error}", isinstance(error, PeerLostError)
 
     def __repr__(self) -> str:
         return f"failed with {self.text}"
@@ -104,13 +104,14 @@ def informing(*groups: Group, device: torch.device | None = None) -> Iterator[No
 def gather_where_different(value: T, group: Group, device: torch.device | None) -> list[T] | None:
     """Return everyone's ``value``, or None where hashes are equal; a collective.
 
-    Raises WorkersDisagreeError where a rank could not take part.
+    Raises WorkersDisagreeError where a rank could not take part, PeerLostError where it has lost another one.
     """
     stated = _gather(value, group, device)
     if stated is not None:
         for rank, theirs in enumerate(stated):
             if isinstance(theirs, _Failure):
-                raise WorkersDisagreeError(f"no worker went on, because of an error on rank {rank}: {theirs.text}")
+                kind = PeerLostError if theirs.is_loss else WorkersDisagreeError
+                raise kind(f"no worker went on, because of an error on rank {rank}: {theirs.text}")
     return stated
 
 

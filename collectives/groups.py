@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -16,7 +17,18 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from lioncub.collectives.agreement import agreement, handshake
 from lioncub.collectives.simulated import SimulatedProcessGroup
-from lioncub.collectives.transport import Group, device_of, gather_objects, rank_of, whole, world_size_of
+from lioncub.collectives.transport import (
+    Group,
+    backend_of,
+    device_of,
+    gather_objects,
+    is_listed,
+    losing,
+    rank_of,
+    store_of,
+    whole,
+    world_size_of,
+)
 
 
 @dataclass(frozen=True)
@@ -206,6 +218,8 @@ def subgroups(group: Group, partition: Sequence[Sequence[int]], device: torch.de
     me = rank_of(group)
     if isinstance(group, SimulatedProcessGroup):
         return [group.subgroup(ranks) if me in ranks else None for ranks in partition]
+    if group is not None and not is_listed(group):
+        return [_unlisted_part(ranks, group) if me in ranks else None for ranks in partition]
     everyone = dist.get_process_group_ranks(group or dist.group.WORLD)
     options = _options_of(group)
     # where all processes are here, all of them make all groups
@@ -235,6 +249,58 @@ def new_group(ranks: Sequence[int], like: Group, device: torch.device | None = N
         known = len(distributed_c10d._world.pg_names)
         handshake({"the number of process groups that this process is in": known}, group=like, device=device)
     made: dist.ProcessGroup = dist.new_group(list(ranks), use_local_synchronization=local, **_options_of(like))
+    return made
+
+
+def _unlisted_part(ranks: Sequence[int], group: dist.ProcessGroup) -> dist.ProcessGroup:
+    """Create a group of some ranks of a group that torch.distributed did not make; a collective of them."""
+    store = dist.PrefixStore(f"lioncub/{','.join(map(str, ranks))}", store_of(group))
+    return _unlisted_group(store, list(ranks).index(group.rank()), len(ranks), group)
+
+
+def grid_of(
+    group: dist.ProcessGroup, meshes: Sequence[dist.ProcessGroup], ranks: Sequence[int], device: torch.device
+) -> tuple[dist.ProcessGroup, list[int]]:
+    """Create a group of all ranks of several replicas, each with a world of its own; a collective of them.
+
+    ``group``, which torch.distributed did not make, has the ranks of one place in each replica, ``meshes`` connect
+    ``ranks`` of this replica's world. Returns the group, replica after replica, and for each of its ranks the first one
+    that ``group`` connects with it. Raises ValueError where replicas differ.
+    """
+    place = list(ranks).index(dist.get_rank())
+    stated = gather_objects((len(ranks), place), group, device)
+    if any(theirs != stated[0] for theirs in stated) or len(ranks) != dist.get_world_size():
+        raise ValueError(
+            f"process_group: expected the same place in replicas that are sharded over all of their "
+            f"{dist.get_world_size()} ranks, got (ranks, place) {stated}"
+        )
+    # the first rank of the first replica names it
+    name = uuid.uuid4().hex
+    for one in (*meshes, group):
+        name = gather_objects(name, one, device)[0]
+    store = store_of(group)
+    while isinstance(store, dist.PrefixStore):
+        store = store.underlying_store
+    size = len(ranks)
+    made = _unlisted_group(
+        dist.PrefixStore(f"lioncub/{name}", store), group.rank() * size + place, group.size() * size, group
+    )
+    return made, [rank % size for rank in range(made.size())]
+
+
+def _unlisted_group(store: dist.Store, rank: int, size: int, like: dist.ProcessGroup) -> dist.ProcessGroup:
+    """Create a Gloo group through a store, with the timeout of another one. Raises ValueError for other backends."""
+    carried = like._device_types[0]
+    backend = backend_of(like, carried.type)
+    if backend != "gloo":
+        raise ValueError(f"process_group: expected one on Gloo, whose parts can be connected, got one on {backend}")
+    with losing():
+        gloo = dist.ProcessGroupGloo(store, rank, size, _timeout_of(like))
+        gloo._set_sequence_number_for_group()
+    made = dist.ProcessGroup(store, rank, size)
+    made._set_default_backend(dist.ProcessGroup.BackendType.GLOO)
+    for device in like._device_types:
+        made._register_backend(device, dist.ProcessGroup.BackendType.GLOO, gloo)
     return made
 
 

@@ -18,7 +18,7 @@ from lioncub.collectives.agreement import agreement
 from lioncub.collectives.cost import Costs, Link, candidates, default_costs, rounds_pay
 from lioncub.collectives.groups import ProcessGroups, Topology
 from lioncub.collectives.profile import Point, Profile
-from lioncub.collectives.transport import backend_of, check_carried, gather_objects, rank_of
+from lioncub.collectives.transport import backend_of, check_carried, gather_objects, losing, rank_of
 from lioncub.collectives.vote import Voter
 from lioncub.kernels import resolve_impl
 
@@ -253,6 +253,7 @@ class _Run:
     def _slowest(self, seconds: float) -> float:
         """Wait for all ranks; return the largest of their numbers, and note that of the times since the start."""
         largest = torch.tensor([seconds, time.perf_counter() - self._started], dtype=torch.float64, device=self._device)
-        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self._groups.group)
+        with losing():
+            dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self._groups.group)
         taken, self._elapsed = largest.tolist()
         return max(float(taken), 1e-9)

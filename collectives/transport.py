@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -29,6 +30,20 @@ PAYLOADS, SINGLE_VOTES, SINGLE_AVERAGE, SECOND = 1 << 19, 1 << 20, 1 << 21, 1 <<
 
 class PeerLostError(RuntimeError):
     """The connection to a rank of the group ended, or it did not answer within the group's timeout."""
+
+
+def _lost(error: RuntimeError) -> PeerLostError:
+    """Return the error of a collective that a backend has ended, where nobody knows which rank is to blame."""
+    return PeerLostError(f"a rank of the process group was lost: {error}")
+
+
+@contextmanager
+def losing() -> Iterator[None]:
+    """Make a backend's error in the body, a collective, a `PeerLostError`."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise _lost(error) from error
 
 
 class Pending(Protocol):
@@ -77,7 +92,8 @@ class Transport:
         output = torch.empty_like(messages)
         if self.has_point_to_point:
             return PairwiseAllToAll(output, messages, self.group, tag)
-        return _Started(dist.all_to_all_single(output, messages, group=self.group, async_op=True), output)
+        with losing():
+            return _Started(dist.all_to_all_single(output, messages, group=self.group, async_op=True), output)
 
     def gather(self, message: Tensor) -> Pending:
         """Start gathering ``message`` [M] of every rank into [N, M]."""
@@ -87,14 +103,16 @@ class Transport:
             gather = torch.ops._c10d_functional.all_gather_into_tensor
             return _Functional(gather(message, self.size, self._functional_name), (self.size, message.numel()))
         output = message.new_empty(self.size, message.numel())
-        return _Started(all_gather(output.view(-1), message, self.group), output)
+        with losing():
+            return _Started(_all_gather(output.view(-1), message, group=self.group, async_op=True), output)
 
     def all_reduce(self, values: Tensor) -> Pending:
         """Start adding up ``values`` [M] of every rank; they may be overwritten by the sum."""
         if self._functional_name:
             summed = torch.ops._c10d_functional.all_reduce(values, "sum", self._functional_name)
             return _Functional(summed, (values.numel(),))
-        return _Started(dist.all_reduce(values, group=self.group, async_op=True), values)
+        with losing():
+            return _Started(dist.all_reduce(values, group=self.group, async_op=True), values)
 
     def _functional_exchange(self, messages: Tensor) -> Pending:
         sizes = [messages.shape[1]] * self.size
@@ -128,7 +146,10 @@ class _Started:
         self._work, self._output = work, output
 
     def wait(self) -> Tensor:
-        self._work.wait()
+        try:
+            self._work.wait()
+        except RuntimeError as error:
+            raise _lost(error) from error
         return self._output
 
 
@@ -165,8 +186,7 @@ def _first_lost(group: dist.ProcessGroup, peer: int) -> int:
     A rank that ends because it has lost another one is lost to the others in its turn.
     """
     try:
-        store = distributed_c10d._get_process_group_store(group)
-        return int(store.compare_set("lioncub/lost", "", str(peer)))
+        return int(store_of(group).compare_set("lioncub/lost", "", str(peer)))
     except (RuntimeError, ValueError):
         # the store may be gone, with the process that kept it
         return peer
@@ -185,11 +205,17 @@ class _PointToPoint:
 
     def _receive(self, distance: int) -> _Message:
         source = (self._rank - distance) % self._size
-        return _Message(self._group.recv([self._rows[source]], source, self._tag), source, self._group)
+        try:
+            return _Message(self._group.recv([self._rows[source]], source, self._tag), source, self._group)
+        except RuntimeError as error:
+            raise _lost(error) from error
 
     def _send(self, rows: Sequence[Tensor], distance: int) -> _Message:
         target = (self._rank + distance) % self._size
-        return _Message(self._group.send([rows[target]], target, self._tag), target, self._group)
+        try:
+            return _Message(self._group.send([rows[target]], target, self._tag), target, self._group)
+        except RuntimeError as error:
+            raise _lost(error) from error
 
 
 class PairwiseAllToAll(_PointToPoint):
@@ -237,9 +263,10 @@ class EagerAllToAll(_PointToPoint):
         return self._output
 
 
-def all_gather(output: Tensor, message: Tensor, group: Group) -> Any:
-    """Start gathering ``message`` [M] of every rank into ``output`` [N * M] in rank order; returns the work."""
-    return _all_gather(output, message, group=group, async_op=True)
+def all_gather(output: Tensor, message: Tensor, group: Group) -> Pending:
+    """Start gathering ``message`` [M] of every rank into ``output`` [N * M] in rank order; returns what to wait for."""
+    with losing():
+        return _Started(_all_gather(output, message, group=group, async_op=True), output)
 
 
 def gather_objects(value: Any, group: Group, device: torch.device) -> list[Any]:
@@ -265,6 +292,23 @@ def whole(group: Group) -> dist.ProcessGroup:
     found = group or dist.group.WORLD
     assert found is not None
     return found
+
+
+def is_listed(group: Group) -> bool:
+    """Return whether torch.distributed made the group.
+
+    Of one that others made from a store, as torchft does, torch.distributed knows neither backend nor ranks in the
+    world, and makes no subgroups. All else it has: size and rank, messages, all-to-all, all-gather, timeout and store.
+    """
+    return group is None or isinstance(group, SimulatedProcessGroup) or group in distributed_c10d._world.pg_map
+
+
+def store_of(group: Group) -> dist.Store:
+    """Return the store through which the group's ranks found one another."""
+    if is_listed(group):
+        found: dist.Store = distributed_c10d._get_process_group_store(whole(group))
+        return found
+    return whole(group).get_group_store()
 
 
 def device_of(group: Group, device: torch.device | None = None) -> torch.device:
@@ -299,6 +343,8 @@ def backend_of(group: Group, device_type: str) -> str:
     """Return the name of the backend that carries the group's messages of a device, e.g. "gloo" or "nccl"."""
     if isinstance(group, SimulatedProcessGroup):
         return "virtual"
+    if not is_listed(group):
+        return str(whole(group)._get_backend(torch.device(device_type)).name())
     # one name, or one for each type of device, as in "cpu:gloo,cuda:nccl"
     pairs = [part.rpartition(":") for part in dist.get_backend_config(group).split(",")]
     by_device = {device: name for device, _, name in pairs}

@@ -12,13 +12,13 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from lioncub.arguments import check_flag
 from lioncub.buckets import Bucket, bucket_bytes_of
-from lioncub.collectives import ALGORITHMS, Costs, ProcessGroups, Profile, Voter, find_topology
+from lioncub.collectives import ALGORITHMS, Costs, ProcessGroups, Profile, Topology, Voter, find_topology
 from lioncub.collectives.agreement import agreement, digest
 from lioncub.collectives.cost import candidates, default_costs
-from lioncub.collectives.groups import new_group, subgroups
+from lioncub.collectives.groups import grid_of, new_group, subgroups
 from lioncub.collectives.probe import measure_costs
 from lioncub.collectives.simulated import SimulatedProcessGroup
-from lioncub.collectives.transport import Group, backend_of, gather_objects, rank_of, world_size_of
+from lioncub.collectives.transport import Group, backend_of, gather_objects, is_listed, rank_of, world_size_of
 from lioncub.config import Comm
 from lioncub.momentum_sync import MomentumSync
 from lioncub.params import Meshes
@@ -96,7 +96,8 @@ class Membership:
     @property
     def voting_ranks(self) -> list[int]:
         """The ranks of the vote, numbered in the world; of simulated ones and of one alone this process."""
-        if self.workers == 1 or isinstance(self.group, SimulatedProcessGroup):
+        # ranks of other worlds have no number here
+        if self.workers == 1 or isinstance(self.group, SimulatedProcessGroup) or not is_listed(self.group):
             return [dist.get_rank() if dist.is_initialized() else 0]
         return dist.get_process_group_ranks(self.group or dist.group.WORLD)
 
@@ -147,11 +148,21 @@ class Membership:
         else:
             self.costs = measure_costs(self.groups, device, self._impl)
 
+    def leave(self) -> None:
+        """Let go of all groups, as if alone, so that connections end and ranks that wait for this one notice."""
+        self.workers, self.rank, self.group, self._deciding, self.layouts = 1, 0, None, None, None
+        self.groups = ProcessGroups(None, Topology.flat(1))
+        self.own_groups.clear()
+
     def _connect_deciders(self, device: torch.device) -> None:
         """Create the group of all ranks that share a parameter, through a vote or a mesh. A collective of them."""
         if not self.meshes.groups:
             return
         mine, voting = sorted(self.meshes.ranks), self.voting_ranks
+        if self.workers > 1 and self.group is not None and not is_listed(self.group):
+            self._deciding, self.layouts = grid_of(self.group, self.meshes.groups, mine, device)
+            self.own_groups.append(self._deciding)
+            return
         meshes = gather_objects(mine, self.group, device) if self.workers > 1 else [mine]
         ranks = sorted({rank for mesh in meshes for rank in mesh})
         self.ends_alone = backend_of(self.meshes.groups[0], device.type) == "gloo"
@@ -218,7 +229,8 @@ class Membership:
         theirs = [self.group, dist.group.WORLD, *([] if self.mesh is None else self.mesh.get_all_groups())]
         # torch names a group of a part of all processes by the number of groups, so that a later one could get the name
         # of one that is destroyed, and with it the addresses that its ranks left in the store
-        if isinstance(self.group, SimulatedProcessGroup) or self.workers != dist.get_world_size():
+        is_part = is_listed(self.group) and self.workers != dist.get_world_size()
+        if isinstance(self.group, SimulatedProcessGroup) or is_part:
             return
         for group in groups:
             if group is not None and not any(group is known for known in [*theirs, *self.own_groups]):

@@ -22,7 +22,7 @@ from lioncub.collectives import WorkersDisagreeError, handshake
 from lioncub.collectives.agreement import informing
 from lioncub.collectives.average import average_agreed_
 from lioncub.collectives.groups import destroy_groups
-from lioncub.collectives.transport import world_size_of
+from lioncub.collectives.transport import is_listed, world_size_of
 from lioncub.compression import AnyCompression, BySize, check_compression, default_compression
 from lioncub.config import Comm, Precision, check_config, refuse_unknown
 from lioncub.control import (
@@ -323,7 +323,8 @@ class LionCub(TransactionalOptimizer, Joinable):
         # ranks hold the same parameters: a group that is new to this rank may be known to others
         self._unverified, self._unequal = True, []
         self._stop_overlap()
-        if self._workers == 1 or not dist.is_initialized() or self._workers == dist.get_world_size():
+        is_all = not dist.is_initialized() or self._workers == dist.get_world_size()
+        if self._workers == 1 or is_all or not is_listed(self._group):
             destroy_groups(old.own_groups)
         else:
             # by `close`: torch names groups of a part of all processes by a number that must not fall and rise again
@@ -343,6 +344,11 @@ class LionCub(TransactionalOptimizer, Joinable):
         self._hold()
         self._start_overlap()
         self.verify()
+
+    def _leave(self) -> None:
+        """Let go of the process groups, where a rank is lost; the next step needs `rebind`. No collective."""
+        self._members.leave()
+        self._engine.agree()
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Load a checkpoint of this rank, bit for bit; the next step compares all ranks' parameters by hash.

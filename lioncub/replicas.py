@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lioncub.collectives.agreement import WorkersDisagreeError, agreement, by_value, gather_where_different, informing
-from lioncub.collectives.transport import Group, check_carried
+from lioncub.collectives.transport import Group, check_carried, losing
 from lioncub.kernels.dispatch import mark_written
 
 _CHUNK_BYTES = 1 << 24
@@ -53,7 +53,8 @@ def _broadcast(named: Sequence[tuple[str, Tensor]], group: Group) -> None:
         for _, tensor in named:
             # backends want contiguous memory, and a copy keeps what other strides mean
             whole = tensor.contiguous()
-            dist.broadcast(whole, group=group, group_src=0)
+            with losing():
+                dist.broadcast(whole, group=group, group_src=0)
             if whole is not tensor:
                 tensor.copy_(whole)
             else:

@@ -70,11 +70,15 @@ class PendingStep:
         with torch.no_grad():
             opt._commit(self._proposal, report)
 
-    def discard(self) -> None:
-        """Drop the step: only the step counter advances, and the step is counted as skipped. No collective."""
+    def discard(self, *, advance: bool = True) -> None:
+        """Drop the step: only the step counter advances, and the step is counted as skipped. No collective.
+
+        Without ``advance`` it is as if nothing had been proposed: the next step has the same number.
+        """
         self._check_pending()
-        self._opt._skipped += 1
-        self._opt._advance()
+        if advance:
+            self._opt._skipped += 1
+            self._opt._advance()
         self._opt._finish()
 
     def _check_pending(self) -> None:

@@ -1,4 +1,1 @@
-"""Training stacks that wrap the model in DDP and save one rank's optimizer state: one module for each.
-
-A module imports its library; `import lioncub` imports none of them.
-"""
+"""Adapters to training stacks: a module imports its library; `import lioncub` imports none of them."""
