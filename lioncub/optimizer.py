@@ -304,7 +304,7 @@ class LionCub(TransactionalOptimizer, Joinable):
         differ; ValueError or TypeError for a group that is impossible.
         """
         self._check_open()
-        old = self._members
+        old, before, compressions = self._members, self._compression, list(self._compressions)
         try:
             meshes = old.meshes
             with _informing(process_group, meshes):
@@ -315,10 +315,14 @@ class LionCub(TransactionalOptimizer, Joinable):
                 comm = replace(self._comm, mesh=None, profile=None)
                 self._members = Membership(process_group, comm, old.overlap, self._impl, meshes)
                 meshes.check(self._named_parameters(), self._members.voting_ranks)
+                if self._given_compression is None:
+                    # that of as many ranks, which one that comes from elsewhere has not had yet
+                    self._compression = self._default_compression()
+                    self._compressions[:] = [self._compression if one is before else one for one in compressions]
                 fingerprint = {**self._fingerprint(), "the step": self._step_count}
             self._shake_hands(fingerprint)
         except BaseException:
-            self._members = old
+            self._members, self._compression, self._compressions[:] = old, before, compressions
             raise
         # ranks hold the same parameters: a group that is new to this rank may be known to others
         self._unverified, self._unequal = True, []
@@ -329,9 +333,6 @@ class LionCub(TransactionalOptimizer, Joinable):
         else:
             # by `close`: torch names groups of a part of all processes by a number that must not fall and rise again
             self._members.own_groups += old.own_groups
-        if self._given_compression is None:
-            before, self._compression = self._compression, self._default_compression()
-            self._compressions[:] = [self._compression if one is before else one for one in self._compressions]
         self._buckets.choose_bytes = self._members.choose_bucket_bytes
         self._rearrange(None)
         self._momentum.use(self._policy if self._workers > 1 else None)

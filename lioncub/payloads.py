@@ -120,6 +120,11 @@ class SharedScales(Payload):
             state, count = self._state_of(compression, slot), scale_count(slot.numel, compression.block or 0)
             state.setdefault("scale", torch.full((count,), NOT_AGREED, dtype=torch.float32, device=bucket.device))
 
+    @property
+    def has_parts(self) -> bool:
+        """Whether this rank has scales of parts, which no checkpoint holds."""
+        return bool(self._of_parts)
+
     def reset(self) -> None:
         """Go on with scales that are unknown: one rank alone shares none."""
         for state in (*self._of_parts.values(), *(self._state[slot.param] for *_, slot in self._buckets.slots)):

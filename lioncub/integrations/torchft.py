@@ -38,10 +38,10 @@ class FaultTolerant(torch.optim.Optimizer):
     another one. Of replicas of several ranks, those with the same shard vote together, and all decide together.
 
     Args:
-        opt: an optimizer that votes alone so far: the quorum chooses with whom. Of sharded parameters, its process group
-            holds this rank alone, as ``mesh.get_group("replicate")`` of a mesh of one replica.
-        manager: torchft's manager, of ``ProcessGroupGloo``. Parameters and state of ``opt`` are registered with it; what
-            else replicas have in common, as schedulers, is for the caller to register.
+        opt: an optimizer that votes alone so far: the quorum chooses with whom. Of sharded parameters, its process
+            group holds this rank alone, as ``mesh.get_group("replicate")`` of a mesh of one replica.
+        manager: torchft's manager, of ``ProcessGroupGloo``. Parameters and state of ``opt`` are registered with it;
+            what else replicas have in common, as schedulers, is for the caller to register.
 
     Raises TypeError or ValueError for other optimizers and managers.
     """
@@ -160,6 +160,9 @@ class FaultTolerant(torch.optim.Optimizer):
         group = self.manager._pg.parent
         if group is not self._group:
             self.optim.rebind(group)
+            if self.optim._scales.has_parts:
+                # a replica that came back could not be sent them
+                self.optim._scales.reset()
             self._group = group
             _LOG.info("rank %d of %d votes in step %d", group.rank(), group.size(), self.manager.current_step())
 
@@ -235,13 +238,14 @@ def _check(opt: LionCub, manager: Manager) -> None:
     """Raise TypeError or ValueError, naming the argument, for what cannot follow a quorum."""
     if not isinstance(opt, LionCub):
         raise TypeError(f"opt: expected LionCub, got {type(opt).__name__}")
+    opt._check_open()
     if not isinstance(manager, Manager):
         raise TypeError(f"manager: expected torchft.Manager, got {type(manager).__name__}")
     if not isinstance(manager._pg, ProcessGroupGloo):
         raise TypeError(f"manager: expected Manager(pg=ProcessGroupGloo(...)), got pg={type(manager._pg).__name__}")
     if manager in _managers:
         raise ValueError(
-            "manager: expected one that decides for no other optimizer, got one that does; use param groups"
+            "manager: expected one that decides for no other optimizer, got the same again; use param groups"
         )
     if opt._workers > 1:
         raise ValueError(

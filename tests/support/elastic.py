@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import multiprocessing.connection
 import os
 import signal
@@ -20,6 +21,10 @@ from gloo_workers import _CONTEXT
 SECONDS = 60.0
 # steps that all replicas take together before they end
 TOGETHER = 6
+# the step in which a rank ends
+KILLED_IN = 4
+# what must not be collected
+_kept: list[Any] = []
 
 
 @dataclass(frozen=True)
@@ -31,6 +36,19 @@ class Step:
     workers: int
     bits: str
     at: float
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a process belongs: a rank of a replica of ``size`` ranks; ``ends`` tells how it is killed."""
+
+    replica: int
+    rank: int
+    size: int
+    replicas: int
+    lighthouse: str
+    folder: str
+    ends: str | None
 
 
 @dataclass
@@ -67,54 +85,39 @@ def run(
     replicas: int,
     *,
     size: int = 1,
-    deaths: dict[int, tuple[str, int]] | None = None,
+    ends: str,
     **options: Any,
 ) -> list[Rank]:
     """Train ``replicas`` of ``size`` ranks until all have taken steps together, and return all ranks there were.
 
-    ``deaths`` tells how a replica's last rank ends and in which step; all its ranks are then killed and started again.
+    ``ends`` tells how the last rank of the last replica ends in step `KILLED_IN`; its replica is then started again.
     """
-    import logging
+    from torchft.coordination import LighthouseServer
 
-    from torchft._torchft import LighthouseServer
-
-    logging.getLogger("torchft").setLevel(logging.ERROR)
     lighthouse = LighthouseServer(
         bind="127.0.0.1:0", min_replicas=1, join_timeout_ms=3000, quorum_tick_ms=20, heartbeat_timeout_ms=500
     )
-    deaths = dict(deaths or {})
     everyone: list[Rank] = []
     deadline = time.monotonic() + 240
 
     def start(replica: int, *, is_again: bool) -> list[Rank]:
         folder = tempfile.mkdtemp()
-        death = None if is_again else deaths.get(replica)
-        return [
-            _start(
-                replica,
-                rank,
-                size,
-                replicas,
-                lighthouse.address(),
-                folder,
-                death if rank == size - 1 else None,
-                options,
-            )
-            for rank in range(size)
-        ]
+        found = []
+        for rank in range(size):
+            is_killed = (replica, rank, is_again) == (replicas - 1, size - 1, False)
+            place = Place(replica, rank, size, replicas, lighthouse.address(), folder, ends if is_killed else None)
+            found.append(_start(place, options))
+        return found
 
     running = {replica: start(replica, is_again=False) for replica in range(replicas)}
     try:
-        while any(running.values()):
+        while not all(rank.said for ranks in running.values() for rank in ranks):
             assert time.monotonic() < deadline, "some replica hangs"
             time.sleep(0.01)
             for replica, ranks in running.items():
                 for rank in ranks:
                     rank.read()
-                if ranks and all(rank.ended for rank in ranks):
-                    everyone += ranks
-                    running[replica] = []
-                elif any(rank.ended and not rank.said for rank in ranks):
+                if any(rank.ended and not rank.said for rank in ranks):
                     # as torchrun does
                     for rank in ranks:
                         rank.process.kill()
@@ -124,130 +127,113 @@ def run(
                     everyone += ranks
                     running[replica] = start(replica, is_again=True)
     finally:
-        for ranks in running.values():
-            for rank in ranks:
-                rank.process.kill()
+        for rank in [rank for ranks in running.values() for rank in ranks]:
+            rank.process.kill()
+            rank.process.join()
         lighthouse.shutdown()
-    return everyone
+    return everyone + [rank for ranks in running.values() for rank in ranks]
 
 
-def _start(
-    replica: int, rank: int, size: int, replicas: int, lighthouse: str, folder: str, death: Any, options: dict[str, Any]
-) -> Rank:
+def _start(place: Place, options: dict[str, Any]) -> Rank:
     mine, theirs = _CONTEXT.Pipe(duplex=False)
-    arguments = (theirs, replica, rank, size, replicas, lighthouse, folder, death, options)
-    process = _CONTEXT.Process(target=_main, args=arguments, daemon=True)
+    process = _CONTEXT.Process(target=_main, args=(theirs, place, options), daemon=True)
     started = time.monotonic()
     process.start()
     theirs.close()
-    return Rank(replica, rank, process, mine, started)
+    return Rank(place.replica, place.rank, process, mine, started)
 
 
-def _main(pipe: Any, *arguments: Any) -> None:
+def _main(pipe: Any, place: Place, options: dict[str, Any]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if os.environ.get("DBG"):
-        import faulthandler
-
-        faulthandler.dump_traceback_later(25)
     # those of the library; torchft's loggers warn of deprecated methods
     warnings.simplefilter("error", UserWarning)
     # torch's own, of what it receives
     warnings.filterwarnings("ignore", "The given buffer is not writable")
     try:
-        _train(pipe, *arguments)
+        _train(pipe, place, options)
         pipe.send("done")
     except BaseException:
         pipe.send(traceback.format_exc())
-    pipe.close()
-    # threads of servers would go on
-    os._exit(0)
+    # others may still read its last messages
+    time.sleep(SECONDS)
 
 
-def _train(
-    pipe: Any,
-    replica: int,
-    rank: int,
-    size: int,
-    replicas: int,
-    lighthouse: str,
-    folder: str,
-    death: tuple[str, int] | None,
-    options: dict[str, Any],
-) -> None:
-    import logging
-
+def _train(pipe: Any, place: Place, options: dict[str, Any]) -> None:
     import torch
-    import torch.distributed as dist
-    from torchft import Manager, ProcessGroupGloo
 
     from lioncub.integrations.torchft import FaultTolerant
 
-    for name in ("torchft", "torchft.manager", "torchft.process_group"):
-        logging.getLogger(name).setLevel(logging.INFO if os.environ.get("DBG") else logging.CRITICAL)
+    logging.disable(logging.CRITICAL)
     torch.set_num_threads(1)
-    timeout = timedelta(seconds=SECONDS)
-    port, store = None, None
-    if rank == 0:
-        store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
-        port = store.port
-    if size > 1:
-        dist.init_process_group(
-            "gloo", init_method=f"file://{folder}/world", rank=rank, world_size=size, timeout=timeout
-        )
-        ports = [port]
-        dist.broadcast_object_list(ports, src=0)
-        port = ports[0]
-    manager = Manager(
-        pg=ProcessGroupGloo(timeout=timeout),
-        load_state_dict=None,
-        state_dict=None,
-        min_replica_size=1,
-        replica_id=f"replica{replica}",
-        store_addr="localhost",
-        store_port=port,
-        rank=rank,
-        world_size=size,
-        lighthouse_addr=lighthouse,
-        timeout=timeout,
-        quorum_timeout=timeout,
-        use_async_quorum=options.pop("use_async_quorum", True),
-    )
-    backward, opt = (_whole if size == 1 else _sharded)(replica, options)
+    manager = _manager(place, use_async_quorum=options.pop("use_async_quorum", True))
+    backward, opt = (_whole if place.size == 1 else _sharded)(place.replica, options)
     params = [param for group in opt.param_groups for param in group["params"]]
     wrapped = FaultTolerant(opt, manager)
     schedule = torch.optim.lr_scheduler.LambdaLR(wrapped, lambda step: 1.0 / (1 + 0.01 * step))
     manager.register_state_dict_fn("schedule", schedule.load_state_dict, schedule.state_dict)
-    together = 0
-    while together < TOGETHER:
-        number = manager.current_step()
-        if death is not None and death[1] == number:
-            _arm(death[0], wrapped)
-        if number == 0:
-            # so that all of a test are in the first quorum
-            time.sleep(0.01)
+    together, is_armed = 0, False
+    while together < TOGETHER or manager.current_step() <= KILLED_IN + TOGETHER:
+        if place.ends is not None and manager.current_step() == KILLED_IN and not is_armed:
+            is_armed = True
+            _arm(place.ends, wrapped)
         wrapped.zero_grad()
-        backward(number)
+        backward(manager.current_step())
         wrapped.step()
+        number = manager.current_step() - wrapped.committed
+        workers = manager._pg.size() if wrapped.committed else 0
         if wrapped.committed:
             schedule.step()
         bits = hashlib.sha256()
         for param in params:
             local = getattr(param, "_local_tensor", param).detach()
             bits.update(local.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-        number = manager.current_step() - wrapped.committed
-        workers = manager._pg.size() if wrapped.committed else 0
         pipe.send(Step(number, wrapped.committed, workers, bits.hexdigest(), time.monotonic()))
-        together = together + 1 if workers == replicas else 0
-        if options.get("until") is not None and together and number < options["until"]:
-            together = 0
+        together = together + 1 if workers == place.replicas else 0
+        time.sleep(0.02)
+
+
+def _manager(place: Place, *, use_async_quorum: bool) -> Any:
+    """Connect the ranks of a replica, and make the manager of this one."""
+    import torch.distributed as dist
+    from torchft import Manager, ProcessGroupGloo
+
+    timeout = timedelta(seconds=SECONDS)
+    ports = [None]
+    if place.rank == 0:
+        store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+        _kept.append(store)
+        ports = [store.port]
+    if place.size > 1:
+        where = {"init_method": f"file://{place.folder}/world", "rank": place.rank, "world_size": place.size}
+        dist.init_process_group("gloo", timeout=timeout, **where)
+        dist.broadcast_object_list(ports, src=0)
+    return Manager(
+        pg=ProcessGroupGloo(timeout=timeout),
+        load_state_dict=None,
+        state_dict=None,
+        min_replica_size=1,
+        replica_id=f"replica{place.replica}",
+        store_addr="localhost",
+        store_port=ports[0],
+        rank=place.rank,
+        world_size=place.size,
+        lighthouse_addr=place.lighthouse,
+        timeout=timeout,
+        quorum_timeout=timeout,
+        use_async_quorum=use_async_quorum,
+    )
 
 
 def _whole(replica: int, options: dict[str, Any]) -> tuple[Callable[[int], None], Any]:
     import nets
     from optimizers import LionCub
 
+    from lioncub import Quantized
+
     net = nets.Net(seed=replica)
-    opt = LionCub(nets.groups_of(net), lr=1e-2, bucket_mb=2e-5, **_options(options))
+    if "share_scales_every" in options:
+        options["compression"] = Quantized(bits=4, norm="linf", share_scales_every=options.pop("share_scales_every"))
+    opt = LionCub(nets.groups_of(net), lr=1e-2, bucket_mb=2e-5, **options)
     return lambda step: net(*nets.batch_of(100 * step + replica), use_all=replica != 1).backward(), opt
 
 
@@ -259,12 +245,9 @@ def _sharded(replica: int, options: dict[str, Any]) -> tuple[Callable[[int], Non
 
     mesh = init_device_mesh("cpu", (1, dist.get_world_size()), mesh_dim_names=("replicate", "shard"))
     net = shards.fsdp(shards.Net(), mesh["shard"])
-    opt = LionCub(list(net.named_parameters()), lr=1e-2, process_group=mesh.get_group("replicate"), **_options(options))
+    group = mesh.get_group("replicate")
+    opt = LionCub(list(net.named_parameters()), lr=1e-2, process_group=group, **options)
     return lambda step: net(shards.batch_of(step, replica)).square().mean().backward(), opt
-
-
-def _options(options: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in options.items() if name != "until"}
 
 
 def _arm(how: str, wrapped: Any) -> None:
