@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 from torch.distributed import distributed_c10d
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -254,7 +255,7 @@ def new_group(ranks: Sequence[int], like: Group, device: torch.device | None = N
 
 def _unlisted_part(ranks: Sequence[int], group: dist.ProcessGroup) -> dist.ProcessGroup:
     """Create a group of some ranks of a group that torch.distributed did not make; a collective of them."""
-    store = dist.PrefixStore(f"lioncub/{','.join(map(str, ranks))}", store_of(group))
+    store = PrefixStore(f"lioncub/{','.join(map(str, ranks))}", store_of(group))
     return _unlisted_group(store, list(ranks).index(group.rank()), len(ranks), group)
 
 
@@ -274,21 +275,25 @@ def grid_of(
             f"process_group: expected the same place in replicas that are sharded over all of their "
             f"{dist.get_world_size()} ranks, got (ranks, place) {stated}"
         )
-    # the first rank of the first replica names it
-    name = uuid.uuid4().hex
-    for one in (*meshes, group):
-        name = gather_objects(name, one, device)[0]
     store = store_of(group)
-    while isinstance(store, dist.PrefixStore):
+    while isinstance(store, PrefixStore):
         store = store.underlying_store
+    if not isinstance(store, TCPStore):
+        raise ValueError(f"process_group: expected a group made through a TCPStore, got {type(store).__name__}")
+    # each place may have a store of its own: all take that of the first rank of the first replica
+    host, port, name = store.host, store.port, uuid.uuid4().hex
+    for one in (*meshes, group):
+        host, port, name = gather_objects((host, port, name), one, device)[0]
+    with losing():
+        store = TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=_timeout_of(group))
     size = len(ranks)
     made = _unlisted_group(
-        dist.PrefixStore(f"lioncub/{name}", store), group.rank() * size + place, group.size() * size, group
+        PrefixStore(f"lioncub/{name}", store), group.rank() * size + place, group.size() * size, group
     )
     return made, [rank % size for rank in range(made.size())]
 
 
-def _unlisted_group(store: dist.Store, rank: int, size: int, like: dist.ProcessGroup) -> dist.ProcessGroup:
+def _unlisted_group(store: Store, rank: int, size: int, like: dist.ProcessGroup) -> dist.ProcessGroup:
     """Create a Gloo group through a store, with the timeout of another one. Raises ValueError for other backends."""
     carried = like._device_types[0]
     backend = backend_of(like, carried.type)

@@ -14,6 +14,7 @@ import torch.distributed as dist
 # outlive destroy_process_group, and one that still frees a message while the interpreter ends aborts the process
 import torch.distributed.nn
 from torch import Tensor
+from torch._C._distributed_c10d import Store
 from torch.distributed import distributed_c10d
 
 from lioncub.collectives.simulated import SimulatedProcessGroup
@@ -303,10 +304,10 @@ def is_listed(group: Group) -> bool:
     return group is None or isinstance(group, SimulatedProcessGroup) or group in distributed_c10d._world.pg_map
 
 
-def store_of(group: Group) -> dist.Store:
+def store_of(group: Group) -> Store:
     """Return the store through which the group's ranks found one another."""
     if is_listed(group):
-        found: dist.Store = distributed_c10d._get_process_group_store(whole(group))
+        found: Store = distributed_c10d._get_process_group_store(whole(group))
         return found
     return whole(group).get_group_store()
 

@@ -36,7 +36,7 @@ def assert_came_back(everyone: list[Rank], replicas: int, size: int) -> str:
     survivors = [rank for rank in everyone if rank.replica != killed]
     for rank in survivors:
         numbers = [step.number for step in rank.taken]
-        assert numbers == list(range(len(numbers))), "a survivor took every step, once"
+        assert numbers == list(range(numbers[0], numbers[0] + len(numbers))), "a survivor takes every step, once"
         # and the one in which it lost a rank at another try, with those that were left
         assert [step.workers for step in rank.taken if step.number == KILLED_IN] == [killed]
     again = [rank for rank in lives[killed] if rank.said]
@@ -66,7 +66,10 @@ def test_a_killed_replica_comes_back(how: str, options: dict[str, Any]) -> None:
     for rank in everyone:
         # nobody took the step in which the rank was lost
         tries = [step for step in rank.steps if step.number == KILLED_IN and rank.replica < 2]
-        assert [step.is_taken for step in tries] == ([] if rank.replica == 2 else [False, True]), how
+        tried = [step.is_taken for step in tries]
+        # between steps, the lighthouse may know already that it is gone
+        possible = [[False, True], [True]] if how == "between steps" else [[False, True]]
+        assert rank.replica == 2 or tried in possible, how
 
 
 def test_replicas_of_several_ranks() -> None:
@@ -83,7 +86,7 @@ def test_a_replica_that_lost_the_last_message_heals() -> None:
     for rank in everyone:
         numbers = [step.number for step in rank.taken]
         missed = [KILLED_IN] if rank.replica == 2 else []
-        assert numbers == [n for n in range(numbers[-1] + 1) if n not in missed]
+        assert numbers == [n for n in range(numbers[0], numbers[-1] + 1) if n not in missed]
 
 
 @pytest.fixture
@@ -156,7 +159,9 @@ def test_what_is_refused(manager: Any) -> None:
         with pytest.raises(kind, match=message):
             FaultTolerant(*wrong)
     wrapped = FaultTolerant(opt(), good)
-    with pytest.raises(ValueError, match="manager: expected one that no other optimizer has, got the same again"):
+    with pytest.raises(
+        ValueError, match="manager: expected one that decides for no other optimizer, got the same again"
+    ):
         FaultTolerant(opt(), good)
     with pytest.raises(ValueError, match="closure: expected None, got "):
         wrapped.step(lambda: 0.0)

@@ -95,10 +95,16 @@ def run(
     from torchft.coordination import LighthouseServer
 
     lighthouse = LighthouseServer(
-        bind="127.0.0.1:0", min_replicas=1, join_timeout_ms=3000, quorum_tick_ms=20, heartbeat_timeout_ms=500
+        bind="127.0.0.1:0",
+        min_replicas=max(replicas - 1, 1),
+        join_timeout_ms=3000,
+        quorum_tick_ms=20,
+        heartbeat_timeout_ms=1000,
     )
     everyone: list[Rank] = []
-    deadline = time.monotonic() + 240
+    # all that a run starts with are in the first quorum
+    ready = _CONTEXT.Barrier(replicas * size)
+    deadline = time.monotonic() + 60
 
     def start(replica: int, *, is_again: bool) -> list[Rank]:
         folder = tempfile.mkdtemp()
@@ -106,7 +112,7 @@ def run(
         for rank in range(size):
             is_killed = (replica, rank, is_again) == (replicas - 1, size - 1, False)
             place = Place(replica, rank, size, replicas, lighthouse.address(), folder, ends if is_killed else None)
-            found.append(_start(place, options))
+            found.append(_start(place, options, None if is_again else ready))
         return found
 
     running = {replica: start(replica, is_again=False) for replica in range(replicas)}
@@ -124,8 +130,10 @@ def run(
                         rank.process.join()
                         rank.read()
                         rank.ended = rank.ended or time.monotonic()
-                    everyone += ranks
-                    running[replica] = start(replica, is_again=True)
+                    # not before the others go on without it
+                    if all(time.monotonic() > rank.ended + 2.0 for rank in ranks):
+                        everyone += ranks
+                        running[replica] = start(replica, is_again=True)
     finally:
         for rank in [rank for ranks in running.values() for rank in ranks]:
             rank.process.kill()
@@ -134,23 +142,23 @@ def run(
     return everyone + [rank for ranks in running.values() for rank in ranks]
 
 
-def _start(place: Place, options: dict[str, Any]) -> Rank:
+def _start(place: Place, options: dict[str, Any], ready: Any) -> Rank:
     mine, theirs = _CONTEXT.Pipe(duplex=False)
-    process = _CONTEXT.Process(target=_main, args=(theirs, place, options), daemon=True)
+    process = _CONTEXT.Process(target=_main, args=(theirs, place, options, ready), daemon=True)
     started = time.monotonic()
     process.start()
     theirs.close()
     return Rank(place.replica, place.rank, process, mine, started)
 
 
-def _main(pipe: Any, place: Place, options: dict[str, Any]) -> None:
+def _main(pipe: Any, place: Place, options: dict[str, Any], ready: Any) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # those of the library; torchft's loggers warn of deprecated methods
     warnings.simplefilter("error", UserWarning)
     # torch's own, of what it receives
     warnings.filterwarnings("ignore", "The given buffer is not writable")
     try:
-        _train(pipe, place, options)
+        _train(pipe, place, options, ready)
         pipe.send("done")
     except BaseException:
         pipe.send(traceback.format_exc())
@@ -158,7 +166,7 @@ def _main(pipe: Any, place: Place, options: dict[str, Any]) -> None:
     time.sleep(SECONDS)
 
 
-def _train(pipe: Any, place: Place, options: dict[str, Any]) -> None:
+def _train(pipe: Any, place: Place, options: dict[str, Any], ready: Any) -> None:
     import torch
 
     from lioncub.integrations.torchft import FaultTolerant
@@ -171,6 +179,8 @@ def _train(pipe: Any, place: Place, options: dict[str, Any]) -> None:
     wrapped = FaultTolerant(opt, manager)
     schedule = torch.optim.lr_scheduler.LambdaLR(wrapped, lambda step: 1.0 / (1 + 0.01 * step))
     manager.register_state_dict_fn("schedule", schedule.load_state_dict, schedule.state_dict)
+    if ready is not None:
+        ready.wait(SECONDS)
     together, is_armed = 0, False
     while together < TOGETHER or manager.current_step() <= KILLED_IN + TOGETHER:
         if place.ends is not None and manager.current_step() == KILLED_IN and not is_armed:
@@ -211,7 +221,7 @@ def _manager(place: Place, *, use_async_quorum: bool) -> Any:
         pg=ProcessGroupGloo(timeout=timeout),
         load_state_dict=None,
         state_dict=None,
-        min_replica_size=1,
+        min_replica_size=max(place.replicas - 1, 1),
         replica_id=f"replica{place.replica}",
         store_addr="localhost",
         store_port=ports[0],
