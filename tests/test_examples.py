@@ -32,7 +32,7 @@ def test_examples_are_short_and_use_public_names_alone(path: Path) -> None:
     assert len(code.splitlines()) < {"train_gpt": 130, "train_hsdp": 150}.get(path.stem, 60)
     modules = set(re.findall(r"^(?:from|import) (lioncub[\w.]*)", code, re.MULTILINE))
     assert modules
-    stacks = {f"lioncub.integrations.{name}" for name in ("accelerate", "lightning", "transformers")}
+    stacks = {f"lioncub.integrations.{name}" for name in ("accelerate", "lightning", "torchft", "transformers")}
     assert modules <= {"lioncub", "lioncub.collectives", "lioncub.kernels", *stacks}
 
 
@@ -82,6 +82,12 @@ def test_a_killed_run_resumes_with_the_losses_of_one_that_goes_on(tmp_path: Path
     assert float(resumed[60]) < 0.9 * float(killed[1])
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["step-000060"]
     assert sorted(path.name for path in (tmp_path / "run" / "step-000060").iterdir()) == ["rank-0.pt", "rank-1.pt"]
+    # and with more workers, one of whom starts with the momentum of another
+    more = [*TORCHRUN, "--nproc-per-node", "3", *command[len(TORCHRUN) + 2 :], "--steps=63"]
+    done = subprocess.run(more, capture_output=True, text=True, timeout=200, cwd=tmp_path, env=ENVIRONMENT, check=False)
+    assert done.returncode == 0, done.stderr
+    assert re.findall(r"^step (\d+): ", done.stdout, re.MULTILINE) == ["61", "62", "63"]
+    assert "got the momentum of rank 0 of 2" in done.stderr
 
 
 def test_a_sharded_run_resumes_on_its_mesh_and_on_others(tmp_path: Path) -> None:
@@ -223,3 +229,35 @@ def test_the_hook_sends_what_it_says_and_is_unbiased(rank: int, world_size: int)
     # the largest of 700 normal variables is above 5 once in 2,500 runs; the draws are the same in each
     assert distance < 5
     assert same_on_all(float(distance)), "all workers must have the same gradients"
+
+
+def test_the_torchft_example_goes_on_without_a_lost_replica(tmp_path: Path) -> None:
+    from torchft.coordination import LighthouseServer
+
+    lighthouse = LighthouseServer(bind="127.0.0.1:0", min_replicas=2, join_timeout_ms=2000, heartbeat_timeout_ms=1000)
+    command = [*TORCHRUN, "--nproc-per-node", "1", "--max-restarts", "2", str(EXAMPLES / "train_torchft.py")]
+    where = ENVIRONMENT | {"TORCHFT_LIGHTHOUSE": lighthouse.address()}
+    runs = [
+        subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=where | {"REPLICA": str(i)}
+        )
+        for i in range(3)
+    ]
+    try:
+        stdout = runs[2].stdout
+        assert stdout is not None
+        for line in stdout:
+            if line.startswith("step 20: "):
+                break
+        children = Path(f"/proc/{runs[2].pid}/task/{runs[2].pid}/children").read_text().split()
+        os.kill(int(children[-1]), signal.SIGKILL)
+        printed = [run.communicate(timeout=150)[0] for run in runs]
+        assert [run.returncode for run in runs] == [0, 0, 0], printed
+        losses = [re.findall(r"^step (\d+): loss ([\d.]+), (\d) voters$", text, re.MULTILINE) for text in printed]
+        assert [step for step, *_ in losses[0]] == ["20", "40", "60", "80", "100"], printed
+        assert float(losses[0][-1][1]) < 0.8 * float(losses[0][0][1])
+    finally:
+        for run in runs:
+            run.kill()
+            run.wait()
+        lighthouse.shutdown()
