@@ -73,7 +73,7 @@ def test_all_grids_have_one_dimension() -> None:
 
 
 def test_only_integrations_import_stacks_and_nothing_imports_them() -> None:
-    stacks = {"accelerate", "lightning", "pytorch_lightning", "transformers"}
+    stacks = {"accelerate", "lightning", "pytorch_lightning", "torchft", "transformers"}
     for folder in LAYERS:
         for path in sorted((ROOT / folder).rglob("*.py")):
             modules = _imports(path)

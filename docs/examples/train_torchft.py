@@ -20,6 +20,7 @@ from lioncub.integrations.torchft import FaultTolerant
 
 
 def main() -> None:
+
     replica, timeout = int(os.environ["REPLICA"]), timedelta(seconds=20)
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(16, 256), nn.GELU(), nn.Linear(256, 1))
@@ -49,7 +50,7 @@ def main() -> None:
             print(f"step {step + 1}: loss {loss.item():.3f}, {manager.num_participants()} voters", flush=True)
     # others may still read this replica's last message
     time.sleep(2)
-    manager.shutdown(wait=False)
+    manager.shutdown()
 
 
 if __name__ == "__main__":
