@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -237,22 +238,21 @@ def test_the_torchft_example_goes_on_without_a_lost_replica(tmp_path: Path) -> N
     lighthouse = LighthouseServer(bind="127.0.0.1:0", min_replicas=2, join_timeout_ms=2000, heartbeat_timeout_ms=1000)
     command = [*TORCHRUN, "--nproc-per-node", "1", "--max-restarts", "2", str(EXAMPLES / "train_torchft.py")]
     where = ENVIRONMENT | {"TORCHFT_LIGHTHOUSE": lighthouse.address()}
-    runs = [
-        subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=where | {"REPLICA": str(i)}
-        )
-        for i in range(3)
-    ]
+    outputs = [tmp_path / f"replica{i}.txt" for i in range(3)]
+    runs = []
     try:
-        stdout = runs[2].stdout
-        assert stdout is not None
-        for line in stdout:
-            if line.startswith("step 20: "):
-                break
+        for i, path in enumerate(outputs):
+            with path.open("w") as output:
+                environment = where | {"REPLICA": str(i)}
+                runs.append(subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment))
+        deadline = time.monotonic() + 100
+        while "step 20: " not in outputs[2].read_text() and time.monotonic() < deadline:
+            time.sleep(0.1)
         children = Path(f"/proc/{runs[2].pid}/task/{runs[2].pid}/children").read_text().split()
         os.kill(int(children[-1]), signal.SIGKILL)
-        printed = [run.communicate(timeout=150)[0] for run in runs]
-        assert [run.returncode for run in runs] == [0, 0, 0], printed
+        returned = [run.wait(timeout=100) for run in runs]
+        printed = [path.read_text() for path in outputs]
+        assert returned == [0, 0, 0], printed
         losses = [re.findall(r"^step (\d+): loss ([\d.]+), (\d) voters$", text, re.MULTILINE) for text in printed]
         assert [step for step, *_ in losses[0]] == ["20", "40", "60", "80", "100"], printed
         assert float(losses[0][-1][1]) < 0.8 * float(losses[0][0][1])
