@@ -229,8 +229,9 @@ class Membership:
         theirs = [self.group, dist.group.WORLD, *([] if self.mesh is None else self.mesh.get_all_groups())]
         # torch names a group of a part of all processes by the number of groups, so that a later one could get the name
         # of one that is destroyed, and with it the addresses that its ranks left in the store
-        is_part = is_listed(self.group) and self.workers != dist.get_world_size()
-        if isinstance(self.group, SimulatedProcessGroup) or is_part:
+        if isinstance(self.group, SimulatedProcessGroup):
+            return
+        if is_listed(self.group) and self.workers != dist.get_world_size():
             return
         for group in groups:
             if group is not None and not any(group is known for known in [*theirs, *self.own_groups]):
