@@ -250,14 +250,16 @@ def test_the_torchft_example_goes_on_without_a_lost_replica(tmp_path: Path) -> N
             time.sleep(0.1)
         children = Path(f"/proc/{runs[2].pid}/task/{runs[2].pid}/children").read_text().split()
         os.kill(int(children[-1]), signal.SIGKILL)
-        returned = [run.wait(timeout=100) for run in runs]
-        printed = [path.read_text() for path in outputs]
-        assert returned == [0, 0, 0], printed
+        # the third may come back when they have ended
+        returned = [run.wait(timeout=100) for run in runs[:2]]
+        printed = [path.read_text() for path in outputs[:2]]
+        assert returned == [0, 0], printed
         losses = [re.findall(r"^step (\d+): loss ([\d.]+), (\d) voters$", text, re.MULTILINE) for text in printed]
         assert [step for step, *_ in losses[0]] == ["20", "40", "60", "80", "100"], printed
         assert float(losses[0][-1][1]) < 0.8 * float(losses[0][0][1])
     finally:
         for run in runs:
-            run.kill()
+            # torchrun ends its processes too
+            run.terminate()
             run.wait()
         lighthouse.shutdown()
