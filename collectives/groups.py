@@ -284,7 +284,7 @@ def grid_of(
     host, port, name = store.host, store.port, uuid.uuid4().hex
     for one in (*meshes, group):
         host, port, name = gather_objects((host, port, name), one, device)[0]
-    with losing():
+    with losing(group):
         store = TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=_timeout_of(group))
     size = len(ranks)
     made = _unlisted_group(
@@ -299,7 +299,7 @@ def _unlisted_group(store: Store, rank: int, size: int, like: dist.ProcessGroup)
     backend = backend_of(like, carried.type)
     if backend != "gloo":
         raise ValueError(f"process_group: expected one on Gloo, whose parts can be connected, got one on {backend}")
-    with losing():
+    with losing(like):
         gloo = dist.ProcessGroupGloo(store, rank, size, _timeout_of(like))
         gloo._set_sequence_number_for_group()
     made = dist.ProcessGroup(store, rank, size)

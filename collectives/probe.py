@@ -253,7 +253,7 @@ class _Run:
     def _slowest(self, seconds: float) -> float:
         """Wait for all ranks; return the largest of their numbers, and note that of the times since the start."""
         largest = torch.tensor([seconds, time.perf_counter() - self._started], dtype=torch.float64, device=self._device)
-        with losing():
+        with losing(self._groups.group):
             dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self._groups.group)
         taken, self._elapsed = largest.tolist()
         return max(float(taken), 1e-9)

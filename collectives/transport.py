@@ -17,7 +17,7 @@ from torch import Tensor
 from torch._C._distributed_c10d import Store
 from torch.distributed import distributed_c10d
 
-from lioncub.collectives.simulated import SimulatedProcessGroup
+from lioncub.collectives.simulated import SimulatedProcessGroup, SimulatedWork
 
 Group = dist.ProcessGroup | None
 
@@ -39,11 +39,14 @@ def _lost(error: RuntimeError) -> PeerLostError:
 
 
 @contextmanager
-def losing() -> Iterator[None]:
-    """Make a backend's error in the body, a collective, a `PeerLostError`."""
+def losing(group: Group) -> Iterator[None]:
+    """Make a backend's error in the body, a collective of ``group``, a `PeerLostError`."""
     try:
         yield
     except RuntimeError as error:
+        if isinstance(group, SimulatedProcessGroup):
+            # which knows what went wrong
+            raise
         raise _lost(error) from error
 
 
@@ -93,7 +96,7 @@ class Transport:
         output = torch.empty_like(messages)
         if self.has_point_to_point:
             return PairwiseAllToAll(output, messages, self.group, tag)
-        with losing():
+        with losing(self.group):
             return _Started(dist.all_to_all_single(output, messages, group=self.group, async_op=True), output)
 
     def gather(self, message: Tensor) -> Pending:
@@ -104,7 +107,7 @@ class Transport:
             gather = torch.ops._c10d_functional.all_gather_into_tensor
             return _Functional(gather(message, self.size, self._functional_name), (self.size, message.numel()))
         output = message.new_empty(self.size, message.numel())
-        with losing():
+        with losing(self.group):
             return _Started(_all_gather(output.view(-1), message, group=self.group, async_op=True), output)
 
     def all_reduce(self, values: Tensor) -> Pending:
@@ -112,7 +115,7 @@ class Transport:
         if self._functional_name:
             summed = torch.ops._c10d_functional.all_reduce(values, "sum", self._functional_name)
             return _Functional(summed, (values.numel(),))
-        with losing():
+        with losing(self.group):
             return _Started(dist.all_reduce(values, group=self.group, async_op=True), values)
 
     def _functional_exchange(self, messages: Tensor) -> Pending:
@@ -150,6 +153,9 @@ class _Started:
         try:
             self._work.wait()
         except RuntimeError as error:
+            if isinstance(self._work, SimulatedWork):
+                # which knows what went wrong
+                raise
             raise _lost(error) from error
         return self._output
 
@@ -266,7 +272,7 @@ class EagerAllToAll(_PointToPoint):
 
 def all_gather(output: Tensor, message: Tensor, group: Group) -> Pending:
     """Start gathering ``message`` [M] of every rank into ``output`` [N * M] in rank order; returns what to wait for."""
-    with losing():
+    with losing(group):
         return _Started(_all_gather(output, message, group=group, async_op=True), output)
 
 

@@ -53,7 +53,7 @@ def _broadcast(named: Sequence[tuple[str, Tensor]], group: Group) -> None:
         for _, tensor in named:
             # backends want contiguous memory, and a copy keeps what other strides mean
             whole = tensor.contiguous()
-            with losing():
+            with losing(group):
                 dist.broadcast(whole, group=group, group_src=0)
             if whole is not tensor:
                 tensor.copy_(whole)

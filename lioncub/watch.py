@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from lioncub.collectives import WorkersDisagreeError
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 # steps in a row that warn
 _UNANIMOUS_STEPS, _EMPTY_STEPS = 5, 3
-# votes are looked at in the first steps of so many, since on a GPU the host waits for their counts
+# votes are looked at in the first steps of so many; in the last of these the host waits for what was found
 _PERIOD = 1000
 # fewer votes may be unanimous by chance
 _LEAST_VOTES = 1024
@@ -27,7 +28,8 @@ class Watch:
     """Warns once where gradients seem to be averaged before the vote, and once where there are none."""
 
     def __init__(self) -> None:
-        self._steps = self._unanimous = self._empty = 0
+        self._steps = self._empty = 0
+        self._unanimous: list[Tensor] = []
         self._has_warned_of_votes = self._has_warned_of_gradients = self._has_compared = False
 
     def note(self, engine: StepEngine, n_active: int) -> None:
@@ -37,8 +39,12 @@ class Watch:
         self._steps += 1
         if self._has_warned_of_votes or not is_looked_at or not engine.counts:
             return
-        self._unanimous = self._unanimous + 1 if _are_unanimous(engine) else 0
-        if self._unanimous < _UNANIMOUS_STEPS:
+        is_unanimous = _are_unanimous(engine)
+        self._unanimous = [] if is_unanimous is None else [*self._unanimous, is_unanimous]
+        if len(self._unanimous) < _UNANIMOUS_STEPS:
+            return
+        found, self._unanimous = bool(torch.stack(self._unanimous).all()), []
+        if not found:
             return
         self._has_warned_of_votes = True
         if engine.members.rank == 0:
@@ -81,13 +87,14 @@ class Watch:
         )
 
 
-def _are_unanimous(engine: StepEngine) -> bool:
-    """Whether all ranks gave all signs alike; waits for the device."""
+def _are_unanimous(engine: StepEngine) -> Tensor | None:
+    """Return whether all ranks gave all signs alike, on the device; None where there are too few to tell."""
     votes = [
         (voter.counted_codes, counts)
         for voter, counts in zip(engine.voters, engine.counts, strict=True)
         if voter.form.bits == 1
     ]
-    if sum(codes for codes, _ in votes) < _LEAST_VOTES:
-        return False
-    return all(int(counts[1]) == codes for codes, counts in votes)
+    total = sum(codes for codes, _ in votes)
+    if total < _LEAST_VOTES:
+        return None
+    return torch.stack([counts[1] for _, counts in votes]).sum() == total

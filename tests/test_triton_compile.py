@@ -23,9 +23,8 @@ from gpu_report.compiling import REPORTED, TARGETS, kinds_of, launches_of
 from gpu_report.report import broken_claims
 
 BENCH = Path(__file__).parents[1] / "bench"
-# every kernel for every GPU; further dtypes of what has any for one of each vendor
+# every kernel for every GPU; further dtypes of what has any are for the report
 COMPILED = {dtype: tuple(TARGETS) for dtype in ("fp32", "packed")}
-COMPILED |= {"bf16": ("sm_90",), "mixed": ("gfx942",)}
 # of tensors, and therefore constant in a training run
 SIZES = ("n_elements", "n_words", "n_bytes", "n_packed", "row_stride", "elements_per_scale", "most_scales")
 
