@@ -226,10 +226,7 @@ def subgroups(group: Group, partition: Sequence[Sequence[int]], device: torch.de
     # where all processes are here, all of them make all groups
     local = len(everyone) != dist.get_world_size()
     if local:
-        # the name of a group that only its members make is hashed from their ranks and from how many groups each is in
-        known = len(distributed_c10d._world.pg_names)
-        fingerprint = {"the number of process groups that this process is in": known}
-        handshake(fingerprint, group=group, device=device)
+        _check_names(group, device)
     made: list[Group] = []
     for ranks in partition:
         new = None
@@ -247,10 +244,18 @@ def new_group(ranks: Sequence[int], like: Group, device: torch.device | None = N
     """
     local = len(ranks) != dist.get_world_size()
     if local:
-        known = len(distributed_c10d._world.pg_names)
-        handshake({"the number of process groups that this process is in": known}, group=like, device=device)
+        _check_names(like, device)
     made: dist.ProcessGroup = dist.new_group(list(ranks), use_local_synchronization=local, **_options_of(like))
     return made
+
+
+def _check_names(group: Group, device: torch.device | None) -> None:
+    """Raise WorkersDisagreeError on all ranks of a group whose next group of their own would have other names.
+
+    torch hashes the name of a group that only its members make from their ranks and from how many groups each is in.
+    """
+    known = len(distributed_c10d._world.pg_names)
+    handshake({"the number of process groups that this process is in": known}, group=group, device=device)
 
 
 def _unlisted_part(ranks: Sequence[int], group: dist.ProcessGroup) -> dist.ProcessGroup:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, Protocol
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from torch._C._distributed_c10d import Store
 from torch.distributed import distributed_c10d
 
-from lioncub.collectives.simulated import SimulatedProcessGroup, SimulatedWork
+from lioncub.collectives.simulated import SimulatedProcessGroup
 
 Group = dist.ProcessGroup | None
 
@@ -96,8 +96,7 @@ class Transport:
         output = torch.empty_like(messages)
         if self.has_point_to_point:
             return PairwiseAllToAll(output, messages, self.group, tag)
-        with losing(self.group):
-            return _Started(dist.all_to_all_single(output, messages, group=self.group, async_op=True), output)
+        return _Started(self.group, output, dist.all_to_all_single, output, messages)
 
     def gather(self, message: Tensor) -> Pending:
         """Start gathering ``message`` [M] of every rank into [N, M]."""
@@ -107,16 +106,14 @@ class Transport:
             gather = torch.ops._c10d_functional.all_gather_into_tensor
             return _Functional(gather(message, self.size, self._functional_name), (self.size, message.numel()))
         output = message.new_empty(self.size, message.numel())
-        with losing(self.group):
-            return _Started(_all_gather(output.view(-1), message, group=self.group, async_op=True), output)
+        return _Started(self.group, output, _all_gather, output.view(-1), message)
 
     def all_reduce(self, values: Tensor) -> Pending:
         """Start adding up ``values`` [M] of every rank; they may be overwritten by the sum."""
         if self._functional_name:
             summed = torch.ops._c10d_functional.all_reduce(values, "sum", self._functional_name)
             return _Functional(summed, (values.numel(),))
-        with losing(self.group):
-            return _Started(dist.all_reduce(values, group=self.group, async_op=True), values)
+        return _Started(self.group, values, dist.all_reduce, values)
 
     def _functional_exchange(self, messages: Tensor) -> Pending:
         sizes = [messages.shape[1]] * self.size
@@ -144,19 +141,16 @@ class _Collective:
 
 
 class _Started:
-    """A collective of torch.distributed in progress."""
+    """A collective of torch.distributed on ``tensors``, in progress; its result is ``output``."""
 
-    def __init__(self, work: Any, output: Tensor) -> None:
-        self._work, self._output = work, output
+    def __init__(self, group: Group, output: Tensor, collective: Callable[..., Any], *tensors: Tensor) -> None:
+        self._group, self._output = group, output
+        with losing(group):
+            self._work = collective(*tensors, group=group, async_op=True)
 
     def wait(self) -> Tensor:
-        try:
+        with losing(self._group):
             self._work.wait()
-        except RuntimeError as error:
-            if isinstance(self._work, SimulatedWork):
-                # which knows what went wrong
-                raise
-            raise _lost(error) from error
         return self._output
 
 
@@ -272,8 +266,7 @@ class EagerAllToAll(_PointToPoint):
 
 def all_gather(output: Tensor, message: Tensor, group: Group) -> Pending:
     """Start gathering ``message`` [M] of every rank into ``output`` [N * M] in rank order; returns what to wait for."""
-    with losing(group):
-        return _Started(_all_gather(output, message, group=group, async_op=True), output)
+    return _Started(group, output, _all_gather, output, message)
 
 
 def gather_objects(value: Any, group: Group, device: torch.device) -> list[Any]:

@@ -18,7 +18,7 @@ from torch import Tensor
 from lioncub.arguments import parameter_names
 from lioncub.collectives.agreement import digest
 from lioncub.collectives.cost import aligned
-from lioncub.compression import AnyCompression, Compression, Quantized, compression_of
+from lioncub.compression import AnyCompression, Compression, compression_of
 from lioncub.kernels.checks import FLOAT_DTYPES
 from lioncub.kernels.layout import WORD_SIGNS, packed_bytes
 from lioncub.params import Meshes, Part, is_sharded, like_param, local_gradient_of, local_of
@@ -183,8 +183,7 @@ Members = Mapping[int, Sequence[tuple[str, Tensor]]]
 
 def _is_late(compression: Compression, slots: Sequence[Slot]) -> bool:
     """Whether codes need what other ranks of a mesh have: the rest of a gradient, or of what has one scale."""
-    has_one_scale = isinstance(compression, Quantized) and compression.block is None
-    return any(slot.part.may_be_partial or (has_one_scale and bool(slot.part.sharded)) for slot in slots)
+    return any(slot.part.may_be_partial or (compression.has_one_scale and bool(slot.part.sharded)) for slot in slots)
 
 
 def build_buckets(

@@ -18,6 +18,11 @@ class Compression:
         """The format on the wire: bits per parameter of a rank's code, and of the result."""
         raise NotImplementedError
 
+    @property
+    def has_one_scale(self) -> bool:
+        """Whether all elements of a parameter are quantized by one scale."""
+        return False
+
     def wire_bits(self, workers: int) -> tuple[int, int]:
         """Return the bits per parameter up (a rank's code) and down (the result, where an algorithm sends it back)."""
         return self.form.bits, self.form.result_bits(workers)
@@ -100,6 +105,11 @@ class Quantized(Compression):
     def form(self) -> CodeFormat:
         """See `Compression.form`."""
         return CodeFormat(self.bits, "majority")
+
+    @property
+    def has_one_scale(self) -> bool:
+        """See `Compression.has_one_scale`."""
+        return self.block is None
 
 
 # as good as the sum of c itself, where bytes are few

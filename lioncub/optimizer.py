@@ -32,7 +32,7 @@ from lioncub.kernels import resolve_impl
 from lioncub.membership import Membership, check_capturable
 from lioncub.momentum_sync import MomentumSync, check_momentum_sync
 from lioncub.overlap import check_devices
-from lioncub.params import Meshes, describe, is_sharded, local_of, locals_of
+from lioncub.params import Meshes, describe, local_of, locals_of
 from lioncub.payloads import NOT_AGREED, NOT_MEASURED, Drift, MomentumAverages, SharedScales
 from lioncub.replicas import check_equal
 from lioncub.state import keep_tensors
@@ -41,8 +41,6 @@ from lioncub.step import StepEngine
 from lioncub.transaction import PendingStep, TransactionalOptimizer
 
 _LOG = logging.getLogger("lioncub")
-# seconds that `close` waits for messages to end
-_PATIENCE = 5.0
 _NOT_CAPTURABLE = (
     "capturable: expected LionCub(capturable=True) for a step that torch.compile traces, got False: an ordinary step "
     "waits for other workers"
@@ -459,10 +457,6 @@ class LionCub(TransactionalOptimizer, Joinable):
         if self._members.layouts is not None:
             check_equal(self._plain(), group=self._members.deciding)
 
-    def _plain(self) -> list[tuple[str, Tensor]]:
-        """Return the parameters that are no DTensors."""
-        return [(name, param) for name, param in self._named_parameters() if not is_sharded(param)]
-
     def _compare(self) -> None:
         """Compare what ranks must have in common; see `check_replicas`."""
         named = self._named_parameters()
@@ -685,7 +679,3 @@ def _tensors_of(params: Any) -> list[Tensor]:
 @torch.compiler.disable(reason=_NOT_CAPTURABLE)  # type: ignore[no-untyped-call, untyped-decorator]
 def _refuse_to_compile() -> None:
     raise RuntimeError(_NOT_CAPTURABLE)
-
-
-def _nothing() -> None:
-    pass

@@ -51,6 +51,12 @@ class CommThread:
         self._under_way.append(future)
         self._jobs.put((exchange, future))
 
+    def follow(self) -> None:
+        """Do nothing: gradients are there when they are reported."""
+
+    def join_gradients(self) -> None:
+        """See `follow`."""
+
     def wait(self) -> None:
         """Wait until all exchanges are in their last phase; raises what one of them raised."""
         under_way, self._under_way = self._under_way, []
@@ -260,8 +266,7 @@ class Overlap:
             self._stale = True
         if self.paused:
             return
-        if isinstance(self.comm, CommStream):
-            self.comm.follow()
+        self.comm.follow()
         if not self._clock and self._buckets:
             # what the others send can then arrive without this rank's help
             self._engine.expect()
@@ -273,8 +278,7 @@ class Overlap:
         self._waiting[home] -= 1
         while len(self.sent) < len(self._buckets) and not self._waiting[len(self.sent)]:
             i = len(self.sent)
-            if isinstance(self.comm, CommStream):
-                self.comm.join_gradients()
+            self.comm.join_gradients()
             self._evidence.append(Evidence.of(self._buckets[i]))
             with torch.no_grad():
                 if self._context is None:

@@ -152,7 +152,6 @@ class Meshes:
         self.groups: list[dist.ProcessGroup] = []
         self.ranks: set[int] = {dist.get_rank()} if dist.is_initialized() else {0}
         self._places: dict[str, int] = {}
-        self._partial: list[tuple[str, Any]] = []
         self.add(params)
 
     def add(self, params: Iterable[Tensor]) -> None:

@@ -127,10 +127,10 @@ class SharedScales(Payload):
 
     def reset(self) -> None:
         """Go on with scales that are unknown: one rank alone shares none."""
-        for state in (*self._of_parts.values(), *(self._state[slot.param] for *_, slot in self._buckets.slots)):
-            if "scale" in state:
-                state["scale"].fill_(NOT_AGREED)
-        self.invalidate()
+        for *_, slot in self._buckets.slots:
+            if "scale" in self._state[slot.param]:
+                self._state[slot.param]["scale"].fill_(NOT_AGREED)
+        self.loaded()
 
     def loaded(self) -> None:
         """Go on with what was loaded, and unknown scales where a checkpoint has none."""
@@ -191,8 +191,7 @@ class SharedScales(Payload):
 
     def _state_of(self, compression: Compression, slot: Slot) -> dict[str, Tensor]:
         """Return what has a parameter's scales."""
-        is_one = isinstance(compression, Quantized) and compression.block is None
-        if slot.part.sharded and not is_one:
+        if slot.part.sharded and not compression.has_one_scale:
             return self._of_parts.setdefault(slot.param, {})
         state: dict[str, Tensor] = self._state[slot.param]
         return state
@@ -243,11 +242,14 @@ class LateBuckets:
             for of in ([slot.numel for slot in slots], [max(slot.part.numel, 1) for slot in slots])
         )
         is_max, is_rms = (torch.tensor([norm == name for norm in norms], device=device) for name in ("linf", "l2"))
-        sums = torch.where(is_rms, mine.square(), mine) * sizes
-        parts = [slot.part for slot in slots]
-        total = self._meshes.combined(sums, parts, lambda everyone: everyone.sum(0)) / wholes
-        largest = self._meshes.combined(mine, parts, lambda everyone: everyone.amax(0))
-        found = torch.where(is_max, largest, torch.where(is_rms, total.sqrt(), total)).float()
+        values = torch.where(is_max, mine, torch.where(is_rms, mine.square(), mine) * sizes)
+
+        def reduce(everyone: Tensor) -> Tensor:
+            return torch.where(is_max, everyone.amax(0), everyone.sum(0))
+
+        whole = self._meshes.combined(values, [slot.part for slot in slots], reduce)
+        mean = whole / wholes
+        found = torch.where(is_max, whole, torch.where(is_rms, mean.sqrt(), mean)).float()
         by_id = dict(zip([slot.param_id for slot in slots], torch.split(found, 1), strict=True))
         self._scales.of_wholes = {bucket: [by_id[slot.param_id] for slot in bucket.slots] for bucket in self._buckets}
 
@@ -413,9 +415,7 @@ def _norm_of(bucket: Bucket) -> str:
 
 def _has_whole_scales(bucket: Bucket) -> bool:
     """Whether a parameter of the bucket has one scale, and is in parts."""
-    compression = bucket.compression
-    is_one = isinstance(compression, Quantized) and compression.block is None
-    return is_one and any(slot.part.sharded for slot in bucket.slots)
+    return bucket.compression.has_one_scale and any(slot.part.sharded for slot in bucket.slots)
 
 
 def _shares_scales(bucket: Bucket) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,9 +12,7 @@ from torch import Tensor
 from lioncub.config import Precision
 from lioncub.kernels import Rounding
 from lioncub.kernels.rounding import current_values
-from lioncub.params import like_param, local_of
-
-Named = Sequence[tuple[str, Tensor]]
+from lioncub.params import Named, like_param, local_of
 
 
 def keeps_small_steps(precision: Precision) -> bool:

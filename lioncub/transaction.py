@@ -32,7 +32,7 @@ from lioncub.control import (
 )
 from lioncub.membership import Membership
 from lioncub.overlap import NEVER, Overlap, end_overlap, refuse_with_overlap
-from lioncub.params import local_of
+from lioncub.params import is_sharded, local_of
 from lioncub.payloads import MomentumAverages, SharedScales
 from lioncub.replicas import broadcast_tensors
 from lioncub.step import Proposal, SentBucket, StepContext, StepEngine
@@ -134,7 +134,7 @@ class TransactionalOptimizer(MomentumOptimizer):
 
     def _plain(self) -> list[tuple[str, Tensor]]:
         """Return the parameters that are no DTensors."""
-        raise NotImplementedError
+        return [(name, param) for name, param in self._named_parameters() if not is_sharded(param)]
 
     def _propose(self, failure: Exception | None, *, has_closure: bool, abstains: bool = False) -> PendingStep:
         """Run stages 1 to 5, again where votes were stale or parameters had to be verified."""
@@ -153,7 +153,7 @@ class TransactionalOptimizer(MomentumOptimizer):
         attempt = Attempt(failure)
         try:
             if self._members.layouts is not None:
-                self._watch.compare(self._plain(), self._members.deciding)
+                self._watch.compare(self._plain, self._members.deciding)
             proposal, report = self._exchange(attempt, scale, overflow, has_closure, abstains)
             if report is not None and self._late is None:
                 self._learn(report)

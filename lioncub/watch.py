@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -57,13 +57,15 @@ class Watch:
                 stacklevel=5,
             )
 
-    def compare(self, plain: Sequence[tuple[str, Tensor]], group: Group) -> None:
+    def compare(self, plain: Callable[[], Sequence[tuple[str, Tensor]]], group: Group) -> None:
         """Compare parameters that are no shards over all ranks that share some, once; a collective in that step."""
-        if self._has_compared or self._steps < _UNANIMOUS_STEPS or not plain:
+        if self._has_compared or self._steps < _UNANIMOUS_STEPS:
             return
-        self._has_compared = True
+        self._has_compared, named = True, plain()
+        if not named:
+            return
         try:
-            check_equal(plain, group=group)
+            check_equal(named, group=group)
         except WorkersDisagreeError as error:
             if rank_of(group) == 0:
                 warnings.warn(

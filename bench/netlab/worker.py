@@ -27,10 +27,10 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compr
 from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import lioncub
+from lioncub.params import is_sharded, local_of
 
 SEED = 1
 
@@ -254,10 +254,10 @@ def memory(model: nn.Module, optimizer: torch.optim.Optimizer, others: dict[int,
     Every storage is counted once and whole. "rest" is what the garbage collector finds besides them and ``others``: of
     LionCub its codes and messages. Memory that is no tensor's, as Gloo's, is not counted.
     """
-    params = [_local(param) for param in model.parameters()]
-    gradients = [_local(param.grad) for param in model.parameters() if param.grad is not None]
+    params = [local_of(param) for param in model.parameters()]
+    gradients = [local_of(param.grad) for param in model.parameters() if param.grad is not None]
     entries = [value for state in optimizer.state.values() for value in state.values()]
-    state = [_local(value) for value in entries if isinstance(value, Tensor)]
+    state = [local_of(value) for value in entries if isinstance(value, Tensor)]
     kinds = [_bytes_of(tensors) for tensors in (params, gradients, state, _live_tensors())]
     found = {"numel": sum(param.numel() for param in params)}
     counted = {place: size for place, size in others.items() if place not in kinds[0]}
@@ -267,14 +267,10 @@ def memory(model: nn.Module, optimizer: torch.optim.Optimizer, others: dict[int,
     return found
 
 
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
 def _live_tensors() -> Iterable[Tensor]:
     # isinstance would ask deprecated objects of torch for their class, which warns
     found = [thing for thing in gc.get_objects() if issubclass(type(thing), Tensor)]
-    return [tensor for tensor in found if not isinstance(tensor, DTensor) and tensor.device.type != "meta"]
+    return [tensor for tensor in found if not is_sharded(tensor) and tensor.device.type != "meta"]
 
 
 def _bytes_of(tensors: Iterable[Tensor]) -> dict[int, int]:

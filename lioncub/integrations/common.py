@@ -23,12 +23,8 @@ _REFUSED = {
         "fully_shard(model) without Accelerate before LionCub is built"
     ),
 }
-# packages and classes of torch whose optimizers give each rank a part of the state
-_SHARDING = {
-    "deepspeed": "DeepSpeed",
-    "megatron": "Megatron",
-    "torch.distributed.optim.zero_redundancy_optimizer": "ZeroRedundancyOptimizer",
-}
+# packages whose optimizers give each rank a part of the state
+_SHARDING = {"deepspeed": "DeepSpeed", "megatron": "Megatron"}
 
 
 def lion_cub_of(optimizer: Any) -> LionCub | None:
